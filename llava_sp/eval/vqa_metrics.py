@@ -1,0 +1,167 @@
+"""VQA accuracy and answer normalisation as the official scorers compute them, quirks included.
+
+Written from a description of the behaviour of GT-Vision-Lab/VQA `vqaEval.py` (the official scorer of VQAv2) and of the
+EvalAI answer processor that LLaVA applies before it writes a submission. Published numbers rest on the quirks below, so
+they are kept on purpose:
+
+* a punctuation mark is deleted or replaced by a space depending on the *whole* original text, not on its neighbours;
+* the rule for periods was meant to look behind and does not (`5.` -> `5`, `a.b` -> `ab`), and removes 32 at most;
+* if the ten answers of the annotators are identical, nothing is normalised at all and raw strings are compared;
+* some contractions map to odd forms, and those with a capital I never match.
+
+Pure Python: importing this module imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+_APOSTROPHE_LOST = """
+ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm I've
+isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't should've shouldn't
+somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd
+they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd
+who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
+""".split()
+_ONE_OF_TWO_LOST = """
+couldn't've hadn't've he'd've I'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've
+there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've
+""".split()
+_ODD = {
+    "let's": "let's",
+    "she's": "she's",
+    "somebody'd": "somebodyd",
+    "ow's'at": "'ow's'at",
+    "'ows'at": "'ow's'at",
+    "'ow'sat": "'ow's'at",
+    "yall'd've": "y'all'd've",
+    "y'alld've": "y'all'd've",
+    "y'all'dve": "y'all'd've",
+}
+
+
+def _contraction_table() -> dict[str, str]:
+    table = {word.replace("'", ""): word for word in _APOSTROPHE_LOST}
+    for word in _ONE_OF_TWO_LOST:
+        first, second = (i for i, character in enumerate(word) if character == "'")
+        table[word[:first] + word[first + 1 :]] = word
+        table[word[:second] + word[second + 1 :]] = word
+    return table | _ODD
+
+
+CONTRACTIONS: Mapping[str, str] = _contraction_table()
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+ARTICLES = frozenset(("a", "an", "the"))
+NUMBERS: Mapping[str, str] = {"none": "0", "zero": "0"} | {
+    word: str(i + 1) for i, word in enumerate("one two three four five six seven eight nine ten".split())
+}
+_COMMA_IN_NUMBER = re.compile(r"\d,\d")
+_LOOSE_PERIOD = re.compile(r"\.(?!\d)")
+_MOST_PERIODS = 32  # the official code passes re.UNICODE, which is 32, where re.sub expects a count
+
+
+def process_punctuation(text: str) -> str:
+    """Removes or spaces out 21 marks, then removes up to 32 periods that no digit follows."""
+    number_with_comma = _COMMA_IN_NUMBER.search(text) is not None
+    result = text
+    for mark in PUNCTUATION:
+        touches_space = mark + " " in text or " " + mark in text
+        result = result.replace(mark, "" if touches_space or number_with_comma else " ")
+    return _LOOSE_PERIOD.sub("", result, count=_MOST_PERIODS)
+
+
+def process_digits_and_articles(text: str) -> str:
+    """Lower case; number words to digits; articles dropped; apostrophes of contractions restored; single spaces."""
+    words = (NUMBERS.get(word, word) for word in text.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def clean(text: str) -> str:
+    """The only step that the official scorer always takes: line breaks and tabs to spaces, ends stripped."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def evalai_answer(text: str) -> str:
+    """The EvalAI answer processor: what LLaVA writes into VQAv2, TextVQA and VizWiz answers. Not idempotent."""
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's")
+    return process_digits_and_articles(process_punctuation(clean(text.strip())))
+
+
+def leave_one_out(prediction: str, answers: Sequence[Mapping[str, object]]) -> float:
+    """VQA accuracy (0 to 1) of one prediction: for each annotator, min(1, matches among the *other* annotators / 3).
+
+    "Other" is decided by comparing whole records, as the official code does: two records that are equal in every field
+    (no distinct `answer_id`) drop out together.
+    """
+    scores = []
+    for left_out in answers:
+        matches = sum(1 for other in answers if other != left_out and other["answer"] == prediction)
+        scores.append(min(1.0, matches / 3))
+    return sum(scores) / len(scores)
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[Mapping[str, object]]) -> float:
+    """Official VQAv2 accuracy (0 to 1) of one prediction.
+
+    Args:
+        prediction: the answer as submitted.
+        answers: the annotators' records, `{"answer": str, "answer_id": int, ...}`; ten in the official files.
+    """
+    prediction = clean(prediction)
+    cleaned = [{**record, "answer": clean(str(record["answer"]))} for record in answers]
+    if len({record["answer"] for record in cleaned}) > 1:
+        for record in cleaned:
+            record["answer"] = process_digits_and_articles(process_punctuation(record["answer"]))
+        prediction = process_digits_and_articles(process_punctuation(prediction))
+    return leave_one_out(prediction, cleaned)
+
+
+@dataclass(frozen=True)
+class VQAScores:
+    """All figures in percent, rounded to two decimals as the official scorer prints them."""
+
+    overall: float
+    per_answer_type: dict[str, float]
+    per_question_type: dict[str, float]
+    per_item: list[float]
+
+
+def score_vqa(
+    predictions: Sequence[str],
+    annotations: Sequence[Mapping[str, object]],
+    prepare: Callable[[str], str] | None = evalai_answer,
+) -> VQAScores:
+    """Scores predictions against official VQAv2 annotation records of the same order and number.
+
+    Args:
+        prepare: applied to each prediction first. `evalai_answer` is LLaVA's path; None is the official scorer alone.
+
+    Raises:
+        ValueError: if the numbers differ or there is nothing to score.
+    """
+    if len(predictions) != len(annotations):
+        raise ValueError(f"{len(predictions)} predictions for {len(annotations)} annotations: the numbers must be equal")
+    if not predictions:
+        raise ValueError("no predictions to score")
+    by_answer_type: dict[str, list[float]] = {}
+    by_question_type: dict[str, list[float]] = {}
+    accuracies = []
+    for prediction, annotation in zip(predictions, annotations):
+        accuracy = vqa_accuracy(prepare(prediction) if prepare else prediction, annotation["answers"])
+        accuracies.append(accuracy)
+        by_answer_type.setdefault(annotation["answer_type"], []).append(accuracy)
+        by_question_type.setdefault(annotation["question_type"], []).append(accuracy)
+    return VQAScores(
+        overall=percent(accuracies),
+        per_answer_type={kind: percent(values) for kind, values in by_answer_type.items()},
+        per_question_type={kind: percent(values) for kind, values in by_question_type.items()},
+        per_item=[round(100 * accuracy, 2) for accuracy in accuracies],
+    )
+
+
+def percent(accuracies: Iterable[float]) -> float:
+    """The mean in percent, two decimals, with the official order of operations (100 * sum / count)."""
+    values = list(accuracies)
+    return round(100 * sum(values) / len(values), 2)

@@ -1,0 +1,129 @@
+"""VQA accuracy against the recorded output of the official scorers, and each normalisation quirk on its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from llava_sp.eval.vqa_metrics import (
+    CONTRACTIONS,
+    PUNCTUATION,
+    evalai_answer,
+    leave_one_out,
+    process_digits_and_articles,
+    process_punctuation,
+    score_vqa,
+    vqa_accuracy,
+)
+
+
+@pytest.fixture(scope="module")
+def recorded(golden):
+    return json.loads((golden / "eval" / "vqav2.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "scorer, prepare",
+    [
+        ("llava_pipeline.vqaeval_py27", evalai_answer),
+        ("llava_pipeline.vqaeval_py3", evalai_answer),
+        ("raw_answers.vqaeval_py27", None),
+        ("raw_answers.vqaeval_py3", None),
+    ],
+)
+def test_equals_official_scorer(recorded, scorer, prepare):
+    annotations = recorded["files"]["v2_mscoco_val2014_annotations.json"]["data"]["annotations"]
+    raw = {item["id"]: item["raw"] for item in recorded["items"]}
+    scores = score_vqa([raw[a["question_id"]] for a in annotations], annotations, prepare)
+    expected = recorded["expected"][scorer]
+    assert {str(a["question_id"]): s for a, s in zip(annotations, scores.per_item)} == expected["per_item"]
+    assert scores.overall == expected["aggregate"]["overall"]
+    assert scores.per_answer_type == expected["aggregate"]["perAnswerType"]
+    assert scores.per_question_type == expected["aggregate"]["perQuestionType"]
+
+
+def test_evalai_equals_llava_upload(recorded):
+    upload = {r["question_id"]: r["answer"] for r in recorded["expected"]["llava_convert"]["upload"]}
+    assert {item["id"]: evalai_answer(item["raw"]) for item in recorded["items"]} == upload
+
+
+def test_tables_have_the_official_size():
+    assert len(CONTRACTIONS) == 120
+    assert len(PUNCTUATION) == len(set(PUNCTUATION)) == 21
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("5.", "5"),
+        ("a.b", "ab"),
+        (".5", ".5"),
+        ("3.5", "3.5"),
+        ("t-shirt", "t shirt"),
+        ("t- shirt", "t shirt"),
+        ("5,x-ray", "5 x ray"),
+        ("1,200 t-shirts", "1200 tshirts"),
+        ("." * 40, "." * 8),
+        ("it's: $5", "it's: $5"),
+    ],
+)
+def test_punctuation(text, expected):
+    assert process_punctuation(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("The  Two dogs", "2 dogs"),
+        ("None", "0"),
+        ("dont", "don't"),
+        ("somebody'd", "somebodyd"),
+        ("yall'd've", "y'all'd've"),
+        ("Im", "im"),
+        ("a\u00a0cat", "cat"),
+        ("\u200bthe", "\u200bthe"),
+        ("", ""),
+    ],
+)
+def test_digits_and_articles(text, expected):
+    assert process_digits_and_articles(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [("The man's hat.", "man 's hat"), ("5,x-ray", "5x ray"), ("line one\nline\ttwo", "line 1 line 2"), ("  ", "")],
+)
+def test_evalai(text, expected):
+    assert evalai_answer(text) == expected
+
+
+@pytest.mark.parametrize("matches, expected", [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
+def test_leave_one_out_over_ten_answers(matches, expected):
+    answers = [{"answer": "yes" if i < matches else "no", "answer_id": i} for i in range(10)]
+    assert leave_one_out("yes", answers) == pytest.approx(expected)
+
+
+def test_identical_annotations_switch_normalisation_off():
+    same = [{"answer": "Blue", "answer_id": i} for i in range(10)]
+    assert vqa_accuracy("blue", same) == 0
+    assert vqa_accuracy("Blue", same) == 1
+
+
+def test_records_without_distinct_ids_drop_out_together():
+    answers = [{"answer": "cat"}] * 5 + [{"answer": "dog"}] * 5
+    assert leave_one_out("cat", answers) == 0.5
+
+
+def test_errors_name_the_numbers():
+    with pytest.raises(ValueError, match="2 predictions for 0 annotations"):
+        score_vqa(["a", "b"], [])
+    with pytest.raises(ValueError, match="no predictions"):
+        score_vqa([], [])
+
+
+def test_imports_without_torch():
+    code = "import sys, llava_sp.eval.vqa_metrics; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
