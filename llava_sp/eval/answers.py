@@ -1,0 +1,123 @@
+"""LLaVA's answer files: one JSON object per line, `{"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}`.
+
+`read_answers` and `match_by_question_id` judge a finished file; `AnswerLog` is the file that one process appends to while
+it generates, so that SIGKILL at any moment costs at most the batch in flight. A line counts only with its line break:
+what a killed process left behind the last one is dropped, on reading and, before anything is appended, on disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_sp.eval.files import examples, parse_line, read_text
+
+if TYPE_CHECKING:
+    from llava_sp.eval.base import Item
+
+
+def read_answers(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """Reads a finished answers file.
+
+    Returns: the lines, and a note if a half-written last line had to be left out (the file itself is not changed).
+
+    Raises:
+        ValueError: naming the line, for broken JSON anywhere else or a line without `question_id` and text.
+    """
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        raise ValueError(f"{path} is a JSON list (a submission file?); needed is LLaVA's answers file, one object per line")
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    note = None
+    if not text.endswith("\n"):
+        number, last = lines[-1]
+        try:
+            json.loads(last)
+        except json.JSONDecodeError:
+            note = f"{path}, line {number} is cut off (a process killed while writing?); it was left out: {last[:60]!r}"
+            lines.pop()
+    records = []
+    for number, line in lines:
+        where = f"{path}, line {number}"
+        record = parse_line(line, where)
+        if "question_id" not in record or not isinstance(record.get("text"), str):
+            raise ValueError(f"{where} has no question_id or no text; it has {', '.join(sorted(record)) or 'nothing'}")
+        records.append(record)
+    return records, note
+
+
+def match_by_question_id(items: Sequence[Item], records: Sequence[dict[str, Any]], what: str) -> list[str]:
+    """The answers in the order of the items.
+
+    Raises:
+        ValueError: for ids that occur twice, that the data do not have (answers of another split), or that are
+            missing, each with count and examples.
+    """
+    counts = Counter(str(record["question_id"]) for record in records)
+    wanted = {str(item.id) for item in items}
+    problems = []
+    for found, trouble in (
+        ([i for i, n in counts.items() if n > 1], "have more than one answer"),
+        ([i for i in counts if i not in wanted], f"are not in {what}: answers of another split or data set?"),
+        ([str(item.id) for item in items if str(item.id) not in counts], "have no answer"),
+    ):
+        if found:
+            problems.append(f"{len(found)} question ids {trouble} ({examples(found)})")
+    if problems:
+        raise ValueError(f"the {len(records)} answers do not fit the {len(items)} questions of {what}: " + "; ".join(problems))
+    texts = {str(record["question_id"]): record["text"] for record in records}
+    return [texts[str(item.id)] for item in items]
+
+
+class AnswerLog:
+    """The append-only file of one process. Use as a context manager.
+
+    Raises:
+        ValueError: on entering, if another process has the same file open (the same command running twice).
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> AnswerLog:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = self.path.open("a+b")
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._stream.close()
+            raise ValueError(f"{self.path} is being written by another process: is the same command running?") from None
+        self._repair()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stream.close()
+
+    def _repair(self) -> None:
+        self._stream.seek(0)
+        content = self._stream.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            self._stream.truncate(whole)
+        self._stream.seek(0, 2)
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """All lines in one write, flushed: a later SIGKILL cannot take them back."""
+        self._stream.write("".join(json.dumps(record) + "\n" for record in records).encode())
+        self._stream.flush()
+
+
+def read_logs(folder: Path) -> dict[str, dict[str, Any]]:
+    """All whole lines of all processes, of this run and of earlier ones with any number of processes: key -> line."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("rank-*.jsonl")):
+        content = path.read_bytes()
+        lines = content[: content.rfind(b"\n") + 1].decode().splitlines()
+        for number, line in enumerate(lines, 1):
+            record = parse_line(line, f"{path}, line {number}")
+            found.setdefault(record["key"], record)
+    return found

@@ -1,0 +1,165 @@
+"""What a benchmark is. Everything that all of them share lives here, in `cli` (arguments, loading, provenance, output
+files), `runner` (generation) and `answers` (LLaVA's answer files); a benchmark itself is one small file:
+
+    class ColourQA(Benchmark):
+        name = "colourqa"                       # also the folder that is looked for under ./playground/data/eval
+        title = "ColourQA accuracy"             # what the headline figure is
+
+        def load(self, data):                   # official files in the folder `data` -> items, in their order
+            rows = self.read_json(data / "colourqa.json")
+            return [Item(id=r["id"], text=r["q"], images=(data / "images" / r["image"],), reference=r["a"]) for r in rows]
+
+        def prompt(self, item):                 # the user's message, without the image marks
+            return item.text + SHORT_ANSWER
+
+        def score(self, items, answers):        # answers in the order of the items, exactly one each
+            right = [float(a.strip(" .").lower() == i.reference) for i, a in zip(items, answers)]
+            per_item = [{"question_id": i.id, "score": s, "answer": a} for i, s, a in zip(items, right, answers)]
+            return Scores(score=round(100 * sum(right) / len(right), 2), metrics={}, per_item=per_item)
+
+    if __name__ == "__main__":
+        sys.exit(main(ColourQA))                # from llava_sp.eval.cli import main
+
+`python -m llava_sp.eval.colourqa --model M --data D --output O`, `--answers FILE`, resuming, several processes, provenance
+and the hash of every file read through `self.read_*` follow from that. What else can be overridden, each only where a
+benchmark needs it: `generation`, `conversation`, `image_mode`, `splits`, `protocols`, `add_arguments`, `record` (fields
+of an answer line), `match` (which answer belongs to which item; by default `question_id`), `submission`, `validate`.
+
+Neither torch nor transformers is imported here.
+"""
+
+from __future__ import annotations
+
+import argparse
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from llava_sp.eval.answers import match_by_question_id
+from llava_sp.eval.files import read_json, read_jsonl
+
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+IMAGE_MARK = "<image>"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question.
+
+    Attributes:
+        id: the official question id, as the official files have it (number or text); goes into answer files.
+        text: the question as the official file has it.
+        images: paths, or the bytes of an encoded image file; none for a text-only question.
+        reference: what `score` needs to judge an answer; None where the answers are secret.
+        metadata: whatever else `score`, `record` or `submission` need.
+        key: unique within the benchmark; the id, except where official ids repeat.
+    """
+
+    id: int | str
+    text: str
+    images: tuple[Path | bytes, ...] = ()
+    reference: Any = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.key:
+            object.__setattr__(self, "key", str(self.id))
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Arguments of `generate`; the defaults are those of LLaVA-1.5's short-answer benchmarks (greedy)."""
+
+    do_sample: bool = False
+    temperature: float = 0.0
+    top_p: float | None = None
+    num_beams: int = 1
+    max_new_tokens: int = 128
+    use_cache: bool = True
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`score`: the headline as it is published, or None where only a server knows. `metrics`: all other figures.
+    `per_item`: one record per item, in order, with `question_id` and `score`."""
+
+    score: float | None
+    metrics: dict[str, Any]
+    per_item: list[dict[str, Any]]
+
+
+class Benchmark(ABC):
+    """Base class; see the module's docstring for a whole example."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    splits: ClassVar[tuple[str, ...]] = ()  # of --split; () where there is only one
+    protocols: ClassVar[tuple[str, ...]] = ("llava15",)  # the first is the default
+    generation: ClassVar[Generation] = Generation()
+    conversation: ClassVar[str | None] = None  # conversation template; None is the checkpoint's own
+    image_mode: ClassVar[str | None] = None  # "pad" or "crop"; None is the checkpoint's own
+
+    def __init__(self, split: str | None = None, protocol: str | None = None, images: Path | None = None):
+        """Args: split, one of `splits`, None to take what the data folder holds; protocol, one of `protocols`; images,
+        the folder of the images where it is not in its usual place beside the data."""
+        if split is not None and split not in self.splits:
+            allowed = f"use one of {', '.join(self.splits)}" if self.splits else "it has only one"
+            raise ValueError(f"{self.name} has no split {split!r}: {allowed}")
+        if protocol is not None and protocol not in self.protocols:
+            raise ValueError(f"{self.name} has no protocol {protocol!r}: use one of {', '.join(self.protocols)}")
+        self.split = split
+        self.protocol = protocol or self.protocols[0]
+        self.images = images
+        self.files: list[Path] = []  # what was read; their hashes go into the provenance
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Adds the benchmark's own command-line arguments, for `from_arguments` to use."""
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace) -> Benchmark:
+        return cls(split=args.split, protocol=args.protocol, images=args.images)
+
+    def read_json(self, path: Path) -> Any:
+        self.files.append(path)
+        return read_json(path)
+
+    def read_jsonl(self, path: Path) -> list[dict[str, Any]]:
+        self.files.append(path)
+        return read_jsonl(path)
+
+    @abstractmethod
+    def load(self, data: Path) -> list[Item]:
+        """Reads the official (or LLaVA's) files in folder `data`. Raises ValueError naming what is missing or wrong."""
+
+    def prompt(self, item: Item) -> str:
+        """The user's message without image marks."""
+        return item.text
+
+    def message(self, item: Item) -> str:
+        """The user's message as the model gets it: LLaVA puts the images first, each on a line of its own."""
+        return f"{IMAGE_MARK}\n" * len(item.images) + self.prompt(item)
+
+    def record(self, item: Item) -> dict[str, Any]:
+        """The fields of the item's answer line that do not depend on the answer."""
+        return {"question_id": item.id, "prompt": self.prompt(item)}
+
+    def match(self, items: Sequence[Item], records: Sequence[dict[str, Any]]) -> list[str]:
+        """The answers in the order of the items, from the lines of an answers file."""
+        return match_by_question_id(items, records, what=f"{self.name} {self.split or ''}".strip())
+
+    @abstractmethod
+    def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:
+        """Judges `answers`, which are in the order of the items, exactly one each."""
+
+    def submission(self, items: Sequence[Item], answers: Sequence[str], output: Path) -> Path | None:
+        """Writes the file that the evaluation server wants into folder `output`; None where there is no server."""
+        return None
+
+    def validate(self, file: Path, data: Path) -> str:
+        """Checks a finished submission file: says in one line what it found, or raises ValueError with all that is
+        wrong."""
+        raise ValueError(f"{self.name} has no submission files to validate")

@@ -1,0 +1,88 @@
+"""Reading with errors that name the file and the line; writing that is never seen half done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def read_text(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
+
+
+def read_json(path: Path) -> Any:
+    """Raises ValueError if the file is missing, empty or cut off."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        cut = " (it ends in the middle: an interrupted download or copy?)" if error.pos >= len(text.rstrip()) - 1 else ""
+        raise ValueError(f"{path} is not valid JSON: {error.msg}, line {error.lineno} column {error.colno}{cut}") from None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """One JSON object per line; empty lines are passed over. Raises ValueError naming the line."""
+    records = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            records.append(parse_line(line, f"{path}, line {number}"))
+    return records
+
+
+def parse_line(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} holds {type(record).__name__}, not an object with fields")
+    return record
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Writes beside the target and renames, so that a reader (or a crash) sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    write_atomic(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def first_existing(candidates: Sequence[Path]) -> Path | None:
+    return next((path for path in candidates if path.exists()), None)
+
+
+def examples(values: Iterable[object], limit: int = 3) -> str:
+    """`1, 2, 3, ...` for error messages."""
+    shown = [str(value) for _, value in zip(range(limit + 1), values)]
+    return ", ".join(shown[:limit]) + (", ..." if len(shown) > limit else "")

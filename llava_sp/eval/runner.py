@@ -1,0 +1,113 @@
+"""Generates the answers to a list of items: batched by length, sharded over processes, resumable.
+
+* Process r of n takes items r, r + n, r + 2n, ... of the list: every item belongs to exactly one process, whatever the
+  counts. Within its share the longest come first (memory trouble shows at once; batches hold items of similar length).
+* Each process appends to `OUTPUT/answers/rank-R.jsonl`. What any process of any earlier run has answered there is not
+  asked again, so the number of processes may change between runs.
+* `merge` puts all answers, in the order of the items, into one file in LLaVA's format.
+
+Nothing here knows the model: `make_answerer` is called only if there is something left to answer and gives an object with
+`prepare(items) -> batch` (called in threads, ahead of time) and `answer(batch) -> texts`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from tqdm import tqdm
+
+from llava_sp.eval.answers import AnswerLog, read_logs
+from llava_sp.eval.base import Benchmark, Item
+from llava_sp.eval.files import examples, write_jsonl
+from llava_sp.eval.ranks import Ranks
+
+LOGS = "answers"
+MERGED = "answers.jsonl"
+_BATCHES_AHEAD = 2
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Answerer(Protocol):
+    def prepare(self, items: list[Item]) -> Any: ...
+
+    def answer(self, batch: Any) -> list[str]: ...
+
+
+def generate_answers(
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    make_answerer: Callable[[], Answerer],
+    output: Path,
+    *,
+    batch_size: int,
+    ranks: Ranks,
+    progress: bool = True,
+) -> int:
+    """Answers this process's share of `items` that nobody has answered yet; returns how many those were."""
+    if batch_size < 1:
+        raise ValueError(f"batch size is {batch_size}; it must be at least 1")
+    share = items[ranks.rank :: ranks.world]
+    with AnswerLog(output / LOGS / f"rank-{ranks.rank:05d}.jsonl") as log:
+        done = read_logs(output / LOGS)
+        todo = [item for item in share if item.key not in done]
+        todo.sort(key=lambda item: (len(item.images), len(benchmark.message(item))), reverse=True)
+        if not todo:
+            return 0
+        answerer = make_answerer()
+        batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
+        title = benchmark.name if ranks.world == 1 else f"{benchmark.name} (process 1 of {ranks.world})"
+        shown = progress and ranks.first
+        with tqdm(total=len(share), initial=len(share) - len(todo), desc=title, unit="q", disable=not shown) as bar:
+            for batch, prepared in zip(batches, ahead(answerer.prepare, batches)):
+                start = time.perf_counter()
+                texts = answerer.answer(prepared)
+                assert len(texts) == len(batch), f"{len(texts)} answers for {len(batch)} items"
+                seconds = round((time.perf_counter() - start) / len(batch), 4)
+                log.append(
+                    {**benchmark.record(item), "text": text, "key": item.key, "seconds": seconds}
+                    for item, text in zip(batch, texts)
+                )
+                bar.update(len(batch))
+    return len(todo)
+
+
+def merge(
+    benchmark: Benchmark, items: Sequence[Item], output: Path, *, model_id: str, settings_id: str
+) -> list[dict[str, Any]]:
+    """Writes `OUTPUT/answers.jsonl`: one line per item, in the order of the items. Returns the lines.
+
+    The file depends on settings, items and texts alone, not on the number of processes or interruptions:
+    `answer_id` is a hash of the settings and the item.
+    """
+    logged = read_logs(output / LOGS)
+    missing = [item.key for item in items if item.key not in logged]
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(items)} items were not answered ({examples(missing)}); run the command again")
+    records = []
+    for item in items:
+        answer_id = hashlib.sha256(f"{settings_id}/{item.key}".encode()).hexdigest()[:22]
+        record = {**benchmark.record(item), "text": logged[item.key]["text"]}
+        records.append({**record, "answer_id": answer_id, "model_id": model_id, "metadata": {}})
+    write_jsonl(output / MERGED, records)
+    return records
+
+
+def ahead(function: Callable[[T], U], values: Iterable[T], count: int = _BATCHES_AHEAD) -> Iterator[U]:
+    """`map`, with up to `count` results computed in threads before they are asked for."""
+    with ThreadPoolExecutor(max_workers=min(count, os.cpu_count() or 1)) as pool:
+        waiting: deque = deque()
+        for value in values:
+            waiting.append(pool.submit(function, value))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
