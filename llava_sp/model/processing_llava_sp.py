@@ -1,0 +1,425 @@
+"""LlavaSPProcessor: images -> pixels, text -> ids with every image placeholder expanded, conversations -> ids and labels.
+
+The processor decides all lengths: `<image>` becomes `num_image_tokens` placeholder ids here, so that `input_ids` and
+`labels` are final before the model sees them.
+"""
+
+from __future__ import annotations
+
+import re
+from os import PathLike
+from pathlib import Path
+
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, CLIPImageProcessorPil
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import load_image
+from transformers.models.llava.processing_llava import LlavaProcessor
+from transformers.processing_utils import MultiModalData
+
+from .configuration_llava_sp import LlavaSPConfig
+from .conversation import IMAGE_MARK, Segment, Turn, chat_template, get_template, normalize_turns, render_segments
+
+IGNORE_INDEX = -100
+ASPECT_RATIOS = ("pad", "crop")
+_TEXT_KEYS = ("padding", "padding_side", "max_length", "pad_to_multiple_of", "add_special_tokens", "truncation")
+
+
+def add_special_tokens(tokenizer, base_rows: int = 0) -> tuple[int, int, int]:
+    """Add `<image>` and, where the tokenizer has no padding token of its own, `<pad>`; what is there already stays.
+
+    Args:
+        tokenizer: changed in place. A padding token that is also unk, bos or eos counts as missing: padding must never
+            be learned nor generated.
+        base_rows: rows of the base model's embedding.
+
+    Returns:
+        `(image_token_id, pad_token_id, rows)`; `rows` are the embedding rows to have: a multiple of 64, or `base_rows` if
+        those suffice. For Vicuna: 32000, 32001, 32064.
+    """
+    if IMAGE_MARK not in tokenizer.get_vocab():
+        tokenizer.add_tokens([transformers.AddedToken(IMAGE_MARK, special=True, normalized=False)], special_tokens=True)
+    taken = (None, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token)
+    if tokenizer.pad_token in taken:
+        pad = transformers.AddedToken("<pad>", special=True, normalized=False)
+        tokenizer.add_special_tokens({"pad_token": pad})
+    rows = max(len(tokenizer), base_rows)
+    if rows > base_rows:
+        rows = -(-rows // 64) * 64
+    return tokenizer.convert_tokens_to_ids(IMAGE_MARK), tokenizer.pad_token_id, rows
+
+
+class LlavaSPProcessor(LlavaProcessor):
+    r"""Image processor and tokenizer of a LLaVA-SP model.
+
+    Args:
+        image_processor: the vision tower's. Only Pillow's resizing gives the pixels the weights were trained on, so a
+            torchvision one is replaced by its Pillow counterpart.
+        tokenizer: a fast tokenizer (character offsets are needed to know which tokens are learned).
+        num_image_tokens: placeholders per image, `LlavaSPConfig.num_image_tokens`.
+        image_aspect_ratio: `"pad"` pads to a square with the mean colour, `"crop"` leaves it to the image processor
+            (for CLIP: shortest edge, centre crop).
+        conversation_template: a key of `conversation.TEMPLATES`.
+        chat_template: Jinja; `None` derives it from `conversation_template`.
+
+    Raises:
+        ValueError: unknown template or aspect ratio, a tokenizer without `<image>` or padding token or offsets.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_image_tokens=None,
+        image_aspect_ratio="pad",
+        conversation_template="vicuna_v1",
+        chat_template=None,
+        image_token=IMAGE_MARK,
+        **kwargs,
+    ):
+        if not isinstance(num_image_tokens, int) or num_image_tokens < 1:
+            raise ValueError(f"num_image_tokens is {num_image_tokens!r}; give the config's num_image_tokens")
+        if image_aspect_ratio not in ASPECT_RATIOS:
+            raise ValueError(f"image_aspect_ratio is {image_aspect_ratio!r}; use one of {', '.join(ASPECT_RATIOS)}")
+        _check_tokenizer(tokenizer, image_token)
+        self.num_image_tokens = num_image_tokens
+        self.image_aspect_ratio = image_aspect_ratio
+        self.conversation_template = conversation_template
+        template = get_template(conversation_template)
+        if chat_template is None:
+            chat_template = _jinja(template, tokenizer)
+        super().__init__(
+            _pillow(image_processor), tokenizer, chat_template=chat_template, image_token=image_token, **kwargs
+        )
+        self._prefix_ids = _prefix_ids(tokenizer)
+        self._space_traps = _space_traps(tokenizer)
+
+    @classmethod
+    def from_backbones(
+        cls,
+        config: LlavaSPConfig,
+        language_model: str | PathLike | None = None,
+        vision_tower: str | PathLike | None = None,
+        image_aspect_ratio: str = "pad",
+        conversation_template: str = "vicuna_v1",
+        **hub_kwargs,
+    ) -> LlavaSPProcessor:
+        """The processor for `config` from the language model's tokenizer and the vision tower's image settings.
+
+        Args:
+            language_model, vision_tower: hub ids or directories; `None` takes those that `config` records.
+            hub_kwargs: passed to `from_pretrained` (revision, token, cache_dir, ...).
+        """
+        language_model = language_model or config.base_language_model
+        vision_tower = vision_tower or config.base_vision_tower
+        if language_model is None:
+            raise ValueError("no language model: the config records no base_language_model, give language_model=")
+        tokenizer = AutoTokenizer.from_pretrained(language_model, **hub_kwargs)
+        add_special_tokens(tokenizer)
+        return cls(
+            _image_processor_of(config, vision_tower, **hub_kwargs),
+            tokenizer,
+            num_image_tokens=config.num_image_tokens,
+            image_aspect_ratio=image_aspect_ratio,
+            conversation_template=conversation_template,
+        )
+
+    @property
+    def pad_token_id(self) -> int:
+        return self.tokenizer.pad_token_id
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, return_tensors="pt", **kwargs) -> BatchFeature:
+        """Prompts and images to model inputs, left padded for generation.
+
+        Args:
+            images: one image (PIL, array, path, URL), a list, or one list per prompt, in the order of the marks.
+            text: a prompt or a list of prompts with one `<image>` per image.
+            padding, max_length, padding_side, pad_to_multiple_of, add_special_tokens: as for tokenizers; padding is to
+                the longest prompt, on the left, unless said otherwise.
+            kwargs: anything else goes to the image processor.
+
+        Returns:
+            `input_ids`, `attention_mask` [B, L] and, with images, `pixel_values` [images, 3, H, W].
+
+        Raises:
+            ValueError: marks and images do not agree (with both numbers), `truncation` (it would cut placeholders).
+        """
+        if videos is not None or audio is not None:
+            raise ValueError("LlavaSPProcessor takes images and text, no videos and no audio")
+        if images is None and text is None:
+            raise ValueError("LlavaSPProcessor got neither images nor text")
+        for group in ("common_kwargs", "text_kwargs", "images_kwargs"):
+            kwargs.update(kwargs.pop(group, None) or {})
+        return_tensors = kwargs.pop("return_tensors", return_tensors)
+        text_kwargs = {key: kwargs.pop(key) for key in _TEXT_KEYS if key in kwargs}
+        data = {}
+        flat = _flatten_images(images)
+        if text is not None:
+            prompts = [text] if isinstance(text, str) else list(text)
+            if not all(isinstance(prompt, str) for prompt in prompts):
+                raise ValueError("text must be a string or a list of strings; pass images=... and text=... by name")
+            self._check_counts(prompts, images, flat)
+            data.update(self._encode_prompts(prompts, return_tensors, **text_kwargs))
+        if flat:
+            data["pixel_values"] = self.preprocess_images(flat, **kwargs)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _check_counts(self, prompts: list[str], images, flat: list) -> None:
+        marks = [prompt.count(self.image_token) for prompt in prompts]
+        if sum(marks) != len(flat):
+            raise ValueError(
+                f"{sum(marks)} {self.image_token} mark(s) in the text, but {len(flat)} image(s) given; "
+                "every mark needs one image"
+            )
+        if isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images):
+            counts = [len(entry) if isinstance(entry, (list, tuple)) else int(entry is not None) for entry in images]
+            if counts != marks:
+                raise ValueError(f"images per prompt are {counts}, but the {self.image_token} marks per prompt {marks}")
+
+    def _encode_prompts(
+        self,
+        prompts: list[str],
+        return_tensors=None,
+        padding=True,
+        padding_side="left",
+        max_length=None,
+        pad_to_multiple_of=None,
+        add_special_tokens=True,
+        truncation=False,
+    ) -> dict:
+        if truncation not in (False, None, "do_not_truncate"):
+            raise ValueError(
+                f"truncation={truncation!r} could cut image placeholders; shorten the text instead "
+                f"(an image takes {self.num_image_tokens} tokens)"
+            )
+        rows = [self.encode_segments([(prompt, False)], add_special_tokens)[0] for prompt in prompts]
+        return dict(
+            self.tokenizer.pad(
+                {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]},
+                padding=padding,
+                max_length=max_length,
+                pad_to_multiple_of=pad_to_multiple_of,
+                padding_side=padding_side,
+                return_tensors=return_tensors,
+            )
+        )
+
+    def render_conversation(self, turns: list[Turn], template: str | None = None) -> list[Segment]:
+        """Segments `(text, learned?)` of a conversation; see `conversation.Template` for what is learned.
+
+        Raises:
+            ValueError: an empty or ill-ordered conversation; a chat template that rewrites earlier turns.
+        """
+        entry = get_template(template or self.conversation_template)
+        turns = normalize_turns(turns)
+        if not entry.own_chat_template:
+            return render_segments(turns, entry, self.tokenizer.bos_token or "", self.tokenizer.eos_token or "")
+        own = template in (None, self.conversation_template)
+        jinja = self.chat_template if own else chat_template(entry, self.tokenizer.chat_template)
+        return self._render_with_jinja(turns, jinja)
+
+    def _render_with_jinja(self, turns: list[Turn], jinja: str) -> list[Segment]:
+        segments, done = [], ""
+
+        def extend(count: int, prompt: bool, learned: bool = False) -> None:
+            nonlocal done
+            text = self.tokenizer.apply_chat_template(
+                turns[:count], chat_template=jinja, tokenize=False, add_generation_prompt=prompt
+            )
+            if not text.startswith(done):
+                raise ValueError(
+                    f"this chat template rewrites earlier text at turn {count - 1}: it cannot be trained on"
+                )
+            piece, done = text[len(done) :], text
+            if learned and self.tokenizer.eos_token in piece:  # what follows the end token is layout
+                answer, end, layout = piece.rpartition(self.tokenizer.eos_token)
+                segments.append((answer + end, True))
+                piece, learned = layout, False
+            if piece:
+                segments.append((piece, learned))
+
+        for index, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                extend(index, prompt=True)
+                extend(index + 1, prompt=False, learned=bool(turn["content"]))
+            elif turn["role"] == "user":
+                extend(index + 1, prompt=False)
+        return segments
+
+    def encode_conversation(self, turns: list[Turn], template: str | None = None) -> tuple[list[int], list[int]]:
+        """`(input_ids, labels)` of a conversation, placeholders expanded; labels are -100 where nothing is learned."""
+        return self.encode_segments(self.render_conversation(turns, template))
+
+    def encode_segments(self, segments: list[Segment], add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """The one way from text to ids: `(input_ids, labels)`, both of the final length.
+
+        The text between two image marks is tokenized as a text of its own, once, as the original does (so the piece "▁"
+        stands after every image). A token is learned if it holds a character of a learned segment.
+        """
+        text = "".join(piece for piece, _ in segments)
+        learned = bytearray().join(bytes([flag]) * len(piece) for piece, flag in segments)
+        bos = self.tokenizer.bos_token
+        starts_itself = not add_special_tokens or (bos is not None and text.startswith(bos))
+        ids = [] if starts_itself else list(self._prefix_ids)
+        labels = [IGNORE_INDEX] * len(ids)
+        start = 0
+        for index, chunk in enumerate(text.split(self.image_token)):
+            if index:
+                ids += [self.image_token_id] * self.num_image_tokens
+                labels += [IGNORE_INDEX] * self.num_image_tokens
+            for token, first, last in self._tokenize(chunk):
+                known = any(learned[start + first : start + max(last, first + 1)]) and token != self.pad_token_id
+                ids.append(token)
+                labels.append(token if known else IGNORE_INDEX)
+            start += len(chunk) + len(self.image_token)
+        return ids, labels
+
+    def _tokenize(self, chunk: str) -> list[tuple[int, int, int]]:
+        """`(id, first character, character after the last)` of each token of a text without image marks."""
+        doubled = sorted({match.end() - 1 for trap in self._space_traps for match in trap.finditer(chunk)})
+        for position in reversed(doubled):
+            chunk = chunk[:position] + " " + chunk[position:]
+        encoded = self.tokenizer(chunk, add_special_tokens=False, return_offsets_mapping=True)
+        inserted = [position + index for index, position in enumerate(doubled)]
+
+        def original(position: int) -> int:
+            return position - sum(place < position for place in inserted)
+
+        return [
+            (token, original(first), original(last))
+            for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
+
+    def preprocess_images(self, images: list[Image.Image], **kwargs) -> torch.Tensor:
+        """Pixels [n, 3, H, W], float32. Colour modes are converted to RGB; `kwargs` go to the image processor."""
+        images = [image.convert("RGB") for image in images]
+        if self.image_aspect_ratio == "pad":
+            colour = tuple(int(mean * 255) for mean in self.image_processor.image_mean)
+            images = [_pad_to_square(image, colour) for image in images]
+        return self.image_processor(images, return_tensors="pt", **kwargs)["pixel_values"]
+
+    def replace_image_token(self, image_inputs=None, image_idx: int = 0, **kwargs) -> str:
+        return self.image_token * self.num_image_tokens
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
+
+def _jinja(template, tokenizer) -> str:
+    return chat_template(template, tokenizer.chat_template)
+
+
+def _check_tokenizer(tokenizer, image_token: str) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
+    if image_token not in tokenizer.get_vocab():
+        raise ValueError(f"the tokenizer has no {image_token} token; call add_special_tokens(tokenizer) first")
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no padding token; call add_special_tokens(tokenizer) first")
+
+
+def _prefix_ids(tokenizer) -> list[int]:
+    """What the tokenizer puts before a text (the beginning-of-sequence token, or nothing)."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    starts = [start for start in range(len(whole)) if whole[start : start + len(bare)] == bare]
+    return whole[: starts[0]] if starts else []
+
+
+def _space_traps(tokenizer) -> list[re.Pattern]:
+    """Where a space must be doubled to get SentencePiece's own ids.
+
+    SentencePiece puts its word-start piece before a text even where that begins with a space ("▁▁", "and"); the fast
+    tokenizer built from the same file leaves it out there ("▁and"). The original tokenizes with the former, and every text
+    after an image that does not start on a new line is such a text. Of the `legacy` kind also every text after a
+    special token.
+    """
+
+    def drops(before: str) -> bool:
+        bare, spaced = (tokenizer(before + text, add_special_tokens=False)["input_ids"] for text in ("a", " a"))
+        return bare == spaced and tokenizer.convert_ids_to_tokens(bare)[1 if before else 0].startswith("▁")
+
+    traps = [re.compile(r"\A ")] if drops("") else []
+    if tokenizer.eos_token and drops(tokenizer.eos_token):
+        special = "|".join(re.escape(token) for token in tokenizer.all_special_tokens)
+        traps.append(re.compile(f"(?:{special}) "))
+    return traps
+
+
+def _pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _flatten_images(images) -> list[Image.Image]:
+    """All images of a call in order, as PIL images."""
+    if images is None:
+        return []
+    if isinstance(images, (list, tuple)):
+        return [image for entry in images for image in _flatten_images(entry)]
+    if isinstance(images, (str, PathLike)):
+        return [load_image(str(images))]
+    if isinstance(images, Image.Image):
+        return [images]
+    if getattr(images, "ndim", 0) == 4:
+        return [to_pil_image(image) for image in images]
+    return [to_pil_image(images)]
+
+
+def _pillow(image_processor):
+    """The Pillow counterpart of an image processor, with the same settings."""
+    if image_processor is None or getattr(image_processor, "backend", "pil") == "pil":
+        return image_processor
+    settings = image_processor.to_dict()
+    name = settings.pop("image_processor_type", type(image_processor).__name__)
+    counterpart = getattr(transformers, f"{name.removesuffix('Fast')}Pil", None)
+    if counterpart is None:
+        raise ValueError(f"{name} resizes with torchvision and has no Pillow counterpart; use a CLIP or SigLIP one")
+    return counterpart(**settings)
+
+
+def _image_processor_of(config: LlavaSPConfig, vision_tower: str | PathLike | None, **hub_kwargs):
+    """The vision tower's image processor at the config's image size.
+
+    A timm tower states mean, std and interpolation in its `pretrained_cfg`; a directory without a preprocessor_config.json
+    gets CLIP's values.
+    """
+    side = config.image_size
+    square = {"height": side, "width": side}
+    timm_settings = getattr(config.vision_config, "pretrained_cfg", None)
+    if timm_settings:
+        resampling = Image.Resampling[timm_settings.get("interpolation", "bicubic").upper()]
+        values = {
+            "image_mean": timm_settings.get("mean"),
+            "image_std": timm_settings.get("std"),
+            "resample": resampling,
+        }
+        values = {key: value for key, value in values.items() if value is not None}
+        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square, **values)
+    names = ("preprocessor_config.json", "processor_config.json")
+    folder = None if vision_tower is None else Path(vision_tower)
+    if folder is None or (folder.is_dir() and not any((folder / name).is_file() for name in names)):
+        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
+    processor = _pillow(AutoImageProcessor.from_pretrained(vision_tower, backend="pil", **hub_kwargs))
+    by_edge = dict(processor.size).get("shortest_edge") is not None
+    settings = {**processor.to_dict(), "size": {"shortest_edge": side} if by_edge else square}
+    if settings.get("do_center_crop"):
+        settings["crop_size"] = square
+    settings.pop("image_processor_type", None)
+    return type(processor)(**settings)
+
+
+LlavaSPProcessor.register_for_auto_class()
+AutoProcessor.register(LlavaSPConfig, LlavaSPProcessor, exist_ok=True)
+
+__all__ = ["LlavaSPProcessor", "add_special_tokens"]
