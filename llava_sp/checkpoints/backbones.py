@@ -1,0 +1,290 @@
+"""A LLaVA-SP model from its two backbones: a language model and a vision tower, by hub id or local folder.
+
+Formats are whatever `transformers` reads: safetensors or `.bin` shards, a SentencePiece or a JSON tokenizer, a whole CLIP
+or SigLIP checkpoint (its text half is left aside), any ViT of timm. Nothing is converted on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging
+
+from ..model.configuration_llava_sp import LlavaSPConfig
+from ..model.processing_llava_sp import add_special_tokens
+from ..model.projector import SpatialProjector
+
+# Enough for a paragraph; only where neither the caller nor the checkpoint says otherwise.
+DEFAULT_MAX_NEW_TOKENS = 512
+
+
+def from_backbones(
+    cls: type[PreTrainedModel],
+    language_model: str | os.PathLike,
+    vision_tower: str | os.PathLike,
+    *,
+    config: LlavaSPConfig | None = None,
+    spatial_variant: str = "cropping",
+    spatial_scales: list[int] | None = None,
+    spatial_width: int | None = None,
+    spatial_fusion: bool = True,
+    spatial_projection_bias: bool | None = None,
+    fusion_kernel: int | None = None,
+    fusion_stride: int | None = None,
+    vision_feature_layer: int | list[int] = -2,
+    dtype: torch.dtype | str = "auto",
+    seed: int = 0,
+    **load_kwargs,
+):
+    """Assemble a model with a fresh projector; `LlavaSPForCausalLM.from_backbones` calls this.
+
+    Args:
+        language_model, vision_tower: hub ids or local folders.
+        config: the configuration of an existing checkpoint; the `spatial_*` arguments are then taken from it.
+        spatial_variant, ...: see `LlavaSPConfig`.
+        dtype: of all weights; `"auto"` is the language model's own.
+        seed: of the projector's fresh weights.
+        load_kwargs: passed to both backbones' `from_pretrained` (`device_map`, `quantization_config`, `revision`,
+            `attn_implementation`, `cache_dir`, ...).
+
+    Raises:
+        ValueError: a backbone lacks weights, the tower has no square grid, or a spatial argument does not fit.
+        OSError: a backbone is not there (transformers' message names the path).
+    """
+    tower = load_vision_tower(vision_tower, dtype=dtype, **load_kwargs)
+    language = _load_complete(AutoModelForCausalLM, language_model, dtype=dtype, **load_kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(language_model, **_hub_kwargs(load_kwargs))
+    old_rows = language.get_input_embeddings().num_embeddings
+    image_token_id, pad_token_id, rows = add_special_tokens(tokenizer, old_rows)
+    grow_vocabulary(language, rows)
+    if dtype == "auto":
+        dtype = language.dtype
+        tower.to(dtype)
+
+    if config is None:
+        text_config = language.config
+        config = LlavaSPConfig(
+            text_config=text_config,
+            vision_config=tower.config,
+            image_token_index=image_token_id,
+            pad_token_id=pad_token_id,
+            bos_token_id=text_config.bos_token_id,
+            eos_token_id=text_config.eos_token_id,
+            tie_word_embeddings=text_config.tie_word_embeddings,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy="default" if _has_class_token(tower) else "full",
+            spatial_variant=spatial_variant,
+            spatial_scales=spatial_scales,
+            spatial_width=spatial_width,
+            spatial_fusion=spatial_fusion,
+            spatial_projection_bias=spatial_projection_bias,
+            fusion_kernel=fusion_kernel,
+            fusion_stride=fusion_stride,
+            dtype=dtype,
+        )
+    config.base_language_model, config.base_vision_tower = _recorded(language_model), _recorded(vision_tower)
+    config.base_language_model_hash = weights_fingerprint(language_model, **_hub_kwargs(load_kwargs))
+    config.base_vision_tower_hash = weights_fingerprint(vision_tower, **_hub_kwargs(load_kwargs))
+    model = _assemble(cls, config, language, tower, fresh_projector(config, dtype, seed))
+    model.generation_config = _generation_config(language, tokenizer, pad_token_id)
+    return model.eval()
+
+
+def load_vision_tower(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
+    """The image half of a CLIP or SigLIP checkpoint, a bare vision model, or a timm ViT.
+
+    The tower's `config` gets `hidden_size`, `image_size` and `patch_size` where it lacks them (timm).
+    """
+    config = AutoConfig.from_pretrained(path, **_hub_kwargs(kwargs))
+    config = getattr(config, "vision_config", config)
+    tower = _load_complete(AutoModel, path, config=config, **kwargs)
+    timm_model = getattr(tower, "timm_model", None)
+    if timm_model is not None:
+        embed = getattr(timm_model, "patch_embed", None)
+        if embed is None or not hasattr(timm_model, "forward_intermediates"):
+            raise ValueError(
+                f"the timm model {tower.config.architecture!r} in {path} has no patch embedding or no intermediate "
+                "features: the spatial tokens need a plain ViT"
+            )
+        tower.config.hidden_size = timm_model.embed_dim
+        tower.config.image_size = list(embed.img_size)
+        tower.config.patch_size = list(embed.patch_size)
+    if not hasattr(tower.config, "patch_size"):
+        raise ValueError(
+            f"the vision tower {path} ({tower.config.model_type}) has no patch_size: it must give patch tokens on a "
+            "square grid, as CLIP, SigLIP and timm's ViTs do"
+        )
+    return tower
+
+
+def fresh_projector(config: LlavaSPConfig, dtype: torch.dtype, seed: int) -> SpatialProjector:
+    """A projector with new weights, the same for the same seed; its parameters are split under ZeRO-3."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        projector = SpatialProjector(config)
+        projector.reset_parameters()
+    projector.to(dtype)
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+        from transformers.integrations.deepspeed import deepspeed_config
+
+        deepspeed.zero.Init(module=projector, config_dict_or_path=deepspeed_config())
+    return projector
+
+
+@torch.no_grad()
+def grow_vocabulary(language: PreTrainedModel, rows: int) -> None:
+    """Bring embeddings and head to `rows` rows; each new row is the mean of the old ones, so the same every time."""
+    old_rows = language.get_input_embeddings().num_embeddings
+    if rows == old_rows:
+        return
+    language.resize_token_embeddings(rows, mean_resizing=False)
+    for module in (language.get_input_embeddings(), language.get_output_embeddings()):
+        with gathered([module.weight], modify=True):
+            if module.weight.numel():
+                module.weight[old_rows:] = module.weight[:old_rows].float().mean(dim=0).to(module.weight.dtype)
+
+
+def gathered(parameters: list[nn.Parameter], modify: bool = False):
+    """A context in which parameters split by ZeRO-3 are whole; else nothing."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
+
+
+def weights_fingerprint(path: str | os.PathLike, **hub_kwargs) -> str:
+    """Hash of every weight's name, shape, type and a few values, read without loading the tensors.
+
+    The same for the same weights as safetensors or `.bin`, in any sharding; different for other weights.
+    """
+    folder = _local_folder(path, **hub_kwargs)
+    digest = hashlib.sha256()
+    for line in sorted(line for file in weight_files(folder) for line in _tensor_lines(file)):
+        digest.update(line.encode())
+    return digest.hexdigest()[:16]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with weights in a model folder, safetensors first, as its index (if it has one) names them.
+
+    Raises:
+        ValueError: there are none, or the index names a file that is not there.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            files = sorted({folder / shard for shard in json.loads(index.read_text())["weight_map"].values()})
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise ValueError(f"{index} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not there")
+            return files
+    raise ValueError(f"{folder} holds no weights: expected model.safetensors, pytorch_model.bin or an index of shards")
+
+
+def _tensor_lines(file: Path) -> list[str]:
+    """One line per floating-point tensor: name, shape, type, hash of its first and last 64 values."""
+    if file.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(file, framework="pt") as tensors:
+            return [_tensor_line(name, tensors.get_tensor(name)) for name in tensors.keys()]  # noqa: SIM118
+    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    return [_tensor_line(name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point()]
+
+
+def _tensor_line(name: str, tensor: torch.Tensor) -> str:
+    flat = tensor.flatten()
+    ends = torch.cat([flat[:64], flat[-64:]]).contiguous().view(torch.uint8).numpy().tobytes()
+    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(ends).hexdigest()}"
+
+
+def _load_complete(auto_class, path: str | os.PathLike, **kwargs) -> PreTrainedModel:
+    """`from_pretrained`, but weights that the folder does not hold are an error, not random numbers."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # else a CLIP's text half is reported, key by key, as unexpected
+    try:
+        model, info = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    finally:
+        logging.set_verbosity(verbosity)
+    problems = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if problems:
+        raise ValueError(
+            f"{path} does not hold all weights of {type(model).__name__}: {len(problems)} missing or of another shape, "
+            f"such as {', '.join(problems[:5])}"
+        )
+    return model
+
+
+def _assemble(cls, config: LlavaSPConfig, language, tower, projector):
+    """Put loaded parts into an empty model; nothing is copied."""
+    with torch.device("meta"):
+        model = cls(config)
+    model.model.vision_tower = tower
+    model.model.multi_modal_projector = projector.to(tower.device)
+    model.model.language_model = language.base_model
+    model.lm_head = language.get_output_embeddings()
+    for part in (language, tower):
+        for name in ("hf_device_map", "quantization_method", "is_quantized", "hf_quantizer"):
+            if hasattr(part, name) and not hasattr(model, name):
+                setattr(model, name, getattr(part, name))
+    model.tie_weights()
+    return model
+
+
+def _generation_config(language: PreTrainedModel, tokenizer, pad_token_id: int) -> GenerationConfig:
+    """Greedy by default; ends where the language model ends."""
+    eos = language.generation_config.eos_token_id
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id if eos is None else eos,
+        pad_token_id=pad_token_id,
+        max_new_tokens=DEFAULT_MAX_NEW_TOKENS,
+    )
+
+
+def _has_class_token(tower: PreTrainedModel) -> bool:
+    """Whether the tower's hidden states begin with a class token (CLIP: yes; SigLIP and timm's spatial maps: no)."""
+    return any(name.endswith("class_embedding") for name, _ in tower.named_parameters())
+
+
+def _recorded(path: str | os.PathLike) -> str:
+    """What a checkpoint remembers: an absolute path for a local folder, the id for a hub model."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else str(path)
+
+
+def _local_folder(path: str | os.PathLike, **hub_kwargs) -> Path:
+    if Path(path).is_dir():
+        return Path(path)
+    from transformers.utils import cached_file
+
+    return Path(cached_file(str(path), "config.json", **hub_kwargs)).parent
+
+
+_HUB_KEYWORDS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+
+
+def _hub_kwargs(kwargs: dict) -> dict:
+    return {name: kwargs[name] for name in _HUB_KEYWORDS if name in kwargs}
+
+
+

@@ -1,0 +1,267 @@
+"""LLaVA-SP on transformers' LLaVA: embed the text, encode the image, project, place the image tokens, decode.
+
+The processor has already written `config.num_image_tokens` placeholders for every image, so lengths are final here.
+Shape suffixes: B batch, L sequence, M supervised positions, D language width, V vocabulary.
+"""
+
+import importlib
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+
+from .configuration_llava_sp import LlavaSPConfig
+from .projector import SpatialProjector
+
+IGNORE_INDEX = -100
+
+
+class LlavaSPPreTrainedModel(LlavaPreTrainedModel):
+    config_class = LlavaSPConfig
+    config: LlavaSPConfig
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SpatialProjector):
+            module.reset_parameters()
+
+
+class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
+    """Vision tower, spatial projector and decoder, without the language head."""
+
+    def __init__(self, config: LlavaSPConfig):
+        LlavaSPPreTrainedModel.__init__(self, config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = SpatialProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_patch_features(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values [images, 3, H, W] -> patch features of the configured layer(s), [images, N, C]."""
+        pixel_values = pixel_values.to(self.vision_tower.dtype)
+        hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+        layers = self.config.vision_feature_layer
+        selected = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+        if selected[0].ndim == 4:  # timm towers give [images, C, G, G], class token already dropped
+            selected = [layer.flatten(2).transpose(1, 2) for layer in selected]
+        elif self.config.vision_feature_select_strategy == "default":
+            selected = [layer[:, 1:] for layer in selected]
+        return torch.cat(selected, dim=-1)
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Image tokens of every image: `.pooler_output` is a list of [num_image_tokens, D]."""
+        patches = self.get_patch_features(pixel_values)
+        tokens = self.multi_modal_projector(patches.to(self.multi_modal_projector.linear_1.weight.dtype))
+        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=list(tokens))
+
+    def place_image_tokens(self, embeds_BLD: Tensor, placeholders_BL: Tensor, tokens: Tensor | None) -> Tensor:
+        """Put the image tokens [images, num_image_tokens, D] where the placeholders are.
+
+        Raises:
+            ValueError: the number of placeholders is not that of the image tokens.
+        """
+        if not torch.compiler.is_compiling():
+            per_image, images = self.config.num_image_tokens, 0 if tokens is None else tokens.shape[0]
+            placeholders = int(placeholders_BL.sum())
+            if placeholders != images * per_image:
+                raise ValueError(
+                    f"input_ids hold {placeholders} image placeholders ({placeholders / per_image:g} images of "
+                    f"{per_image} tokens each), but pixel_values hold {images} images ({images * per_image} tokens). "
+                    "Make both with one call of LlavaSPProcessor, and let every <image> mark have its image."
+                )
+        if tokens is None:
+            return embeds_BLD
+        mask = placeholders_BL.unsqueeze(-1).to(embeds_BLD.device)
+        return embeds_BLD.masked_scatter(mask, tokens.to(embeds_BLD.device, embeds_BLD.dtype))
+
+    def blank_image_edge(self) -> Tensor:
+        """Zero, computed through tower and projector: ties them into the graph of a batch without images.
+
+        Every process of a distributed run then runs the same modules and reduces the same gradients.
+        """
+        side, channels = self.config.image_size, getattr(self.config.vision_config, "num_channels", 3)
+        blank = torch.zeros(1, channels, side, side, device=self.vision_tower.device)
+        return 0.0 * self.get_image_features(blank).pooler_output[0].sum()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        blank_image: bool = False,
+        **kwargs,
+    ) -> LlavaModelOutputWithPast:
+        """See `LlavaSPForCausalLM.forward`; `blank_image` runs an empty image when the batch has none."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        images = (mm_encoder_outputs or {}).get("image")
+        if images is None and pixel_values is not None:
+            images = self.get_image_features(pixel_values)
+        tokens = None if images is None else torch.stack(list(images.pooler_output))
+        if input_ids is not None and (tokens is not None or input_ids.shape[1] > 1):
+            inputs_embeds = self.place_image_tokens(inputs_embeds, input_ids == self.config.image_token_id, tokens)
+        if tokens is None and blank_image:
+            inputs_embeds = inputs_embeds + self.blank_image_edge().to(inputs_embeds.device, inputs_embeds.dtype)
+
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return LlavaModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=tokens,
+        )
+
+
+class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
+    """LLaVA with visual spatial tokens: `from_pretrained` a checkpoint, or assemble one `from_backbones`."""
+
+    def __init__(self, config: LlavaSPConfig):
+        LlavaSPPreTrainedModel.__init__(self, config)
+        self.model = LlavaSPModel(config)
+        self.lm_head = torch.nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        **kwargs,
+    ) -> LlavaCausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids: [B, L], with `num_image_tokens` placeholders where each image belongs.
+            pixel_values: [images of the whole batch, 3, H, W] in the order of their placeholders; `None` for text.
+            labels: [B, L], aligned with `input_ids` (not shifted), -100 where nothing is learned. The language head
+                then runs at the learned positions only, and `logits` is `None` unless `logits_to_keep` asks for them.
+            logits_to_keep: how many positions, from the end, get logits (0 = all), or their indices.
+            num_items_in_batch: what the summed token losses are divided by; by default the learned tokens here.
+
+        Raises:
+            ValueError: placeholders and images do not fit together; the message has both numbers.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            blank_image=labels is not None,
+            **kwargs,
+        )
+        hidden_BLD = outputs.last_hidden_state
+        loss = None if labels is None else self.supervised_loss(hidden_BLD, labels, num_items_in_batch)
+        logits = None
+        if labels is None or logits_to_keep is not None:
+            kept = slice(-(logits_to_keep or 0), None) if not isinstance(logits_to_keep, Tensor) else logits_to_keep
+            logits = self.lm_head(hidden_BLD[:, kept])
+            logits[..., self.config.image_token_id :] = torch.finfo(logits.dtype).min
+        return LlavaCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    def supervised_loss(self, hidden_BLD: Tensor, labels_BL: Tensor, num_items_in_batch=None) -> Tensor:
+        """Next-token cross-entropy; the [B, L, V] logits are never made.
+
+        Ids from the image placeholder on (placeholder, padding, filler rows) take no part: they are not words.
+        """
+        targets_BL = labels_BL[:, 1:].to(hidden_BLD.device)
+        learned_BL = targets_BL != IGNORE_INDEX
+        logits_MV = self.lm_head(hidden_BLD[:, :-1][learned_BL])[:, : self.config.image_token_id]
+        loss = F.cross_entropy(logits_MV.float(), targets_BL[learned_BL], reduction="sum")
+        if num_items_in_batch is None:
+            num_items_in_batch = learned_BL.sum().clamp(min=1)
+        elif isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss / num_items_in_batch
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "LlavaSPForCausalLM":
+        """Open a full checkpoint as any transformers model, or one of the formats of `llava_sp.checkpoints`.
+
+        An adapter checkpoint (LoRA and projector) is opened on the base models it records; `base_model=` and
+        `vision_tower=` (hub ids or paths) take their place.
+        """
+        package = _checkpoints_package()
+        if package is not None and package.is_adapter(pretrained_model_name_or_path, **kwargs):
+            return package.open_adapter(cls, pretrained_model_name_or_path, *args, **kwargs)
+        if (Path(pretrained_model_name_or_path) / ADAPTER_FILE).is_file():
+            raise ImportError(
+                f"{pretrained_model_name_or_path} is an adapter checkpoint (LoRA and projector); opening it on its "
+                "base models needs the package: pip install llava_sp"
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def from_backbones(cls, language_model: str | os.PathLike, vision_tower: str | os.PathLike, **kwargs):
+        """Assemble a model from a language model and a vision tower, with a fresh projector between them.
+
+        The keywords, formats and errors are those of `llava_sp.checkpoints.from_backbones`.
+        """
+        package = _checkpoints_package()
+        if package is None:
+            raise ImportError("from_backbones needs the package: pip install llava_sp")
+        return package.from_backbones(cls, language_model, vision_tower, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """Save a full checkpoint; with LoRA attached, an adapter checkpoint (LoRA and projector, no base weights)."""
+        if getattr(self, "_hf_peft_config_loaded", False):
+            package = _checkpoints_package()
+            if package is None:
+                raise ImportError("saving LoRA together with its projector needs the package: pip install llava_sp")
+            package.save_adapter(self, None, save_directory)
+        else:
+            super().save_pretrained(save_directory, *args, **kwargs)
+
+
+# The name that makes a folder an adapter checkpoint.
+ADAPTER_FILE = "projector.safetensors"
+
+
+def _checkpoints_package():
+    """llava_sp.checkpoints, or None where only this file was pushed (trust_remote_code).
+
+    Looked up by name: the model's files stand alone, and what opens other formats builds upon them.
+    """
+    if importlib.util.find_spec("llava_sp") is None:
+        return None
+    return importlib.import_module("llava_sp.checkpoints")
+
+
+LlavaSPForCausalLM.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["LlavaSPForCausalLM", "LlavaSPModel"]
