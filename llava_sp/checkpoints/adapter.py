@@ -1,3 +1,390 @@
-"""placeholder"""
-checkpoint_hash=describe=is_adapter=load_adapter=load_projector=open_adapter=save_adapter=trainable_state_dict=None
-def is_adapter(*a,**k): return False
+"""Adapter checkpoints: LoRA and projector, without base weights or embeddings, in a folder that says what it is.
+
+    config.json                 LlavaSPConfig, with the base models and the fingerprints of their weights
+    projector.safetensors       patch MLP and spatial branch; its presence makes the folder an adapter checkpoint
+    lora/adapter_config.json    PEFT's own format; absent after the first stage
+    lora/adapter_model.safetensors
+    generation_config.json and the processor's files
+    llava_sp.json               format, contents, sizes and hashes; written last, so a save that was cut off has none
+
+Every file is written beside its place and renamed, so no file is ever half there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..model.configuration_llava_sp import LlavaSPConfig
+from ..model.modeling_llava_sp import ADAPTER_FILE
+from .backbones import _hub_kwargs, from_backbones, gathered
+
+MANIFEST = "llava_sp.json"
+LORA_FOLDER = "lora"
+FORMAT = 1
+ADAPTER_NAME = "default"
+_PROJECTOR = "model.multi_modal_projector."
+_PEFT = "base_model.model."  # PEFT's files name parameters as seen from its wrapper
+
+# What must agree for one model's projector to fit into another.
+_SHAPE_FIELDS = (
+    "spatial_variant",
+    "spatial_scales",
+    "spatial_width",
+    "spatial_fusion",
+    "spatial_projection_bias",
+    "fusion_kernel",
+    "fusion_stride",
+    "vision_width",
+    "grid_size",
+)
+
+
+def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """LoRA and projector as whole tensors on the CPU, under the model's own parameter names.
+
+    Under ZeRO-3 every process must call this; each parameter is gathered in turn.
+    """
+    state = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith(_PROJECTOR) or ".lora_" in name:
+            with gathered([parameter]):
+                state[name] = parameter.detach().cpu().clone().contiguous()
+    return state
+
+
+def save_adapter(
+    model,
+    processor,
+    path: str | os.PathLike,
+    *,
+    run: dict | None = None,
+    state_dict: dict[str, Tensor] | None = None,
+    write: bool = True,
+) -> None:
+    """Write LoRA and projector, their configuration and (if given) the processor to `path`.
+
+    Args:
+        run: what the manifest keeps about the run that made the weights (stage, step, ...).
+        state_dict: as from `trainable_state_dict`; by default taken from the model now.
+        write: false on processes that only help gathering (all but the main one).
+
+    Raises:
+        ValueError: a tensor is empty or not finite; nothing is written then.
+        OSError: the disk is full or `path` cannot be written; what stood there before is not a checkpoint any more
+            only if its files had been replaced already, and then has no manifest.
+    """
+    state = trainable_state_dict(model) if state_dict is None else state_dict
+    if not write:
+        return
+    _check_tensors(state)
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / MANIFEST).unlink(missing_ok=True)
+
+    projector = {name.removeprefix(_PROJECTOR): t for name, t in state.items() if name.startswith(_PROJECTOR)}
+    lora = {_PEFT + _without_adapter_name(name): tensor for name, tensor in state.items() if ".lora_" in name}
+    with _replacing(path / ADAPTER_FILE) as file:
+        save_file(projector, file, metadata={"format": "pt"})
+    if lora:
+        _write_lora(model, lora, path / LORA_FOLDER)
+    _save_config(model, path)
+    if processor is not None:
+        processor.save_pretrained(path)
+
+    manifest = {
+        "format": FORMAT,
+        "contents": {"projector": len(projector), "lora": len(lora)},
+        "parameters": {"projector": _count(projector), "lora": _count(lora)},
+        "base_language_model": [model.config.base_language_model, model.config.base_language_model_hash],
+        "base_vision_tower": [model.config.base_vision_tower, model.config.base_vision_tower_hash],
+        "files": {
+            str(file.relative_to(path)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+            for file in _tensor_files(path)
+        },
+        "run": run or {},
+    }
+    with _replacing(path / MANIFEST) as file:
+        file.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def is_adapter(path: str | os.PathLike, **hub_kwargs) -> bool:
+    """Whether `path` (a folder or a hub id) is an adapter checkpoint."""
+    if Path(path).exists():
+        return (Path(path) / ADAPTER_FILE).is_file()
+    return _from_hub(path, MANIFEST, **hub_kwargs) is not None
+
+
+def describe(path: str | os.PathLike) -> dict:
+    """The manifest of an adapter checkpoint, after a check that the save was not cut off.
+
+    Raises:
+        ValueError: no manifest, or a tensor file is not there or not as long as the manifest says.
+    """
+    manifest = Path(path) / MANIFEST
+    if not manifest.is_file():
+        raise ValueError(
+            f"{path} has no {MANIFEST}: it is not an adapter checkpoint, or saving it was cut off. Use an earlier one "
+            "(checkpoint-* beside it), or run the same training command again."
+        )
+    described = json.loads(manifest.read_text())
+    for name, expected in described["files"].items():
+        file = Path(path) / name
+        found = file.stat().st_size if file.is_file() else None
+        if found != expected["bytes"]:
+            raise ValueError(
+                f"{file} is {found} bytes long, but {MANIFEST} says {expected['bytes']}: the copy is cut off"
+            )
+    return described
+
+
+def checkpoint_hash(path: str | os.PathLike) -> str:
+    """16 hex digits that stand for the weights in a checkpoint folder (adapter or full), for provenance."""
+    path = Path(path)
+    if is_adapter(path):
+        described = describe(path)
+        parts = [file["sha256"] for _, file in sorted(described["files"].items())]
+        parts += [str(described["base_language_model"][1]), str(described["base_vision_tower"][1])]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+    from .backbones import weights_fingerprint
+
+    return weights_fingerprint(path)
+
+
+def open_adapter(
+    cls,
+    path: str | os.PathLike,
+    *,
+    config: LlavaSPConfig | None = None,
+    base_model: str | os.PathLike | None = None,
+    vision_tower: str | os.PathLike | None = None,
+    check_base: bool = True,
+    dtype: torch.dtype | str = "auto",
+    **load_kwargs,
+):
+    """Open an adapter checkpoint on its base models; `LlavaSPForCausalLM.from_pretrained` calls this.
+
+    Args:
+        base_model, vision_tower: in place of the recorded ones, for instance on another machine.
+        check_base: compare the base weights' fingerprints with the recorded ones.
+
+    Raises:
+        ValueError: the save was cut off, a base model is not where the checkpoint says, its weights are not those
+            that the adapter was trained on, or tensors do not fit. The message says what would be right.
+    """
+    path = _fetch(path, **load_kwargs)
+    describe(path)
+    config = LlavaSPConfig.from_pretrained(path) if config is None else config
+    recorded = (config.base_language_model_hash, config.base_vision_tower_hash)
+    language = _find_base(path, base_model, config.base_language_model, "base_model", "language model")
+    tower = _find_base(path, vision_tower, config.base_vision_tower, "vision_tower", "vision tower")
+    if dtype == "auto" and config.dtype is not None:
+        dtype = config.dtype
+    for name in ("adapter_kwargs", "trust_remote_code", "_from_auto", "_commit_hash"):  # the Auto classes' own
+        load_kwargs.pop(name, None)
+    model = from_backbones(cls, language, tower, config=config, dtype=dtype, **load_kwargs)
+    if check_base:
+        _check_bases(path, recorded, config)
+    if (path / LORA_FOLDER).is_dir():
+        model.add_adapter(LoraConfig.from_pretrained(str(path / LORA_FOLDER)), adapter_name=ADAPTER_NAME)
+    load_adapter(model, path)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(model.dtype)
+    return model.eval()
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
+    """Load LoRA and projector of a checkpoint into a model that has the same parts.
+
+    Raises:
+        ValueError: a tensor is missing, left over or of another shape; nothing is loaded then.
+    """
+    path = Path(path)
+    describe(path)
+    tensors = {_PROJECTOR + name: tensor for name, tensor in load_file(path / ADAPTER_FILE).items()}
+    if (path / LORA_FOLDER).is_dir():
+        for name, tensor in load_file(path / LORA_FOLDER / "adapter_model.safetensors").items():
+            tensors[_with_adapter_name(name.removeprefix(_PEFT))] = tensor
+    own = {n: p for n, p in model.named_parameters() if n.startswith(_PROJECTOR) or ".lora_" in n}
+    _copy_strictly(own, tensors, f"the checkpoint {path}", _config_differences(path, model.config))
+
+
+def load_projector(model: nn.Module, path: str | os.PathLike) -> None:
+    """Load a first stage's whole projector (patch MLP and spatial branch) into a model.
+
+    Raises:
+        ValueError: the projector is of another variant, width or grid (the message lists the differing settings and
+            tensors), or the save was cut off.
+    """
+    path = Path(path)
+    describe(path)
+    tensors = {_PROJECTOR + name: tensor for name, tensor in load_file(path / ADAPTER_FILE).items()}
+    own = {name: parameter for name, parameter in model.named_parameters() if name.startswith(_PROJECTOR)}
+    _copy_strictly(own, tensors, f"the projector in {path}", _config_differences(path, model.config))
+
+
+@torch.no_grad()
+def _copy_strictly(own: dict[str, nn.Parameter], tensors: dict[str, Tensor], what: str, differences: list[str]) -> None:
+    def shape(parameter: nn.Parameter) -> tuple[int, ...]:
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+    problems = [f"lacks {name}" for name in own if name not in tensors]
+    problems += [f"has {name}, which the model has not" for name in tensors if name not in own]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, the model's is {shape(own[name])}"
+        for name in own
+        if name in tensors and tuple(tensors[name].shape) != shape(own[name])
+    ]
+    if problems or differences:
+        lines = "\n  ".join(
+            [*differences, *problems[:8], *([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])]
+        )
+        raise ValueError(f"{what} does not fit this model:\n  {lines}")
+    for name, parameter in own.items():
+        with gathered([parameter], modify=True):
+            if parameter.numel():
+                parameter.copy_(tensors[name])
+
+
+def _config_differences(path: Path, config: LlavaSPConfig) -> list[str]:
+    saved = LlavaSPConfig.from_pretrained(path)
+    return [
+        f"{field} is {getattr(saved, field)!r} there and {getattr(config, field)!r} here"
+        for field in _SHAPE_FIELDS
+        if getattr(saved, field) != getattr(config, field)
+    ]
+
+
+def _find_base(path: Path, given, recorded: str | None, keyword: str, what: str) -> str:
+    """Where a base model is: as given, as recorded, or relative to the checkpoint; a hub id is left to transformers."""
+    chosen = given if given is not None else recorded
+    if chosen is None:
+        raise ValueError(f"{path} does not record its {what}: pass {keyword}=<hub id or folder>")
+    if Path(chosen).is_dir():
+        return str(chosen)
+    if (path / chosen).is_dir():
+        return str(path / chosen)
+    if os.path.isabs(chosen) or str(chosen).startswith(".") or str(chosen).count("/") > 1:
+        origin = f"passed as {keyword}" if given is not None else "that the checkpoint records"
+        raise ValueError(f"{path}: the {what} {origin}, {chosen}, is not there; pass {keyword}=<hub id or folder>")
+    return str(chosen)
+
+
+def _check_bases(path: Path, recorded: tuple[str | None, str | None], config: LlavaSPConfig) -> None:
+    found = (config.base_language_model_hash, config.base_vision_tower_hash)
+    places = (config.base_language_model, config.base_vision_tower)
+    keywords = ("base_model", "vision_tower")
+    for what, place, was, now, keyword in zip(("language model", "vision tower"), places, recorded, found, keywords):
+        if was is not None and was != now:
+            raise ValueError(
+                f"{path} was trained on a {what} with the fingerprint {was}, but {place} has {now}: these are other "
+                f"weights. Pass {keyword}=<the right one>, or check_base=False to go on with these."
+            )
+
+
+def _save_config(model, path: Path) -> None:
+    with _replacing(path / "config.json") as file:
+        model.config.architectures = [type(model).__name__]
+        file.write_text(model.config.to_json_string())
+    with _replacing(path / "generation_config.json") as file:
+        model.generation_config.to_json_file(file)
+
+
+def _write_lora(model, lora: dict[str, Tensor], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    with _replacing(folder / "adapter_model.safetensors") as file:
+        save_file(lora, file, metadata={"format": "pt"})
+    settings = model.peft_config[ADAPTER_NAME].to_dict()
+    settings["base_model_name_or_path"] = model.config.base_language_model
+    settings["inference_mode"] = True
+    with _replacing(folder / "adapter_config.json") as file:
+        file.write_text(json.dumps(settings, indent=2, default=_json_default, sort_keys=True))
+
+
+def _json_default(value):
+    if isinstance(value, set):
+        return sorted(value)
+    return str(value)
+
+
+def _without_adapter_name(name: str) -> str:
+    return name.replace(f".{ADAPTER_NAME}.", ".")
+
+
+def _with_adapter_name(name: str) -> str:
+    stem, _, leaf = name.rpartition(".")
+    return f"{stem}.{ADAPTER_NAME}.{leaf}"
+
+
+def _check_tensors(state: dict[str, Tensor]) -> None:
+    if not state:
+        raise ValueError("the model has neither a projector nor LoRA: there is nothing to save")
+    empty = [name for name, tensor in state.items() if tensor.numel() == 0]
+    wild = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if empty:
+        raise ValueError(f"{len(empty)} tensors are empty (not gathered under ZeRO-3?), such as {empty[0]}: not saved")
+    if wild:
+        raise ValueError(f"{len(wild)} tensors hold NaN or infinity, such as {wild[0]}: not saved")
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """Give a file beside `target` to write, and put it in its place when all is on the disk."""
+    part = target.with_name(f".{target.name}.part")
+    try:
+        yield part
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _tensor_files(path: Path) -> list[Path]:
+    return [file for file in (path / ADAPTER_FILE, path / LORA_FOLDER / "adapter_model.safetensors") if file.is_file()]
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _count(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _fetch(path: str | os.PathLike, **kwargs) -> Path:
+    """The local folder of an adapter checkpoint, downloaded if it is a hub id."""
+    if Path(path).exists():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    hub_kwargs = {k: v for k, v in _hub_kwargs(kwargs).items() if k != "token" or v is not None}
+    return Path(snapshot_download(str(path), **hub_kwargs))
+
+
+def _from_hub(path: str | os.PathLike, name: str, **kwargs) -> str | None:
+    from transformers.utils import cached_file
+
+    return cached_file(
+        str(path),
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_connection_errors=False,
+        **_hub_kwargs(kwargs),
+    )

@@ -196,7 +196,9 @@ def weight_files(folder: Path) -> list[Path]:
             files = sorted({folder / shard for shard in json.loads(index.read_text())["weight_map"].values()})
             missing = [file.name for file in files if not file.is_file()]
             if missing:
-                raise ValueError(f"{index} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not there")
+                raise ValueError(
+                    f"{index} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not there"
+                )
             return files
     raise ValueError(f"{folder} holds no weights: expected model.safetensors, pytorch_model.bin or an index of shards")
 
@@ -285,6 +287,3 @@ _HUB_KEYWORDS = ("revision", "cache_dir", "token", "local_files_only", "force_do
 
 def _hub_kwargs(kwargs: dict) -> dict:
     return {name: kwargs[name] for name in _HUB_KEYWORDS if name in kwargs}
-
-
-
