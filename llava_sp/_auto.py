@@ -76,6 +76,9 @@ class _CountingLoader(importlib.abc.Loader):
     def __init__(self, loader: importlib.abc.Loader, watcher: _AutoWatcher):
         self.loader, self.watcher = loader, watcher
 
+    def __getattr__(self, name: str):
+        return getattr(self.loader, name)  # `python -m` asks the loader for the module's code
+
     def create_module(self, spec):
         return self.loader.create_module(spec)
 
