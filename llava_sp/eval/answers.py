@@ -30,7 +30,9 @@ def read_answers(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     """
     text = read_text(path)
     if text.lstrip().startswith("["):
-        raise ValueError(f"{path} is a JSON list (a submission file?); needed is LLaVA's answers file, one object per line")
+        raise ValueError(
+            f"{path} is a JSON list (a submission file?); needed is LLaVA's answers file, one object per line"
+        )
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     note = None
     if not text.endswith("\n"):
@@ -68,7 +70,9 @@ def match_by_question_id(items: Sequence[Item], records: Sequence[dict[str, Any]
         if found:
             problems.append(f"{len(found)} question ids {trouble} ({examples(found)})")
     if problems:
-        raise ValueError(f"the {len(records)} answers do not fit the {len(items)} questions of {what}: " + "; ".join(problems))
+        raise ValueError(
+            f"the {len(records)} answers do not fit the {len(items)} questions of {what}: " + "; ".join(problems)
+        )
     texts = {str(record["question_id"]): record["text"] for record in records}
     return [texts[str(item.id)] for item in items]
 

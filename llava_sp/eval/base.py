@@ -115,7 +115,7 @@ class Benchmark(ABC):
         self.images = images
         self.files: list[Path] = []  # what was read; their hashes go into the provenance
 
-    @classmethod
+    @classmethod  # noqa: B027 - most benchmarks have none
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Adds the benchmark's own command-line arguments, for `from_arguments` to use."""
 

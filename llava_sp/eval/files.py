@@ -28,8 +28,12 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        cut = " (it ends in the middle: an interrupted download or copy?)" if error.pos >= len(text.rstrip()) - 1 else ""
-        raise ValueError(f"{path} is not valid JSON: {error.msg}, line {error.lineno} column {error.colno}{cut}") from None
+        cut = (
+            " (it ends in the middle: an interrupted download or copy?)" if error.pos >= len(text.rstrip()) - 1 else ""
+        )
+        raise ValueError(
+            f"{path} is not valid JSON: {error.msg}, line {error.lineno} column {error.colno}{cut}"
+        ) from None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -91,7 +91,9 @@ def merge(
     logged = read_logs(output / LOGS)
     missing = [item.key for item in items if item.key not in logged]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(items)} items were not answered ({examples(missing)}); run the command again")
+        raise ValueError(
+            f"{len(missing)} of {len(items)} items were not answered ({examples(missing)}); run the command again"
+        )
     records = []
     for item in items:
         answer_id = hashlib.sha256(f"{settings_id}/{item.key}".encode()).hexdigest()[:22]

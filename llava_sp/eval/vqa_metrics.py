@@ -24,11 +24,11 @@ isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock 
 somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd
 they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've who'd
 who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
-""".split()
+"""
 _ONE_OF_TWO_LOST = """
 couldn't've hadn't've he'd've I'd've it'd've mightn't've she'd've shouldn't've somebody'd've someone'd've something'd've
 there'd've they'd've we'd've who'd've wouldn't've y'all'll you'd've
-""".split()
+"""
 _ODD = {
     "let's": "let's",
     "she's": "she's",
@@ -43,8 +43,8 @@ _ODD = {
 
 
 def _contraction_table() -> dict[str, str]:
-    table = {word.replace("'", ""): word for word in _APOSTROPHE_LOST}
-    for word in _ONE_OF_TWO_LOST:
+    table = {word.replace("'", ""): word for word in _APOSTROPHE_LOST.split()}
+    for word in _ONE_OF_TWO_LOST.split():
         first, second = (i for i, character in enumerate(word) if character == "'")
         table[word[:first] + word[first + 1 :]] = word
         table[word[:second] + word[second + 1 :]] = word
@@ -53,10 +53,9 @@ def _contraction_table() -> dict[str, str]:
 
 CONTRACTIONS: Mapping[str, str] = _contraction_table()
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_COUNTING = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 ARTICLES = frozenset(("a", "an", "the"))
-NUMBERS: Mapping[str, str] = {"none": "0", "zero": "0"} | {
-    word: str(i + 1) for i, word in enumerate("one two three four five six seven eight nine ten".split())
-}
+NUMBERS: Mapping[str, str] = {"none": "0", "zero": "0"} | {word: str(i + 1) for i, word in enumerate(_COUNTING)}
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _LOOSE_PERIOD = re.compile(r"\.(?!\d)")
 _MOST_PERIODS = 32  # the official code passes re.UNICODE, which is 32, where re.sub expects a count
@@ -142,7 +141,9 @@ def score_vqa(
         ValueError: if the numbers differ or there is nothing to score.
     """
     if len(predictions) != len(annotations):
-        raise ValueError(f"{len(predictions)} predictions for {len(annotations)} annotations: the numbers must be equal")
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(annotations)} annotations: the numbers must be equal"
+        )
     if not predictions:
         raise ValueError("no predictions to score")
     by_answer_type: dict[str, list[float]] = {}

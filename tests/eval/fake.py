@@ -1,6 +1,6 @@
 """A benchmark without files and a model without weights: what the runner's tests run, also as a process to be killed:
 
-    python tests/eval/fake.py OUTPUT COUNT BATCH_SIZE SECONDS_PER_BATCH
+python tests/eval/fake.py OUTPUT COUNT BATCH_SIZE SECONDS_PER_BATCH
 """
 
 from __future__ import annotations

@@ -117,9 +117,7 @@ def test_error_while_preparing_reaches_the_caller(tmp_path):
             return items
 
     with pytest.raises(ValueError, match="image 5 is broken"):
-        generate_answers(
-            fake.Fake(), fake.make_items(40), Bad, tmp_path, batch_size=4, ranks=Ranks(), progress=False
-        )
+        generate_answers(fake.Fake(), fake.make_items(40), Bad, tmp_path, batch_size=4, ranks=Ranks(), progress=False)
     kept = len(read_logs(tmp_path / LOGS))
     assert kept >= 4 and kept % 4 == 0
 

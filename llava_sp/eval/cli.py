@@ -1,0 +1,305 @@
+"""The command line that all benchmarks share: `python -m llava_sp.eval.NAME`.
+
+    --model M --data D --output O            answer the questions and score the answers
+    --answers FILE --data D [--output O]     score an existing answers file (LLaVA's JSONL) without a model
+    --validate FILE --data D                 check a finished submission file
+
+Under `torchrun`, `accelerate launch` or `deepspeed` the questions are shared among the processes. The same command again
+goes on where the last one stopped. What it writes:
+
+    O/metrics.json     score (the headline figure as published), metrics (all other figures), provenance
+    O/per_item.jsonl   the score of each item
+    O/answers.jsonl    the answers in LLaVA's format; O/answers/ holds each process's own log, O/run.json the settings
+    O/submission.json  for splits that a server scores
+
+Exit status: 0 done, 1 a file that does not validate, 2 something to put right (the message says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llava_sp.eval.answers import read_answers
+from llava_sp.eval.base import Benchmark, Item
+from llava_sp.eval.files import examples, sha256, write_json, write_jsonl
+from llava_sp.eval.provenance import check_output, provenance, run_settings, settings_id
+from llava_sp.eval.ranks import Ranks
+from llava_sp.eval.runner import generate_answers, merge
+
+DEFAULT_MODEL = "llava-sp-7b-cropping-lora"  # what configs/finetune_lora_7b_cropping.yaml writes, below the runs folder
+QUICKSTART = "bash scripts/quickstart.sh"
+
+
+def main(benchmark_class: type[Benchmark], argv: Sequence[str] | None = None) -> int:
+    """Runs one benchmark; returns the exit status."""
+    args = _parser(benchmark_class).parse_args(argv)
+    try:
+        if args.validate:
+            return _validate(benchmark_class, args)
+        if args.answers:
+            return _score_answers(benchmark_class, args)
+        return _run(benchmark_class, args)
+    except (ValueError, OSError, MemoryError) as error:
+        if args.traceback:
+            raise
+        if int(os.environ.get("RANK", 0)) == 0 or not getattr(error, "shared", False):
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parser(benchmark: type[Benchmark]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m llava_sp.eval.{benchmark.name}",
+        description=f"{benchmark.title}. {(sys.modules[benchmark.__module__].__doc__ or '').strip()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", help="a LLaVA-SP checkpoint (full or adapter): directory or hub id")
+    add(
+        "--data",
+        type=Path,
+        help=f"folder of the official or LLaVA's files (default ./playground/data/eval/{benchmark.name})",
+    )
+    add("--images", type=Path, help="folder of the images, where it is not in its usual place in the data folder")
+    add("--output", type=Path, help="where results go (default ./runs/eval/NAME/CHECKPOINT)")
+    add("--answers", type=Path, help="score this answers file instead of running a model")
+    add("--validate", type=Path, help="check this submission file")
+    add("--split", choices=benchmark.splits or None, help="default: what the data folder holds")
+    add("--protocol", choices=benchmark.protocols, help=f"default {benchmark.protocols[0]}")
+    add("--batch-size", type=int, default=8, help="questions at once per process (default 8)")
+    add("--max-new-tokens", type=int, help=f"default {benchmark.generation.max_new_tokens}")
+    add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",
+        help="auto: float16 on a GPU, as LLaVA evaluates, else float32")  # fmt: skip
+    add("--device", help="cuda, cuda:1, cpu, ... (default: this process's GPU if there is one)")
+    add("--limit", type=int, help="only the first N questions; the score is then not comparable")
+    add("--seed", type=int, default=0, help="for benchmarks that sample")
+    add("--base-model", help="language model of an adapter checkpoint, where it has moved")
+    add("--vision-tower", help="vision tower of an adapter checkpoint, where it has moved")
+    add("--traceback", action="store_true", help="show where an error comes from")
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
+    benchmark.add_arguments(parser)
+    return parser
+
+
+def _validate(benchmark_class: type[Benchmark], args: argparse.Namespace) -> int:
+    benchmark = benchmark_class.from_arguments(args)
+    data = _find_data(benchmark_class, args.data)
+    try:
+        print(f"valid: {benchmark.validate(args.validate, data)}")
+    except ValueError as error:
+        print(f"not valid: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _score_answers(benchmark_class: type[Benchmark], args: argparse.Namespace) -> int:
+    if args.limit is not None:
+        raise ValueError("--limit does not go with --answers: all answers of a file are scored")
+    if args.model:
+        raise ValueError("--model does not go with --answers: existing answers are scored without a model")
+    benchmark = benchmark_class.from_arguments(args)
+    items = benchmark.load(_find_data(benchmark_class, args.data))
+    records, note = read_answers(args.answers)
+    try:
+        answers = benchmark.match(items, records)
+    except ValueError as error:
+        raise ValueError(f"{error}. {note}" if note else str(error)) from None
+    if note:
+        print(f"note: {note}", file=sys.stderr)
+    settings = {
+        "benchmark": benchmark.name,
+        "answers_file": str(args.answers),
+        "answers_sha256": sha256(args.answers),
+        "model_ids": sorted({str(record["model_id"]) for record in records if "model_id" in record}),
+    }
+    if args.output:
+        check_output(args.output, settings)
+    _finish(benchmark, items, answers, args.output, provenance(benchmark, items, settings))
+    return 0
+
+
+def _run(benchmark_class: type[Benchmark], args: argparse.Namespace) -> int:
+    _check_numbers(args)
+    model_path, data = _find_inputs(benchmark_class, args)
+    output = args.output or Path("runs") / "eval" / benchmark_class.name / Path(model_path).name
+    benchmark = benchmark_class.from_arguments(args)
+    all_items = benchmark.load(data)
+    items = all_items[: args.limit]
+    ranks = Ranks.from_environment()
+    try:
+        return _run_on_ranks(benchmark, all_items, items, model_path, output, args, ranks)
+    finally:
+        ranks.close()
+
+
+def _run_on_ranks(
+    benchmark: Benchmark,
+    all_items: Sequence[Item],
+    items: Sequence[Item],
+    model_path: str,
+    output: Path,
+    args: argparse.Namespace,
+    ranks: Ranks,
+) -> int:
+    from llava_sp.eval import loading  # torch and transformers from here on
+
+    generation = benchmark.generation
+    if args.max_new_tokens is not None:
+        generation = replace(generation, max_new_tokens=args.max_new_tokens)
+    source = loading.Source(model_path, args.base_model, args.vision_tower)
+    device, dtype = loading.choose_device(args.device, ranks.local_rank), args.dtype
+    dtype = loading.choose_dtype(dtype, device)
+    processor = loading.load_processor(source, benchmark.image_mode)
+    settings = {}
+    problem = None
+    if ranks.first:
+        try:
+            check_images(items)
+            settings = run_settings(
+                benchmark,
+                all_items,
+                checkpoint=source.fingerprint(),
+                template=benchmark.conversation or processor.conversation_template,
+                example=loading.render_prompt(processor, benchmark.message(items[0]), benchmark.conversation),
+                image_mode=processor.image_aspect_ratio,
+                generation=generation,
+                dtype=dtype,
+                seed=args.seed,
+            )
+            check_output(output, settings)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    problem = ranks.agree(problem)
+    if problem is not None:
+        error = ValueError(problem)
+        error.shared = True  # rank 0 says it for all
+        raise error
+    if ranks.first:
+        print(f"{len(items)} questions of {benchmark.name} {benchmark.split or ''} -> {output}", file=sys.stderr)
+    start = time.perf_counter()
+    answered = generate_answers(
+        benchmark,
+        items,
+        lambda: loading.ModelAnswerer(source.model(dtype, device), processor, benchmark, generation, args.seed),
+        output,
+        batch_size=args.batch_size,
+        ranks=ranks,
+    )
+    seconds = time.perf_counter() - start
+    ranks.wait()
+    if not ranks.first:
+        return 0
+    records = merge(benchmark, items, output, model_id=source.name, settings_id=settings_id(settings))
+    run = {
+        "model": model_path,
+        "device": loading.device_name(device),
+        "batch_size": args.batch_size,
+        "processes": ranks.world,
+        "limit": args.limit,
+        "seed": args.seed,
+        "answered_by_this_process": answered,
+        "seconds": round(seconds, 2),
+    }
+    answers = [record["text"] for record in records]
+    _finish(benchmark, items, answers, output, provenance(benchmark, items, settings, **run))
+    return 0
+
+
+def _finish(
+    benchmark: Benchmark, items: Sequence[Item], answers: Sequence[str], output: Path | None, origin: dict[str, Any]
+) -> None:
+    """Scores, writes, and prints the headline."""
+    scores = benchmark.score(items, answers)
+    result = {"score": scores.score, "metrics": scores.metrics, "provenance": origin}
+    if output is None:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    write_jsonl(output / "per_item.jsonl", scores.per_item)
+    submission = benchmark.submission(items, answers, output)
+    if submission is not None:
+        result["submission"] = str(submission)
+        print(f"submission file: {submission}")
+    write_json(output / "metrics.json", result)
+    if scores.score is not None:
+        print(f"{benchmark.title}: {scores.score} ({len(items)} questions)")
+    print(f"results: {output / 'metrics.json'}")
+
+
+def check_images(items: Sequence[Item]) -> None:
+    """Raises ValueError with count and examples if image files are missing, before any model is loaded."""
+    listings: dict[Path, set[str]] = {}
+    missing: dict[Path, Item] = {}
+    for item in items:
+        for image in item.images:
+            if not isinstance(image, Path):
+                continue
+            if image.parent not in listings:
+                listings[image.parent] = set(os.listdir(image.parent)) if image.parent.is_dir() else set()
+            if image.name not in listings[image.parent]:
+                missing.setdefault(image, item)
+    if missing:
+        first = next(iter(missing))
+        raise ValueError(
+            f"{len(missing)} image files are missing ({examples(missing)}), the first for question {missing[first].id}; "
+            "--images names the folder if they are elsewhere"
+        )
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    for name in ("batch_size", "max_new_tokens", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+
+
+def _find_data(benchmark: type[Benchmark], data: Path | None) -> Path:
+    if data is not None:
+        if not data.is_dir():
+            raise ValueError(f"--data {data} is not a directory")
+        return data
+    found = _default_data(benchmark)
+    if not found.is_dir():
+        raise ValueError(f"no data: {found} does not exist (LLaVA's layout); give --data DIR")
+    return found
+
+
+def _find_inputs(benchmark: type[Benchmark], args: argparse.Namespace) -> tuple[str, Path]:
+    """Model and data, given or in their default places; what is missing is said in one message."""
+    missing = []
+    model, data = args.model, args.data
+    if model is None:
+        default = Path(os.environ.get("LLAVA_SP_RUNS", "runs")) / DEFAULT_MODEL
+        model = str(default)
+        if not (default / "config.json").is_file():
+            missing.append(
+                f"  model: no finished fine-tuning run in {default} (scripts/finetune_lora.sh writes it); "
+                "--model DIR names another"
+            )
+    if data is None:
+        data = _default_data(benchmark)
+        if not data.is_dir():
+            missing.append(f"  data: no {data} (LLaVA's layout, with the official files); --data DIR names another")
+    elif not data.is_dir():
+        missing.append(f"  data: --data {data} is not a directory")
+    if missing:
+        module = f"python -m llava_sp.eval.{benchmark.name}"
+        raise ValueError(
+            "\n".join([f"{module} has nothing to run on:", *missing])
+            + f"\nTo see it work on the embedded default, which trains and scores small models:\n  {QUICKSTART}"
+        )
+    return model, data
+
+
+def _default_data(benchmark: type[Benchmark]) -> Path:
+    return Path(os.environ.get("LLAVA_SP_DATA", "playground/data")) / "eval" / benchmark.name

@@ -1,0 +1,98 @@
+"""Opening a checkpoint for evaluation or generation: where it is, on what device, in which number format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.checkpoints import checkpoint_hash
+from llava_sp.eval.answerer import ModelAnswerer, render_prompt
+
+__all__ = ["ModelAnswerer", "Source", "choose_device", "choose_dtype", "device_name", "load_processor", "render_prompt"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint: a directory, or a hub id that is downloaded (or found in the cache) when first needed."""
+
+    path: str
+    base_model: str | None = None
+    vision_tower: str | None = None
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).resolve().name if Path(self.path).is_dir() else self.path
+
+    @cached_property
+    def folder(self) -> Path:
+        """Raises ValueError if there is neither such a directory nor such a model on the hub."""
+        local = Path(self.path)
+        if local.is_dir():
+            if not (local / "config.json").is_file():
+                raise ValueError(f"--model {local} has no config.json: not a checkpoint, or an unfinished one")
+            return local
+        if self.path.startswith((".", "/", "~")) or self.path.count("/") > 1 or local.exists():
+            raise ValueError(f"--model {self.path} is not a directory")
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(self.path))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"--model {self.path} is neither a directory here nor a model on the hub ({reason})"
+            ) from None
+
+    def fingerprint(self) -> str:
+        return checkpoint_hash(self.folder)
+
+    def model(self, dtype: str, device: torch.device) -> Any:
+        overrides = {"base_model": self.base_model, "vision_tower": self.vision_tower}
+        overrides = {name: value for name, value in overrides.items() if value is not None}
+        model = LlavaSPForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, dtype), **overrides)
+        return model.to(device).eval()
+
+
+def load_processor(source: Source, image_mode: str | None = None) -> Any:
+    processor = LlavaSPProcessor.from_pretrained(source.folder)
+    if image_mode is not None:
+        processor.image_aspect_ratio = image_mode
+    return processor
+
+
+def choose_device(wanted: str | None, local_rank: int = 0) -> torch.device:
+    """This process's GPU if there is one, else the CPU; `wanted` as on the command line.
+
+    Raises:
+        ValueError: a device that torch does not know or that is not there.
+    """
+    if wanted is None or wanted == "cuda":
+        count = torch.cuda.device_count()
+        if count:
+            return torch.device("cuda", local_rank % count)
+        if wanted is None:
+            return torch.device("cpu")
+        raise ValueError("--device cuda: there is no CUDA GPU here (use --device cpu)")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ValueError(f"--device {wanted}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {wanted}: there are {torch.cuda.device_count()} CUDA GPUs here")
+    return device
+
+
+def choose_dtype(wanted: str, device: torch.device) -> str:
+    if wanted != "auto":
+        return wanted
+    return "float16" if device.type == "cuda" else "float32"
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

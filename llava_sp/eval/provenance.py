@@ -1,0 +1,142 @@
+"""What a score was made with: settings that change answers (guarded), and everything else worth knowing (recorded).
+
+`OUTPUT/run.json` holds the settings. A later command into the same directory must have the same ones, or it is refused
+with the differences: answers of two models or prompts are never mixed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import llava_sp
+from llava_sp.eval.base import Benchmark, Generation, Item
+from llava_sp.eval.files import read_json, sha256, write_json
+
+RUN_FILE = "run.json"
+_OUTPUTS = ("answers", "answers.jsonl", "metrics.json", "per_item.jsonl")
+_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    found = {"llava_sp": llava_sp.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def run_settings(
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    *,
+    checkpoint: str,
+    template: str,
+    example: str,
+    image_mode: str,
+    generation: Generation,
+    dtype: str,
+    seed: int,
+) -> dict[str, Any]:
+    """What decides the answers. Not among them: batch size, device, number of processes, --limit."""
+    return {
+        "benchmark": benchmark.name,
+        "split": benchmark.split,
+        "questions": _hash_questions(benchmark, items),
+        "checkpoint": checkpoint,
+        "template": template,
+        "prompt_example": example,
+        "image_mode": image_mode,
+        "generation": asdict(generation) | ({"seed": seed} if generation.do_sample else {}),
+        "dtype": dtype,
+    }
+
+
+def settings_id(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def check_output(output: Path, settings: dict[str, Any]) -> None:
+    """Claims the output directory for `settings`, or accepts it if it has the same ones already.
+
+    Raises:
+        ValueError: the directory holds a run with other settings (naming what changed) or results of unknown origin.
+    """
+    file = output / RUN_FILE
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file; give a directory")
+    if not file.exists():
+        unknown = [name for name in _OUTPUTS if (output / name).exists()]
+        if unknown:
+            raise ValueError(f"{output} holds {', '.join(unknown)} but no {RUN_FILE}: give another --output")
+        write_json(file, {"settings": settings, "started": now()})
+        return
+    before = dict(_flat(read_json(file).get("settings", {})))
+    after = dict(_flat(settings))
+    changed = [
+        f"{key} was {_short(before.get(key))}, now {_short(after.get(key))}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{output} holds a run with other settings: {'; '.join(changed)}. Give another --output, or remove this one"
+        )
+
+
+def provenance(benchmark: Benchmark, items: Sequence[Item], settings: dict[str, Any], **extra: Any) -> dict[str, Any]:
+    """The `provenance` of metrics.json."""
+    return {
+        "benchmark": benchmark.name,
+        "metric": benchmark.title,
+        "split": benchmark.split,
+        "protocol": benchmark.protocol,
+        "count": len(items),
+        **settings,
+        **extra,
+        "data_files": {str(path): sha256(path) for path in dict.fromkeys(benchmark.files)},
+        "versions": versions(),
+        "platform": platform.platform(),
+        "command": shlex.join(["python", "-m", f"llava_sp.eval.{benchmark.name}", *sys.argv[1:]]),
+        "date": now(),
+    }
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _hash_questions(benchmark: Benchmark, items: Sequence[Item]) -> str:
+    digest = hashlib.sha256()
+    for item in items:
+        images = [
+            os.path.basename(image) if isinstance(image, Path) else hashlib.sha256(image).hexdigest()
+            for image in item.images
+        ]
+        digest.update(json.dumps([item.key, benchmark.message(item), images]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield prefix, value
+        return
+    for key, inner in value.items():
+        yield from _flat(inner, f"{prefix}.{key}" if prefix else key)
+
+
+def _short(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[: limit // 2 - 2]} ... {text[-limit // 2 + 3 :]}"

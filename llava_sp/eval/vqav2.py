@@ -1,0 +1,212 @@
+"""VQAv2 (Goyal et al. 2017): open-ended questions about COCO images, ten human answers each.
+
+    python -m llava_sp.eval.vqav2 --model M --data D --output O [--split val|train|test-dev|test]
+
+D holds, under their official names (in D itself or one folder below), for val and train
+    v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, images val2014/COCO_val2014_*.jpg
+and for the test splits, whose answers only the EvalAI server knows,
+    v2_OpenEnded_mscoco_test-dev2015_questions.json, images test2015/COCO_test2015_*.jpg
+or LLaVA's question files llava_vqav2_mscoco_test-dev2015.jsonl. For a test split O/submission.json is written; it covers the
+whole of test2015 (empty answers outside test-dev, as LLaVA's) if the questions of test2015 are in D too.
+
+Published for LLaVA-1.5-7B: 78.5 on test-dev, from the server. Scores on val are not comparable with it.
+
+Protocols: `llava15` applies the EvalAI answer processor and then the official scorer; `official` is the official scorer on
+the raw answers. Quirks that are kept are listed in `vqa_metrics`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_sp.eval.base import SHORT_ANSWER, Benchmark, Item, Scores
+from llava_sp.eval.cli import main
+from llava_sp.eval.files import examples, write_json
+from llava_sp.eval.vqa_metrics import evalai_answer, score_vqa
+
+SUBTYPES = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015", "train": "train2014"}
+FULL_TEST = "test"
+
+
+class VQAv2(Benchmark):
+    name = "vqav2"
+    title = "VQAv2 accuracy in percent"
+    splits = tuple(SUBTYPES)
+    protocols = ("llava15", "official")
+
+    def load(self, data: Path) -> list[Item]:
+        self.data = data
+        if self.split is None:
+            self.split = self._find_split(data)
+        items = self._questions(self.split)
+        if self.split == "test-dev" and self._question_files(FULL_TEST):
+            self.full_test = [item.id for item in self._questions(FULL_TEST)]
+        elif not self.split.startswith("test"):
+            items = self._annotated(items)
+        return items
+
+    def prompt(self, item: Item) -> str:
+        return item.text if item.text.endswith(SHORT_ANSWER) else item.text + SHORT_ANSWER
+
+    def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:
+        prepare = evalai_answer if self.protocol == "llava15" else None
+        final = [prepare(answer) if prepare else answer for answer in answers]
+        per_item = [
+            {"question_id": item.id, "answer": answer, "text": text}
+            for item, answer, text in zip(items, final, answers)
+        ]
+        if any(item.reference is None for item in items):
+            return Scores(score=None, metrics={}, per_item=per_item)
+        annotations = [item.reference for item in items]
+        scores = score_vqa(final, annotations, prepare=None)
+        for line, item, value in zip(per_item, items, scores.per_item):
+            kinds = {key: item.reference[key] for key in ("answer_type", "question_type")}
+            references = [record["answer"] for record in item.reference["answers"]]
+            line |= {"score": value, "question": item.metadata["question"], "image": item.images[0].name}
+            line |= {**kinds, "references": references}
+        metrics = {"per_answer_type": scores.per_answer_type, "per_question_type": scores.per_question_type}
+        metrics["count_per_answer_type"] = dict(Counter(a["answer_type"] for a in annotations))
+        metrics["count_per_question_type"] = dict(Counter(a["question_type"] for a in annotations))
+        return Scores(score=scores.overall, metrics=metrics, per_item=per_item)
+
+    def submission(self, items: Sequence[Item], answers: Sequence[str], output: Path) -> Path | None:
+        if not self.split.startswith("test"):
+            return None
+        given = {item.id: evalai_answer(answer) for item, answer in zip(items, answers)}
+        ids = getattr(self, "full_test", None) or list(given)
+        path = output / "submission.json"
+        write_json(path, [{"question_id": i, "answer": given.get(i, "")} for i in ids])
+        return path
+
+    def validate(self, file: Path, data: Path) -> str:
+        self.data = data
+        lists = {split: self._questions(split) for split in ("test", "test-dev") if self._question_files(split)}
+        if self.split is not None:
+            lists = {self.split: self._questions(self.split)}
+        if not lists:
+            raise ValueError(f"{data} has no question file of a test split to compare with ({_names('test-dev')})")
+        results = self.read_json(file)
+        _check_result_fields(file, results)
+        found = Counter(result["question_id"] for result in results)
+        problems = []
+        for split, items in lists.items():
+            trouble = _compare(found, {item.id for item in items})
+            if not trouble:
+                empty = sum(1 for result in results if not result["answer"])
+                return f"{file} answers all {len(items)} questions of {split} once ({empty} answers are empty)"
+            problems.append(f"as {split}: {trouble}")
+        raise ValueError(f"{file} " + "; ".join(problems))
+
+    def _find_split(self, data: Path) -> str:
+        for split in self.splits:
+            if self._question_files(split):
+                return split
+        raise ValueError(
+            f"{data} has no VQAv2 questions; looked for {_names('val')} and the like for {', '.join(self.splits)}"
+        )
+
+    def _question_files(self, split: str) -> list[Path]:
+        subtype = SUBTYPES[split]
+        return _find(self.data, f"llava_vqav2_mscoco_{subtype}.jsonl", f"v2_OpenEnded_mscoco_{subtype}_questions.json")
+
+    def _questions(self, split: str) -> list[Item]:
+        files = self._question_files(split)
+        if not files:
+            raise ValueError(f"{self.data} has no {split} questions: looked for {_names(split)}")
+        records = self.read_jsonl(files[0]) if files[0].suffix == ".jsonl" else self._official(files[0])
+        folder = self._image_folder(split)
+        items = [_item(record, folder, split, files[0]) for record in records]
+        if not items:
+            raise ValueError(f"{files[0]} holds no questions")
+        twice = [i for i, count in Counter(item.id for item in items).items() if count > 1]
+        if twice:
+            raise ValueError(f"{files[0]}: {len(twice)} question ids occur more than once ({examples(twice)})")
+        return items
+
+    def _official(self, file: Path) -> list[dict[str, Any]]:
+        content = self.read_json(file)
+        if not isinstance(content, dict) or not isinstance(content.get("questions"), list):
+            raise ValueError(f'{file} is not an official questions file: it has no list "questions"')
+        return content["questions"]
+
+    def _image_folder(self, split: str) -> Path:
+        if self.images is not None:
+            return self.images
+        name = "test2015" if split.startswith("test") else SUBTYPES[split]
+        places = [self.data / name, self.data / "images" / name, self.data / "images"]
+        return next((place for place in places if place.is_dir()), places[0])
+
+    def _annotated(self, items: list[Item]) -> list[Item]:
+        name = f"v2_mscoco_{SUBTYPES[self.split]}_annotations.json"
+        file = next(iter(_find(self.data, name)), None)
+        if file is None:
+            raise ValueError(f"{self.data} has the questions of {self.split} but not their answers, {name}")
+        content = self.read_json(file)
+        if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
+            raise ValueError(f'{file} is not an official annotations file: it has no list "annotations"')
+        by_id = {}
+        for number, record in enumerate(content["annotations"]):
+            absent = [key for key in ("question_id", "answers", "answer_type", "question_type") if not record.get(key)]
+            if absent:
+                raise ValueError(f"{file}: annotation {number} has no {', '.join(absent)}")
+            by_id[record["question_id"]] = record
+        trouble = _compare(Counter(by_id.keys()), {item.id for item in items}, "annotation")
+        if trouble:
+            raise ValueError(f"{file} does not fit the questions: {trouble}")
+        return [Item(i.id, i.text, i.images, by_id[i.id], i.metadata) for i in items]
+
+
+def _item(record: dict[str, Any], folder: Path, split: str, file: Path) -> Item:
+    """An item from a line of the official questions or of LLaVA's."""
+    text_key, image_key = ("text", "image") if "text" in record else ("question", "image_id")
+    absent = [key for key in ("question_id", text_key, image_key) if key not in record]
+    if absent:
+        raise ValueError(f"{file}: question {record.get('question_id', '?')} has no {', '.join(absent)}")
+    if image_key == "image":
+        image = folder / record["image"]
+        if ".." in Path(record["image"]).parts or Path(record["image"]).is_absolute():
+            raise ValueError(f"{file}: question {record['question_id']}: image {record['image']!r} is outside {folder}")
+    else:
+        name = "test2015" if split.startswith("test") else SUBTYPES[split]
+        image = folder / f"COCO_{name}_{int(record['image_id']):012d}.jpg"
+    question = record[text_key].removesuffix(SHORT_ANSWER)
+    return Item(record["question_id"], record[text_key], (image,), metadata={"question": question})
+
+
+def _find(data: Path, *names: str) -> list[Path]:
+    """Files of these names in `data` itself or one folder below, in the order of the names."""
+    return [path for name in names for path in [data / name, *sorted(data.glob(f"*/{name}"))] if path.is_file()]
+
+
+def _names(split: str) -> str:
+    subtype = SUBTYPES[split]
+    return f"v2_OpenEnded_mscoco_{subtype}_questions.json or llava_vqav2_mscoco_{subtype}.jsonl"
+
+
+def _check_result_fields(file: Path, results: Any) -> None:
+    if not isinstance(results, list):
+        raise ValueError(f"{file} holds {type(results).__name__}; the server wants a list of results")
+    for number, result in enumerate(results):
+        fits = isinstance(result, dict) and set(result) == {"question_id", "answer"}
+        if not fits or not isinstance(result["question_id"], int) or not isinstance(result["answer"], str):
+            raise ValueError(
+                f'{file}: result {number} is {str(result)[:80]}, not {{"question_id": number, "answer": text}}'
+            )
+
+
+def _compare(found: Counter, wanted: set, noun: str = "answer") -> str:
+    """What is wrong with the ids in `found`, with counts and examples; empty if nothing is."""
+    problems = [
+        (f"questions have more than one {noun}", [i for i, count in found.items() if count > 1]),
+        (f"{noun}s are for questions that are not in the file", [i for i in found if i not in wanted]),
+        (f"questions have no {noun}", sorted(i for i in wanted if i not in found)),
+    ]
+    return ", ".join(f"{len(ids)} {trouble} ({examples(ids)})" for trouble, ids in problems if ids)
+
+
+if __name__ == "__main__":
+    sys.exit(main(VQAv2))

@@ -1,0 +1,299 @@
+"""VQAv2 without a model: official files, scoring answers files, submission and validation, errors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from llava_sp.eval.base import Generation
+from llava_sp.eval.cli import check_images, main
+from llava_sp.eval.vqav2 import VQAv2
+
+QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
+ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
+LLAVA_TEST = "llava_vqav2_mscoco_test2015.jsonl"
+
+
+@pytest.fixture(scope="module")
+def recorded(golden):
+    return json.loads((golden / "eval" / "vqav2.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def data(tmp_path, recorded) -> Path:
+    """The recorded files as they would be downloaded."""
+    folder = tmp_path / "data"
+    for name, file in recorded["files"].items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if file["kind"] == "json":
+            path.write_text(json.dumps(file["data"]))
+        elif file["kind"] == "jsonl":
+            path.write_text("".join(json.dumps(line) + "\n" for line in file["data"]))
+        else:
+            path.write_text(file["data"], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def answers(data) -> Path:
+    return data / "answers" / "merge.jsonl"
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    status = main(VQAv2, [str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.mark.parametrize(
+    "protocol, scorer", [("llava15", "llava_pipeline.vqaeval_py27"), ("official", "raw_answers.vqaeval_py27")]
+)
+def test_answers_file_scores_as_the_official_code(tmp_path, data, answers, recorded, capsys, protocol, scorer):
+    output = tmp_path / "out"
+    status, out, _ = run(
+        capsys, "--answers", answers, "--data", data, "--output", output, "--protocol", protocol
+    )  # fmt: skip
+    assert status == 0
+    expected = recorded["expected"][scorer]
+    result = json.loads((output / "metrics.json").read_text())
+    assert result["score"] == expected["aggregate"]["overall"]
+    assert result["metrics"]["per_answer_type"] == expected["aggregate"]["perAnswerType"]
+    assert result["metrics"]["per_question_type"] == expected["aggregate"]["perQuestionType"]
+    lines = [json.loads(line) for line in (output / "per_item.jsonl").open()]
+    assert {str(line["question_id"]): line["score"] for line in lines} == expected["per_item"]
+    origin = result["provenance"]
+    assert origin["protocol"] == protocol and origin["split"] == "val" and origin["count"] == 40
+    assert origin["model_ids"] == ["synthetic-7b"] and len(origin["data_files"]) == 2
+    assert f"{result['score']} (40 questions)" in out
+
+
+def test_without_output_the_result_is_printed(data, answers, capsys):
+    status, out, _ = run(capsys, "--answers", answers, "--data", data)
+    assert status == 0 and json.loads(out)["score"] == 70.25
+
+
+def test_prompts_and_generation_equal_llavas(data, golden):
+    expected = json.loads((golden / "eval" / "prompts.json").read_text(encoding="utf-8"))["expected"]["vqav2"]
+    generation = asdict(VQAv2.generation)
+    assert generation == {key: value for key, value in expected["generate_kwargs"].items() if "image" not in key}
+    for split in ("val", "test"):  # official questions and LLaVA's question file give the same prompts
+        benchmark = VQAv2(split=split)
+        items = {item.id: item for item in benchmark.load(data)}
+        for case in expected["items"]:
+            item = items[case["question_record"]["question_id"]]
+            record = {**benchmark.record(item), "text": "decoded", "model_id": "llava-v1.5-7b", "metadata": {}}
+            assert record == case["answer_record_without_answer_id"]
+            assert benchmark.message(item) in case["prompt"]
+            if split == "test":
+                assert item.images == (data / "test2015" / case["question_record"]["image"],)
+
+
+def test_images_have_coco_names(data):
+    assert VQAv2(split="val").load(data)[0].images[0] == data / "val2014" / "COCO_val2014_000000900001.jpg"
+    (data / "images").mkdir()
+    assert VQAv2(split="val").load(data)[0].images[0].parent == data / "images"
+    elsewhere = VQAv2(split="val", images=Path("/elsewhere"))
+    assert elsewhere.load(data)[0].images[0] == Path("/elsewhere/COCO_val2014_000000900001.jpg")
+
+
+def test_missing_images_are_counted_before_anything_is_loaded(data):
+    items = VQAv2(split="val").load(data)
+    with pytest.raises(ValueError, match=r"20 image files are missing \(.*000000900001\.jpg, .*question 900001000"):
+        check_images(items)
+
+
+def test_submission_equals_llavas_and_validates(tmp_path, data, answers, recorded, capsys):
+    output = tmp_path / "out"
+    assert run(capsys, "--answers", answers, "--data", data, "--split", "test", "--output", output)[0] == 0
+    submission = json.loads((output / "submission.json").read_text())
+    assert submission == recorded["expected"]["llava_convert"]["upload"]
+    assert json.loads((output / "metrics.json").read_text())["score"] is None
+    status, out, _ = run(capsys, "--validate", output / "submission.json", "--data", data)
+    assert status == 0 and "answers all 40 questions of test once (2 answers are empty)" in out
+
+
+def test_test_dev_submission_covers_the_whole_test_set(tmp_path, data, answers, capsys):
+    lines = (data / LLAVA_TEST).read_text().splitlines(keepends=True)
+    (data / "llava_vqav2_mscoco_test-dev2015.jsonl").write_text("".join(lines[:10]))
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:10]))
+    output = tmp_path / "out"
+    assert run(capsys, "--answers", answers, "--data", data, "--split", "test-dev", "--output", output)[0] == 0
+    submission = json.loads((output / "submission.json").read_text())
+    assert len(submission) == 40 and [line["answer"] for line in submission[10:]] == [""] * 30
+    assert submission[0] == {"question_id": 900001000, "answer": "green"}
+    status, out, _ = run(capsys, "--validate", output / "submission.json", "--data", data)
+    assert status == 0 and "(30 answers are empty)" in out
+
+
+def break_submission(kind: str, results: list):
+    if kind == "missing":
+        return results[3:]
+    if kind == "doubled":
+        return [*results, results[0]]
+    if kind == "foreign":
+        return [*results, {"question_id": 5, "answer": "x"}]
+    if kind == "text id":
+        return [{**results[0], "question_id": str(results[0]["question_id"])}, *results[1:]]
+    if kind == "extra field":
+        return [{**results[0], "image_id": 3}, *results[1:]]
+    return {"results": results}
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("missing", "3 questions have no answer (900001000, 900001001, 900002000)"),
+        ("doubled", "1 questions have more than one answer (900001000)"),
+        ("foreign", "1 answers are for questions that are not in the file (5)"),
+        ("text id", "result 0 is"),
+        ("extra field", "result 0 is"),
+        ("dict", "holds dict; the server wants a list"),
+    ],
+)
+def test_validator_says_what_is_wrong(tmp_path, data, recorded, capsys, kind, message):
+    file = tmp_path / "submission.json"
+    file.write_text(json.dumps(break_submission(kind, recorded["expected"]["llava_convert"]["upload"])))
+    status, _, err = run(capsys, "--validate", file, "--data", data)
+    assert status == 1 and err.startswith("not valid: ") and message in err
+
+
+def test_half_a_last_line_is_left_out_and_said(data, answers, capsys):
+    whole = answers.read_bytes()
+    answers.write_bytes(whole[:-30])
+    status, _, err = run(capsys, "--answers", answers, "--data", data)
+    assert status == 2
+    assert "1 question ids have no answer (900020001)" in err and "line 40 is cut off" in err
+    answers.write_bytes(whole + b'{"question_id": 9000')
+    status, out, err = run(capsys, "--answers", answers, "--data", data)
+    assert status == 0 and json.loads(out)["score"] == 70.25 and "line 41 is cut off" in err
+    answers.write_bytes(whole.rstrip(b"\n"))
+    assert run(capsys, "--answers", answers, "--data", data)[0] == 0
+
+
+def test_broken_line_in_the_middle_is_named(data, answers, capsys):
+    lines = answers.read_text().splitlines()
+    lines[7] = lines[7][:-9]
+    answers.write_text("\n".join(lines) + "\n")
+    status, _, err = run(capsys, "--answers", answers, "--data", data)
+    assert status == 2 and "merge.jsonl, line 8 is not valid JSON" in err
+
+
+def test_duplicates_strangers_and_gaps_are_counted(data, answers, capsys):
+    lines = answers.read_text().splitlines()
+    foreign = json.dumps({**json.loads(lines[0]), "question_id": 7})
+    answers.write_text("\n".join([*lines[2:], lines[5], foreign]) + "\n")
+    status, _, err = run(capsys, "--answers", answers, "--data", data)
+    assert status == 2
+    assert "1 question ids have more than one answer (900003001)" in err
+    assert "1 question ids are not in vqav2 val: answers of another split or data set? (7)" in err
+    assert "2 question ids have no answer (900001000, 900001001)" in err
+
+
+def test_answers_file_of_another_kind(tmp_path, data, recorded, capsys):
+    upload = tmp_path / "upload.json"
+    upload.write_text(json.dumps(recorded["expected"]["llava_convert"]["upload"]))
+    status, _, err = run(capsys, "--answers", upload, "--data", data)
+    assert status == 2 and "is a JSON list" in err
+    upload.write_text('{"question_id": 3}\n')
+    status, _, err = run(capsys, "--answers", upload, "--data", data)
+    assert status == 2 and "line 1 has no question_id or no text; it has question_id" in err
+    status, _, err = run(capsys, "--answers", tmp_path / "none.jsonl", "--data", data)
+    assert status == 2 and "none.jsonl does not exist" in err
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (QUESTIONS, "", "is empty"),
+        (QUESTIONS, '{"questions": [{"question_id": 1, "quest', "ends in the middle"),
+        (QUESTIONS, "[]", 'it has no list "questions"'),
+        (QUESTIONS, '{"questions": []}', "holds no questions"),
+        (QUESTIONS, '{"questions": [{"question_id": 1, "question": "?"}]}', "question 1 has no image_id"),
+        (ANNOTATIONS, '{"annotations": []}', "40 questions have no annotation"),
+        (
+            ANNOTATIONS,
+            '{"annotations": [{"question_id": 1}]}',
+            "annotation 0 has no answers, answer_type, question_type",
+        ),
+    ],
+)
+def test_broken_data_files_are_named(data, answers, capsys, name, content, message):
+    (data / name).write_text(content)
+    status, _, err = run(capsys, "--answers", answers, "--data", data)
+    assert status == 2 and name in err and message in err
+
+
+def test_missing_annotations_are_named(data, answers, capsys):
+    (data / ANNOTATIONS).unlink()
+    status, _, err = run(capsys, "--answers", answers, "--data", data)
+    assert status == 2 and f"has the questions of val but not their answers, {ANNOTATIONS}" in err
+
+
+def test_files_one_folder_below_are_found(data, answers, capsys):
+    (data / "annotations").mkdir()
+    for name in (QUESTIONS, ANNOTATIONS):
+        (data / name).rename(data / "annotations" / name)
+    status, out, _ = run(capsys, "--answers", answers, "--data", data, "--split", "val")
+    assert status == 0 and json.loads(out)["score"] == 70.25
+
+
+def test_image_outside_the_folder_is_refused(data, answers, capsys):
+    line = json.loads((data / LLAVA_TEST).read_text().splitlines()[0])
+    (data / LLAVA_TEST).write_text(json.dumps({**line, "image": "../../x.jpg"}) + "\n")
+    status, _, err = run(capsys, "--answers", answers, "--data", data, "--split", "test")
+    assert status == 2 and "'../../x.jpg' is outside" in err
+
+
+def test_output_of_another_run_is_refused(tmp_path, data, answers, capsys):
+    output = tmp_path / "out"
+    assert run(capsys, "--answers", answers, "--data", data, "--output", output)[0] == 0
+    assert run(capsys, "--answers", answers, "--data", data, "--output", output)[0] == 0
+    answers.write_text(answers.read_text().replace("Green.", "Red."))
+    status, _, err = run(capsys, "--answers", answers, "--data", data, "--output", output)
+    assert status == 2 and "holds a run with other settings: answers_sha256 was" in err
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    (stranger / "metrics.json").write_text("{}")
+    status, _, err = run(capsys, "--answers", answers, "--data", data, "--output", stranger)
+    assert status == 2 and "holds metrics.json but no run.json" in err
+
+
+def test_without_arguments_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LLAVA_SP_DATA", raising=False)
+    monkeypatch.delenv("LLAVA_SP_RUNS", raising=False)
+    status, _, err = run(capsys)
+    assert status == 2
+    for part in (
+        "llava-sp-7b-cropping-lora",
+        "playground/data/eval/vqav2",
+        "--model",
+        "--data",
+        "scripts/quickstart.sh",
+    ):
+        assert part in err
+
+
+def test_default_model_is_what_the_fine_tuning_script_writes(repo):
+    from llava_sp.eval.cli import DEFAULT_MODEL
+
+    text = (repo / "configs" / "finetune_lora_7b_cropping.yaml").read_text()
+    assert f"output_dir: ${{LLAVA_SP_RUNS:-./runs}}/{DEFAULT_MODEL}" in text
+
+
+@pytest.mark.parametrize("flag", ["--batch-size", "--max-new-tokens", "--limit"])
+def test_numbers_below_one_are_refused(data, capsys, flag):
+    status, _, err = run(capsys, "--model", "m", "--data", data, flag, "0")
+    assert status == 2 and f"{flag} is 0; it must be at least 1" in err
+
+
+def test_splits_and_protocols_are_checked():
+    with pytest.raises(ValueError, match="no split 'dev': use one of val, test-dev, test, train"):
+        VQAv2(split="dev")
+    with pytest.raises(ValueError, match="no protocol 'mine': use one of llava15, official"):
+        VQAv2(protocol="mine")
+    assert Generation() == VQAv2.generation
