@@ -1,0 +1,155 @@
+"""Model, processor and data of a run, from its arguments."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from torch.utils.data import Dataset, Subset
+
+from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.checkpoints import load_projector
+from llava_sp.data import ConversationDataset, load_mixture
+from llava_sp.train.arguments import DataArguments, ModelArguments, TrainArguments
+from llava_sp.train.config_files import UsageError
+from llava_sp.train.stages import STAGES, apply_stage, table
+from llava_sp.train.trainer import rates_of
+
+SCRATCH = "scratch"
+logger = logging.getLogger(__name__)
+
+
+def build_model(arguments: ModelArguments, args: TrainArguments) -> LlavaSPForCausalLM:
+    """Backbones, projector (fresh, or stage 1's whole one), LoRA if the stage trains it; frozen as the stage says."""
+    options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
+    model = LlavaSPForCausalLM.from_backbones(
+        language_model=arguments.language_model,
+        vision_tower=arguments.vision_tower,
+        spatial_variant=arguments.spatial_variant,
+        spatial_scales=arguments.spatial_scales,
+        spatial_width=arguments.spatial_width,
+        spatial_fusion=arguments.spatial_fusion,
+        dtype=torch.bfloat16 if args.bf16 else torch.float32,
+        seed=args.seed,
+        **options,
+    )
+    if arguments.projector_checkpoint not in (None, SCRATCH):
+        load_projector(model, arguments.projector_checkpoint)
+        logger.info("The projector starts from %s.", arguments.projector_checkpoint)
+    if "lora" in STAGES[args.stage]:
+        add_lora(model, arguments)
+    prepare_stage(model, args)
+    return model
+
+
+def add_lora(model: nn.Module, arguments: ModelArguments) -> None:
+    """LoRA on the named linear layers of the language model, nowhere else. Raises ValueError for a name it has not."""
+    linear = {
+        name.rsplit(".", 1)[-1] for name, module in model.model.language_model.named_modules() if isinstance(module, nn.Linear)
+    }
+    unknown = [name for name in arguments.lora_target_modules if name not in linear]
+    if unknown:
+        raise ValueError(
+            f"lora_target_modules names {', '.join(unknown)}; the language model's linear layers are "
+            f"{', '.join(sorted(linear))}."
+        )
+    leaves = "|".join(map(re.escape, arguments.lora_target_modules))
+    config = LoraConfig(
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=rf"model\.language_model\..*\.({leaves})",
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    model.add_adapter(config)
+
+
+def prepare_stage(model: nn.Module, args: TrainArguments) -> None:
+    """Freeze, keep the frozen tower out of training mode, give what trains full precision, and log the table."""
+    apply_stage(model, args.stage)
+    tower = model.model.vision_tower
+    if not any(parameter.requires_grad for parameter in tower.parameters()):
+        tower.register_forward_pre_hook(_keep_evaluating)
+    if not args.deepspeed:  # DeepSpeed keeps its own float32 copies
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    for line in [f"Stage {args.stage}:", *table(model, args.stage, rates_of(args))]:
+        logger.info(line)
+
+
+def _keep_evaluating(module: nn.Module, _inputs: Any) -> None:
+    """A frozen tower has no dropout, whatever `model.train()` says."""
+    if module.training:
+        module.eval()
+
+
+def build_processor(model: LlavaSPForCausalLM, model_args: ModelArguments, data: DataArguments) -> LlavaSPProcessor:
+    return LlavaSPProcessor.from_backbones(
+        model.config,
+        language_model=model_args.language_model,
+        vision_tower=model_args.vision_tower,
+        image_aspect_ratio=data.image_aspect_ratio,
+        conversation_template=data.template,
+    )
+
+
+def build_datasets(
+    processor: LlavaSPProcessor, data: DataArguments, args: TrainArguments
+) -> tuple[Dataset, Dataset | None]:
+    """Training data and, if asked for, validation data (a file of its own, or a fixed random share)."""
+
+    def dataset(sources: Any, name: str) -> ConversationDataset:
+        return ConversationDataset(
+            sources,
+            processor,
+            template=data.template,
+            model_max_length=data.model_max_length,
+            on_bad_sample=data.on_bad_sample,
+            skipped_path=f"{args.output_dir}/skipped_{name}.jsonl",
+            seed=args.data_seed,
+        )
+
+    train = dataset(training_sources(data), "train")
+    if data.eval_data_path:
+        images = data.eval_image_folder or data.image_folder
+        return train, dataset(load_mixture([{"annotations": data.eval_data_path, "images": images}]), "eval")
+    if data.validation_fraction:
+        return split(train, data.validation_fraction, args.data_seed)
+    return train, None
+
+
+def training_sources(data: DataArguments) -> Any:
+    if data.mixture:
+        return load_mixture(data.mixture)
+    return load_mixture([{"annotations": data.data_path, "images": data.image_folder}])
+
+
+class Share(Subset):
+    """Some samples of a data set, with their lengths."""
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.dataset.lengths[index] for index in self.indices]
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        lengths = self.dataset.modality_lengths
+        return [lengths[index] for index in self.indices]
+
+
+def split(dataset: ConversationDataset, fraction: float, seed: int) -> tuple[Share, Share]:
+    """Training and validation share; the same split for the same seed."""
+    held_out = round(len(dataset) * fraction)
+    if not 0 < held_out < len(dataset):
+        raise UsageError(
+            f"validation_fraction = {fraction} of {len(dataset)} samples leaves {held_out} for validation and "
+            f"{len(dataset) - held_out} for training; both need at least one."
+        )
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Share(dataset, sorted(order[held_out:])), Share(dataset, sorted(order[:held_out]))

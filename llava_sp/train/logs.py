@@ -1,0 +1,160 @@
+"""What a run tells: rates of every optimizer group, speed and memory, on the console and in OUT/log.jsonl."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from llava_sp.train.run_folder import write_atomically
+
+GIB = 2**30
+
+
+class Meter(TrainerCallback):
+    """Rates, samples/s, tokens/s and peak memory since the last reading; time spent saving or evaluating is not counted."""
+
+    def __init__(self, samples_per_step: int):
+        self.samples_per_step = samples_per_step
+        self.rates: dict[str, float] = {}
+        self._steps = self._tokens = 0
+        self._busy = 0.0
+        self._since = time.perf_counter()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._steps, self._tokens = state.global_step, state.num_input_tokens_seen
+        self._busy, self._since = 0.0, time.perf_counter()
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        """Just before the scheduler moves on: the rates that this step used."""
+        self.rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        self._busy += now - self._since
+        self._since = now
+
+    def on_save(self, args, state, control, **kwargs):
+        self._since = time.perf_counter()
+
+    on_evaluate = on_save
+
+    def read(self, state) -> dict[str, float]:
+        """The figures, and a new start for the next ones."""
+        steps, tokens = state.global_step - self._steps, state.num_input_tokens_seen - self._tokens
+        busy = max(self._busy, 1e-9)
+        figures = {f"learning_rate/{name}": rate for name, rate in self.rates.items() if "no decay" not in name}
+        figures["samples_per_second"] = round(steps * self.samples_per_step / busy, 3)
+        if tokens:
+            figures["tokens_per_second"] = round(tokens / busy, 1)
+        figures["memory_gib"] = round(peak_memory() / GIB, 3)
+        self._steps, self._tokens, self._busy = state.global_step, state.num_input_tokens_seen, 0.0
+        return figures
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process had allocated on its GPU, or resident without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class JsonLines(TrainerCallback):
+    """Appends every log to a file. A resumed run first drops the lines after the step that it resumes from."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero and self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step(line) <= state.global_step and state.global_step > 0]
+            write_atomically(self.path, "".join(line + "\n" for line in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            record = {"step": state.global_step, "time": round(time.time(), 3), **(logs or {})}
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def _step(line: str) -> float:
+    """The step of a log line; infinity for half a line, which a killed process may leave."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+class Console(TrainerCallback):
+    """A progress bar (on a terminal) and one line per log, on the first process."""
+
+    def __init__(self):
+        self.bar: tqdm | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            quiet = args.disable_tqdm or not sys.stderr.isatty()
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, disable=quiet, dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs and ("loss" in logs or "eval_loss" in logs):
+            self.bar.write(line(state.global_step, state.max_steps, logs)) if self.bar else print(
+                line(state.global_step, state.max_steps, logs), flush=True
+            )
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            tqdm.write(f"saved {os.path.join(args.output_dir, f'checkpoint-{state.global_step}')}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def line(step: int, steps: int, logs: dict[str, Any]) -> str:
+    """One log as a line: `step 10/5197  loss 1.2345  ...`."""
+    words = [f"step {step}/{steps}"]
+    for key, name, form in (
+        ("loss", "loss", ".4f"),
+        ("eval_loss", "validation loss", ".4f"),
+        ("grad_norm", "gradient norm", ".3f"),
+    ):
+        if key in logs:
+            words.append(f"{name} {logs[key]:{form}}")
+    rates = {key.split("/")[1]: value for key, value in logs.items() if key.startswith("learning_rate/")}
+    if rates:
+        words.append("rates " + " ".join(f"{name} {rate:.3g}" for name, rate in rates.items()))
+    for key, name, form in (
+        ("samples_per_second", "samples/s", ".2f"),
+        ("tokens_per_second", "tokens/s", ",.0f"),
+        ("memory_gib", "GiB", ".2f"),
+    ):
+        if key in logs:
+            words.append(f"{logs[key]:{form}} {name}")
+    return "  ".join(words)
+
+
+class EndWithLauncher(TrainerCallback):
+    """Stops a process whose launcher was killed: it must not go on writing where the next attempt wants to."""
+
+    def __init__(self):
+        self.launcher = os.getppid()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if os.getppid() != self.launcher:
+            raise SystemExit("The launcher of this process is gone; stopping. The same command again goes on.")

@@ -1,0 +1,174 @@
+"""A training run: configuration, checks, model, data, trainer, training, proof.
+
+    python -m llava_sp.train --config configs/finetune_lora_7b_cropping.yaml --max_steps 10
+    deepspeed scripts/finetune_lora.sh --max_steps 10
+    torchrun --nproc-per-node 8 -m llava_sp.train --config ...
+
+The same command again goes on where the run was; a finished run says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from llava_sp.data import Collator
+from llava_sp.train.arguments import DataArguments, ModelArguments, TrainArguments, load_config, settings_of
+from llava_sp.train.build import build_datasets, build_model, build_processor
+from llava_sp.train.check import check_inputs
+from llava_sp.train.config_files import UsageError
+from llava_sp.train.processes import end_group, is_first, prepare_environment, start_group
+from llava_sp.train.provenance import collect
+from llava_sp.train.run_folder import RunFolder, log_position
+from llava_sp.train.trainer import LlavaSPTrainer
+from llava_sp.train.verify import verify_saved
+
+logger = logging.getLogger("llava_sp.train")
+
+USAGE = """usage: {program} [--config FILE.yaml] [--key value ...]
+
+Keys are the fields of llava_sp/train/arguments.py and of transformers.TrainingArguments; configs/ holds the shipped runs.
+default: --config {default}
+"""
+
+
+def main(words: Sequence[str] | None = None, default_config: str | Path | None = None) -> None:
+    """Entry point of the scripts and of `python -m llava_sp.train`. Exits with 2 for what the user can put right."""
+    words = list(sys.argv[1:] if words is None else words)
+    logging.basicConfig(format="%(message)s", level=logging.INFO if _speaks() else logging.ERROR)
+    logging.getLogger("llava_sp").setLevel(logging.INFO if _speaks() else logging.ERROR)
+    if "--help" in words or "-h" in words:
+        print(USAGE.format(program=Path(sys.argv[0]).name, default=default_config))
+        return
+    try:
+        train(*_split(words, default_config))
+    except UsageError as error:
+        if is_first():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+
+
+def train(config: str | Path | None, words: Sequence[str]) -> dict[str, Any]:
+    """One run from its configuration. Returns what `finished.json` holds."""
+    launched = prepare_environment()
+    model_args, data_args, args = load_config(config, words)
+    check_inputs(model_args, data_args, args)
+
+    folder = RunFolder(args.output_dir)
+    settings = settings_of(model_args, data_args, args)
+    folder.check(settings, args.world_size)
+    if folder.is_finished:
+        logger.info("%s is a finished run; nothing to do. Another output_dir starts a new one.", folder.path)
+        end_group()
+        return {}
+    provenance = collect(args)
+    if is_first():
+        folder.open(settings, provenance)
+    checkpoint = folder.newest_checkpoint()
+
+    start_group(args)
+    set_seed(args.seed)
+    model = build_model(model_args, args)
+    processor = build_processor(model, model_args, data_args)
+    train_data, eval_data = build_datasets(processor, data_args, args)
+    trainer = make_trainer(model, processor, train_data, eval_data, data_args, args, folder, provenance, launched)
+
+    _announce(args, len(train_data), eval_data, checkpoint)
+    start = time.time()
+    outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model()
+    proof = verify_saved(trainer, folder.path, train_data[0])
+    result = {**outcome.metrics, **proof, "steps": trainer.state.global_step, "seconds": round(time.time() - start, 1)}
+    if is_first():
+        folder.finish(result)
+    logger.info("Finished: %s holds the model; loaded back, it gives the same logits (%s).", folder.path, _figures(proof))
+    _report_skipped(train_data, eval_data)
+    end_group()
+    return result
+
+
+def make_trainer(
+    model: Any,
+    processor: Any,
+    train_data: Any,
+    eval_data: Any,
+    data_args: DataArguments,
+    args: TrainArguments,
+    folder: RunFolder,
+    provenance: dict[str, Any] | None = None,
+    launched: bool = False,
+) -> LlavaSPTrainer:
+    """The trainer of a run; a validation set is evaluated as often as checkpoints are saved unless stated otherwise."""
+    if eval_data is not None and args.eval_strategy == "no":
+        args.eval_strategy, args.do_eval = type(args.eval_strategy)(args.save_strategy.value), True
+        args.eval_steps = args.eval_steps or args.save_steps
+    return LlavaSPTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=Collator(processor.pad_token_id),
+        processing_class=processor,
+        folder=folder,
+        provenance=provenance,
+        group_by_modality_length=data_args.group_by_modality_length,
+        launched=launched,
+    )
+
+
+def _speaks() -> bool:
+    return is_first()
+
+
+def _split(words: list[str], default_config: str | Path | None) -> tuple[str | Path | None, list[str]]:
+    """Take --config out of the command line."""
+    config, rest = default_config, []
+    position = 0
+    while position < len(words):
+        word = words[position]
+        if word == "--config":
+            if position + 1 == len(words):
+                raise UsageError("command line: --config needs a file.")
+            config, position = words[position + 1], position + 1
+        elif word.startswith("--config="):
+            config = word.partition("=")[2]
+        else:
+            rest.append(word)
+        position += 1
+    if config is None:
+        raise UsageError("command line: --config FILE.yaml is missing; configs/ holds the shipped ones.")
+    return config, rest
+
+
+def _announce(args: TrainArguments, samples: int, eval_data: Any, checkpoint: Path | None) -> None:
+    logger.info(
+        "%s samples%s; %s per optimizer step = %s per process x %s processes x %s accumulated.",
+        f"{samples:,}",
+        f", {len(eval_data):,} for validation" if eval_data is not None else "",
+        args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        args.per_device_train_batch_size,
+        args.world_size,
+        args.gradient_accumulation_steps,
+    )
+    if checkpoint:
+        logger.info("Going on from %s (step %s).", checkpoint, log_position(checkpoint))
+    else:
+        logger.info("Starting in %s.", args.output_dir)
+
+
+def _report_skipped(*datasets: Any) -> None:
+    for dataset in datasets:
+        report = getattr(dataset, "close_report", getattr(getattr(dataset, "dataset", None), "close_report", None))
+        facts = report() if report else {}
+        if facts.get("skipped"):
+            logger.info("%s bad samples were skipped; %s lists them.", facts["skipped"], facts["file"])
+
+
+def _figures(proof: dict[str, float]) -> str:
+    return f"relative difference {proof['relative_logit_error']:.1e}"

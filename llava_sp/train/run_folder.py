@@ -1,0 +1,178 @@
+"""The folder of a run: whose it is, where it can go on from, and that only one run writes to it.
+
+    OUT/run.yaml          settings and provenance; can be given to --config
+    OUT/log.jsonl         one line per log
+    OUT/checkpoint-N/     complete by construction: written in OUT/.saving, then renamed
+    OUT/finished.json     the run is over; beside it the trained model itself (llava_sp.json, projector.safetensors, ...)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.trainer_callback import TrainerState
+
+from llava_sp.train.arguments import RESERVED_KEY
+from llava_sp.train.config_files import UsageError
+
+RUN_FILE = "run.yaml"
+FINISHED_FILE = "finished.json"
+LOG_FILE = "log.jsonl"
+STAGING = ".saving"
+STATE_FILE = "trainer_state.json"
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+# Keys that change what is written, shown or how fast, but not what is learned.
+HARMLESS = (
+    "output_dir", "report_to", "run_name", "project", "disable_tqdm", "use_cpu", "tf32", "data_source",
+    "attn_implementation", "local_rank", "include_num_input_tokens_seen", "skip_memory_metrics", "push_to_hub",
+    "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns", "torch_empty_cache_steps",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
+    "activation_checkpointing_kwargs", "per_device_eval_batch_size", "prediction_loss_only",
+)  # fmt: skip
+HARMLESS_PREFIXES = (
+    "logging_", "log_", "save_", "eval_", "hub_", "ddp_", "trackio_", "dataloader_num_", "dataloader_pin_",
+    "dataloader_prefetch_", "dataloader_persistent_", "dataloader_multiprocessing_",
+)  # fmt: skip
+
+
+class RunFolder:
+    """One run's output directory. Only the first process writes; reading is for all."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._lock: Any = None
+
+    def check(self, settings: Mapping[str, Any], processes: int) -> None:
+        """Raise UsageError if the folder holds another run, or something that is no run."""
+        if not (self.path / RUN_FILE).is_file():
+            strange = [entry.name for entry in self._entries() if entry.suffix in (".safetensors", ".bin")]
+            strange += [entry.name for entry in self._entries() if CHECKPOINT.fullmatch(entry.name)]
+            if strange:
+                raise UsageError(
+                    f"output_dir = {self.path} holds {', '.join(sorted(strange))} but no {RUN_FILE}: it is not the folder "
+                    "of a run. Choose another output_dir."
+                )
+            return
+        recorded = yaml.safe_load((self.path / RUN_FILE).read_text(encoding="utf-8"))
+        facts = recorded.pop(RESERVED_KEY, {})
+        lines = differences(recorded, settings)
+        if settings.get("deepspeed") and facts.get("processes") != processes and self.newest_checkpoint() is not None:
+            lines.append(f"  number of processes: {facts.get('processes')} there, {processes} now (DeepSpeed's state is split)")
+        if lines:
+            raise UsageError(
+                f"output_dir = {self.path} belongs to another run, which differs in:\n"
+                + "\n".join(lines)
+                + "\nGive the same settings to go on with that run, or choose another output_dir."
+            )
+
+    def _entries(self) -> list[Path]:
+        return list(self.path.iterdir()) if self.path.is_dir() else []
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / FINISHED_FILE).is_file()
+
+    def newest_checkpoint(self) -> Path | None:
+        """The last complete checkpoint, or None."""
+        found = [
+            (int(match.group(1)), entry)
+            for entry in self._entries()
+            if (match := CHECKPOINT.fullmatch(entry.name)) and (entry / STATE_FILE).is_file()
+        ]
+        return max(found)[1] if found else None
+
+    def open(self, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+        """Take the folder for this process, clear what a killed save left, and write run.yaml."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (held until the process ends)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.seek(0)
+            raise UsageError(
+                f"output_dir = {self.path} is in use by process {self._lock.read().strip() or '?'}; "
+                "wait for it to end, or end it."
+            ) from error
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+        shutil.rmtree(self.path / STAGING, ignore_errors=True)
+        if not (self.path / RUN_FILE).is_file():
+            text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+            text += yaml.safe_dump({RESERVED_KEY: dict(provenance)}, sort_keys=False, allow_unicode=True)
+            write_atomically(self.path / RUN_FILE, text)
+
+    def publish(self, staged: Path) -> Path:
+        """Give a completely written checkpoint its name; it is on the disk before it has one."""
+        final = self.path / staged.name
+        sync(staged)
+        if final.exists():  # written by an earlier attempt at the same step
+            shutil.rmtree(final)
+        os.rename(staged, final)
+        sync_folder(self.path)
+        return final
+
+    def keep_newest(self, limit: int | None, protected: str | None = None) -> None:
+        """Delete the oldest checkpoints beyond `limit`; `protected` (the best one) stays."""
+        steps = sorted(
+            (int(match.group(1)), entry) for entry in self._entries() if (match := CHECKPOINT.fullmatch(entry.name))
+        )
+        surplus = max(0, len(steps) - limit) if limit else 0
+        for _, entry in steps[:surplus]:
+            if str(entry) != protected:
+                shutil.rmtree(entry)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        write_atomically(self.path / FINISHED_FILE, json.dumps(dict(result), indent=1) + "\n")
+
+
+def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Lines that name the keys in which two runs differ, leaving out those that do not matter."""
+    keys = [key for key in {**recorded, **now} if key not in HARMLESS and not key.startswith(HARMLESS_PREFIXES)]
+    unset = "(default)"
+    return [
+        f"  {key}: {recorded.get(key, unset)} there, {now.get(key, unset)} now"
+        for key in keys
+        if recorded.get(key, unset) != now.get(key, unset)
+    ]
+
+
+def log_position(checkpoint: Path | None) -> int:
+    """The step at which a checkpoint was written; 0 without one."""
+    return TrainerState.load_from_json(str(checkpoint / STATE_FILE)).global_step if checkpoint else 0
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is seen whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sync(folder: Path) -> None:
+    """Bring every file below a folder to the disk."""
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(directory, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(directory))
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
