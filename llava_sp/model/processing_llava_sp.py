@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, CLIPImageProcessorPil
+from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, CLIPImageProcessorPil
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
 from transformers.models.llava.processing_llava import LlavaProcessor
@@ -420,6 +420,5 @@ def _image_processor_of(config: LlavaSPConfig, vision_tower: str | PathLike | No
 
 
 LlavaSPProcessor.register_for_auto_class()
-AutoProcessor.register(LlavaSPConfig, LlavaSPProcessor, exist_ok=True)
 
 __all__ = ["LlavaSPProcessor", "add_special_tokens"]

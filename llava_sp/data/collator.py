@@ -1,0 +1,36 @@
+"""Samples -> one padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..model.processing_llava_sp import IGNORE_INDEX
+
+
+class Collator:
+    """Pads on the right; the attention mask tells padding by length, never by the padding id.
+
+    Returns:
+        `input_ids`, `labels` (-100 at padding), `attention_mask` [B, L], and, if any sample has images, `pixel_values`
+        [images of the batch, 3, H, W] in the order of the placeholders.
+    """
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+            return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+        ids = [sample["input_ids"] for sample in samples]
+        batch = {
+            "input_ids": padded(ids, self.pad_token_id),
+            "labels": padded([sample["labels"] for sample in samples], IGNORE_INDEX),
+            "attention_mask": padded([torch.ones_like(row) for row in ids], 0),
+        }
+        pixels = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
+        if pixels:
+            batch["pixel_values"] = torch.cat(pixels)
+        return batch

@@ -1,0 +1,221 @@
+"""ConversationDataset: a mixture of LLaVA annotation files as ids, labels and pixels.
+
+A sample that cannot be learned from (see `BadSample`) ends the run with its file and index, or is replaced by the next good
+one and written to a list: `on_bad_sample="fail"` or `"skip"`. Text beyond `model_max_length` is cut, which is listed too;
+an image is never cut.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ..model.conversation import get_template
+from ..model.processing_llava_sp import IGNORE_INDEX, LlavaSPProcessor
+from .images import load_image
+from .mixture import Source
+from .records import BadSample, Conversation, RecordFile, parse_record
+from .report import SampleReport
+
+ON_BAD_SAMPLE = ("fail", "skip")
+MAX_SKIPS = 1000  # bad samples in a row before even `skip` gives up
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A record's tokens at their final length. `uncut` is the length before the text was cut to the limit."""
+
+    input_ids: list[int]
+    labels: list[int]
+    uncut: int
+
+
+class ConversationDataset(Dataset):
+    """Samples of a mixture, in the order of the files.
+
+    Args:
+        sources: see `mixture.load_mixture`.
+        processor: turns text and images into ids and pixels.
+        template: key of `conversation.TEMPLATES`; `None` is the processor's own.
+        model_max_length: tokens, image tokens included.
+        on_bad_sample: `"fail"` or `"skip"`.
+        skipped_path: JSONL file that lists what was skipped or cut; needed to skip.
+        seed: draws the part of a source whose weight is no whole number.
+
+    `dataset[i]` is `{"input_ids": [L], "labels": [L], "pixel_values": [n, 3, H, W] if it has images}`.
+
+    Raises:
+        ValueError: from the constructor for unreadable files and unknown names; from `dataset[i]` for a bad sample.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        processor: LlavaSPProcessor,
+        template: str | None = None,
+        model_max_length: int = 2048,
+        on_bad_sample: str = "fail",
+        skipped_path: str | Path | None = None,
+        seed: int = 0,
+    ):
+        if on_bad_sample not in ON_BAD_SAMPLE:
+            raise ValueError(f"on_bad_sample is {on_bad_sample!r}; use {' or '.join(ON_BAD_SAMPLE)}")
+        if on_bad_sample == "skip" and skipped_path is None:
+            raise ValueError("on_bad_sample is 'skip', so skipped_path must name the file that lists what was skipped")
+        if not sources:
+            raise ValueError("no sources: give at least one annotation file")
+        get_template(template or processor.conversation_template)
+        self.processor, self.template = processor, template
+        self.model_max_length = model_max_length
+        self.on_bad_sample = on_bad_sample
+        self.sources = list(sources)
+        self.files = [RecordFile(source.annotations) for source in self.sources]
+        self.report = SampleReport(skipped_path)
+        self._table = _table(self.sources, [len(file) for file in self.files], seed)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        for offset in range(min(MAX_SKIPS, len(self))):
+            place = (index + offset) % len(self)
+            try:
+                return self._sample(place)
+            except BadSample as error:
+                if self.on_bad_sample == "fail":
+                    raise ValueError(f"{self.where(place)}: {error}") from error
+                self.report.add("skipped", *self._origin(place), reason=str(error))
+        raise ValueError(
+            f"{min(MAX_SKIPS, len(self))} bad samples in a row from {self.where(index)} on; "
+            f"python -m llava_sp.data.check lists them, {self.report.path} too"
+        )
+
+    def _sample(self, index: int) -> dict[str, torch.Tensor]:
+        conversation = self.conversation(index)
+        encoded = self.encode(conversation)
+        if encoded.uncut > len(encoded.input_ids):
+            self.report.add("cut", *self._origin(index), tokens=encoded.uncut, limit=self.model_max_length)
+        sample = {
+            "input_ids": torch.tensor(encoded.input_ids, dtype=torch.long),
+            "labels": torch.tensor(encoded.labels, dtype=torch.long),
+        }
+        images = self.load_images(index, conversation)
+        if images:
+            sample["pixel_values"] = self.processor.preprocess_images(images)
+        return sample
+
+    def conversation(self, index: int) -> Conversation:
+        """The checked record behind sample `index`. Raises `BadSample`."""
+        source, record = self._table[index]
+        return parse_record(self.files[source][int(record)])
+
+    def encode(self, conversation: Conversation) -> Encoded:
+        """Ids and labels, cut to `model_max_length` behind the last image.
+
+        Raises:
+            BadSample: the conversation is ill-formed, marks and images differ in number, an image would be cut, or
+                nothing is left to learn.
+        """
+        try:
+            ids, labels = self.processor.encode_conversation(conversation.turns, self.template)
+        except ValueError as error:
+            raise BadSample(str(error)) from error
+        placeholder, per_image = self.processor.image_token_id, self.processor.num_image_tokens
+        marks, images = ids.count(placeholder) // per_image, len(conversation.images)
+        if marks != images:
+            raise BadSample(
+                f"{marks} {self.processor.image_token} mark(s) in the text, but {images} image(s) in the record"
+            )
+        limit = self.model_max_length
+        if len(ids) > limit and placeholder in ids[limit:]:
+            needed = len(ids) - ids[::-1].index(placeholder)
+            raise BadSample(f"its last image ends at token {needed}, but model_max_length is {limit}")
+        uncut = len(ids)
+        ids, labels = ids[:limit], labels[:limit]
+        if all(label == IGNORE_INDEX for label in labels):
+            cut = f", cut from {uncut} to {limit} tokens," if uncut > limit else ""
+            raise BadSample(f"nothing to learn: the conversation{cut} holds no answer")
+        return Encoded(ids, labels, uncut)
+
+    def load_images(self, index: int, conversation: Conversation) -> list[Image.Image]:
+        """The decoded images of sample `index`, in the order of the marks. Raises `BadSample`."""
+        folder = self.sources[self._table[index][0]].images
+        return [load_image(folder, name) for name in conversation.images]
+
+    def where(self, index: int) -> str:
+        """File and record of sample `index`, for messages."""
+        file, record = self._origin(index)
+        return f"{file}, record {record}"
+
+    def _origin(self, index: int) -> tuple[str, int]:
+        source, record = self._table[index]
+        return str(self.files[source].path), int(record)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Estimated tokens of each sample: words, as LLaVA counts them, and the image tokens.
+
+        Tokenizing everything to know it exactly takes minutes at 665,000 records and changes only how alike the lengths in a
+        batch are; `python -m llava_sp.data.check` gives the exact ones.
+        """
+        words = self._per_sample([file.words for file in self.files])
+        images = self._per_sample([file.images for file in self.files])
+        return np.maximum(words + images * self.processor.num_image_tokens, 1).tolist()
+
+    @property
+    def modality_lengths(self) -> list[int]:
+        """LLaVA's: words, negative for a sample without images. For `ModalityLengthSampler`."""
+        words = np.maximum(self._per_sample([file.words for file in self.files]), 1)
+        images = self._per_sample([file.images for file in self.files])
+        return np.where(images > 0, words, -words).tolist()
+
+    def _per_sample(self, columns: list[np.ndarray]) -> np.ndarray:
+        starts = np.cumsum([0] + [len(column) for column in columns[:-1]])
+        return np.concatenate(columns)[starts[self._table[:, 0]] + self._table[:, 1]].astype(np.int64)
+
+    def split(self, fraction: float, seed: int = 0) -> tuple[ConversationDataset, ConversationDataset]:
+        """(training, validation): `fraction` of the records is kept for validation, each record on one side only.
+
+        Raises:
+            ValueError: `fraction` is not between 0 and 1, or leaves a side empty.
+        """
+        if not 0 < fraction < 1:
+            raise ValueError(f"the validation fraction is {fraction}; it must lie between 0 and 1")
+        records = np.unique(self._table, axis=0)
+        kept = round(len(records) * fraction)
+        if not 0 < kept < len(records):
+            raise ValueError(f"a validation fraction of {fraction} of {len(records)} record(s) leaves one side empty")
+        chosen = records[np.sort(np.random.default_rng(seed).permutation(len(records))[:kept])]
+        taken = {tuple(row) for row in chosen.tolist()}
+        held_out = np.array([tuple(row) in taken for row in self._table.tolist()])
+        return self._with_table(self._table[~held_out]), self._with_table(chosen)
+
+    def _with_table(self, table: np.ndarray) -> ConversationDataset:
+        other = copy.copy(self)
+        other._table = table
+        return other
+
+    def close_report(self) -> dict[str, int | str | None]:
+        """`{"skipped", "cut", "file"}`: distinct records so far, of all processes and workers that share the file."""
+        return {**self.report.counts(), "file": None if self.report.path is None else str(self.report.path)}
+
+
+def _table(sources: Sequence[Source], sizes: Sequence[int], seed: int) -> np.ndarray:
+    """[samples, 2]: source and record of each sample of an epoch."""
+    parts = []
+    for place, (source, size) in enumerate(zip(sources, sizes, strict=True)):
+        whole, share = divmod(source.weight, 1)
+        drawn = np.random.default_rng([seed, place]).permutation(size)[: round(size * share)]
+        records = np.concatenate([np.tile(np.arange(size), int(whole)), np.sort(drawn)])
+        parts.append(np.stack([np.full(len(records), place), records], axis=1))
+    table = np.concatenate(parts)
+    if not len(table):
+        raise ValueError("the weights leave no samples at all")
+    return table

@@ -1,0 +1,43 @@
+"""The list of samples that were skipped or cut: one JSON object per line, written by every process and data worker."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+
+class SampleReport:
+    """Appends to `path`; without a path it only counts, in this process.
+
+    A line is written by one append, so that processes do not tear each other's lines, and a process writes each event once.
+    Other processes, epochs and resumed runs may repeat it: `counts` counts distinct records.
+    """
+
+    def __init__(self, path: str | os.PathLike | None):
+        self.path = None if path is None else Path(path)
+        self._seen: set[tuple[str, str, int]] = set()
+
+    def add(self, kind: str, file: str, index: int, **details) -> None:
+        """`kind` is "skipped" or "cut"; `index` counts the file's records from 0."""
+        if (kind, file, index) in self._seen:
+            return
+        self._seen.add((kind, file, index))
+        if self.path is None:
+            return
+        line = json.dumps({"kind": kind, "file": file, "index": index, **details}, ensure_ascii=False) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, line.encode())
+        finally:
+            os.close(handle)
+
+    def counts(self) -> dict[str, int]:
+        """Distinct records per kind."""
+        events = set(self._seen)
+        if self.path is not None and self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                event = json.loads(line)
+                events.add((event["kind"], event["file"], event["index"]))
+        return {kind: sum(event[0] == kind for event in events) for kind in ("skipped", "cut")}
