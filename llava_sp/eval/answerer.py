@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from llava_sp.data.images import load_image
 from llava_sp.eval.base import IMAGE_MARK, Benchmark, Generation, Item
 
 
@@ -21,19 +22,16 @@ def open_image(source: Path | bytes, owner: str) -> Image.Image:
     """Opens and fully decodes an image as RGB.
 
     Raises:
-        ValueError: naming `owner` (the question) and the file, if it is missing, empty, broken, or of bomb size.
+        ValueError: naming `owner` (the question) and the file, if it is missing, empty, broken, or gigantic.
     """
-    name = str(source) if isinstance(source, Path) else f"an embedded image of {len(source)} bytes"
     try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+        if isinstance(source, Path):
+            return load_image(source.parent, source.name)
+        with Image.open(io.BytesIO(source)) as image:
             return image.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"{owner}: image {name} does not exist") from None
-    except UnidentifiedImageError:
-        empty = isinstance(source, Path) and source.stat().st_size == 0
-        raise ValueError(f"{owner}: {name} {'has zero bytes' if empty else 'is not an image'}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{owner}: image {name} cannot be read: {error}") from None
+    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        what = "" if isinstance(source, Path) else f"embedded image of {len(source)} bytes: "
+        raise ValueError(f"{owner}: {what}{error}") from error
 
 
 def render_prompt(processor: Any, message: str, template: str | None = None) -> str:

@@ -28,9 +28,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        cut = (
-            " (it ends in the middle: an interrupted download or copy?)" if error.pos >= len(text.rstrip()) - 1 else ""
-        )
+        ends_early = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string")
+        cut = " (it ends in the middle: an interrupted download or copy?)" if ends_early else ""
         raise ValueError(
             f"{path} is not valid JSON: {error.msg}, line {error.lineno} column {error.colno}{cut}"
         ) from None
