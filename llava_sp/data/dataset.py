@@ -91,7 +91,7 @@ class ConversationDataset(Dataset):
             except BadSample as error:
                 if self.on_bad_sample == "fail":
                     raise ValueError(f"{self.where(place)}: {error}") from error
-                self.report.add("skipped", *self._origin(place), reason=str(error))
+                self.report.add("skipped", *self.origin(place), reason=str(error))
         raise ValueError(
             f"{min(MAX_SKIPS, len(self))} bad samples in a row from {self.where(index)} on; "
             f"python -m llava_sp.data.check lists them, {self.report.path} too"
@@ -101,7 +101,7 @@ class ConversationDataset(Dataset):
         conversation = self.conversation(index)
         encoded = self.encode(conversation)
         if encoded.uncut > len(encoded.input_ids):
-            self.report.add("cut", *self._origin(index), tokens=encoded.uncut, limit=self.model_max_length)
+            self.report.add("cut", *self.origin(index), tokens=encoded.uncut, limit=self.model_max_length)
         sample = {
             "input_ids": torch.tensor(encoded.input_ids, dtype=torch.long),
             "labels": torch.tensor(encoded.labels, dtype=torch.long),
@@ -151,10 +151,10 @@ class ConversationDataset(Dataset):
 
     def where(self, index: int) -> str:
         """File and record of sample `index`, for messages."""
-        file, record = self._origin(index)
+        file, record = self.origin(index)
         return f"{file}, record {record}"
 
-    def _origin(self, index: int) -> tuple[str, int]:
+    def origin(self, index: int) -> tuple[str, int]:
         source, record = self._table[index]
         return str(self.files[source].path), int(record)
 
@@ -180,6 +180,10 @@ class ConversationDataset(Dataset):
         starts = np.cumsum([0] + [len(column) for column in columns[:-1]])
         return np.concatenate(columns)[starts[self._table[:, 0]] + self._table[:, 1]].astype(np.int64)
 
+    def distinct(self) -> ConversationDataset:
+        """The same with each record once, whatever its weight."""
+        return self._with_table(np.unique(self._table, axis=0))
+
     def split(self, fraction: float, seed: int = 0) -> tuple[ConversationDataset, ConversationDataset]:
         """(training, validation): `fraction` of the records is kept for validation, each record on one side only.
 
@@ -188,7 +192,7 @@ class ConversationDataset(Dataset):
         """
         if not 0 < fraction < 1:
             raise ValueError(f"the validation fraction is {fraction}; it must lie between 0 and 1")
-        records = np.unique(self._table, axis=0)
+        records = self.distinct()._table
         kept = round(len(records) * fraction)
         if not 0 < kept < len(records):
             raise ValueError(f"a validation fraction of {fraction} of {len(records)} record(s) leaves one side empty")

@@ -38,6 +38,8 @@ class SampleReport:
         events = set(self._seen)
         if self.path is not None and self.path.is_file():
             for line in self.path.read_text(encoding="utf-8").splitlines():
+                if not line.endswith("}"):  # a full disk stopped the last write
+                    continue
                 event = json.loads(line)
                 events.add((event["kind"], event["file"], event["index"]))
         return {kind: sum(event[0] == kind for event in events) for kind in ("skipped", "cut")}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from os import PathLike
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -25,6 +26,15 @@ from .conversation import IMAGE_MARK, Segment, Turn, chat_template, get_template
 IGNORE_INDEX = -100
 ASPECT_RATIOS = ("pad", "crop")
 _TEXT_KEYS = ("padding", "padding_side", "max_length", "pad_to_multiple_of", "add_special_tokens", "truncation")
+
+
+class Token(NamedTuple):
+    """A token of a rendered text: its label is -100 unless it is learned; it covers `text[start:end]`."""
+
+    id: int
+    label: int
+    start: int
+    end: int
 
 
 def add_special_tokens(tokenizer, base_rows: int = 0) -> tuple[int, int, int]:
@@ -253,7 +263,12 @@ class LlavaSPProcessor(LlavaProcessor):
         return self.encode_segments(self.render_conversation(turns, template))
 
     def encode_segments(self, segments: list[Segment], add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
-        """The one way from text to ids: `(input_ids, labels)`, both of the final length.
+        """`(input_ids, labels)` of segments `(text, learned?)`, both of the final length; see `align_segments`."""
+        tokens = self.align_segments(segments, add_special_tokens)
+        return [token.id for token in tokens], [token.label for token in tokens]
+
+    def align_segments(self, segments: list[Segment], add_special_tokens: bool = True) -> list[Token]:
+        """The one way from text to ids: each token with its label and its place in the segments' joined text.
 
         The text between two image marks is tokenized as a text of its own, once, as the original does (so the piece "▁"
         stands after every image). A token is learned if it holds a character of a learned segment.
@@ -262,19 +277,18 @@ class LlavaSPProcessor(LlavaProcessor):
         learned = bytearray().join(bytes([flag]) * len(piece) for piece, flag in segments)
         bos = self.tokenizer.bos_token
         starts_itself = not add_special_tokens or (bos is not None and text.startswith(bos))
-        ids = [] if starts_itself else list(self._prefix_ids)
-        labels = [IGNORE_INDEX] * len(ids)
+        tokens = [] if starts_itself else [Token(token, IGNORE_INDEX, 0, 0) for token in self._prefix_ids]
         start = 0
         for index, chunk in enumerate(text.split(self.image_token)):
             if index:
-                ids += [self.image_token_id] * self.num_image_tokens
-                labels += [IGNORE_INDEX] * self.num_image_tokens
+                mark = Token(self.image_token_id, IGNORE_INDEX, start - len(self.image_token), start)
+                tokens += [mark] * self.num_image_tokens
             for token, first, last in self._tokenize(chunk):
-                known = any(learned[start + first : start + max(last, first + 1)]) and token != self.pad_token_id
-                ids.append(token)
-                labels.append(token if known else IGNORE_INDEX)
+                first, last = start + first, start + last
+                known = any(learned[first : max(last, first + 1)]) and token != self.pad_token_id
+                tokens.append(Token(token, token if known else IGNORE_INDEX, first, last))
             start += len(chunk) + len(self.image_token)
-        return ids, labels
+        return tokens
 
     def _tokenize(self, chunk: str) -> list[tuple[int, int, int]]:
         """`(id, first character, character after the last)` of each token of a text without image marks."""

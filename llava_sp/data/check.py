@@ -1,0 +1,123 @@
+"""Walk all training data before the training does: bad samples, lengths, what is cut, what is learned.
+
+    python -m llava_sp.data.check --config configs/finetune_lora_7b_cropping.yaml [--workers 8] [--output bad.jsonl] [--key value]
+
+Ends with status 1 if a sample is bad. Every record is looked at once, whatever its weight in the mixture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from .dataset import ConversationDataset
+from .records import BadSample
+
+
+class _Look(Dataset):
+    """`[i]` is `(i, tokens, tokens before cutting, learned tokens, images, reason it is bad or "")`."""
+
+    def __init__(self, dataset: ConversationDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, int, int, int, int, str]:
+        try:
+            conversation = self.dataset.conversation(index)
+            encoded = self.dataset.encode(conversation)
+            self.dataset.load_images(index, conversation)
+        except BadSample as error:
+            return index, 0, 0, 0, 0, str(error)
+        learned = sum(label >= 0 for label in encoded.labels)
+        return index, len(encoded.input_ids), encoded.uncut, learned, len(conversation.images), ""
+
+
+@dataclass
+class Findings:
+    """What `check` found."""
+
+    bad: list[dict] = field(default_factory=list)  # {"file", "index", "reason"}
+    tokens: list[int] = field(default_factory=list)  # of the good samples, after cutting
+    cut: int = 0
+    learned: int = 0
+    with_image: int = 0
+
+
+def check(dataset: ConversationDataset, workers: int = 0) -> Findings:
+    """Look at every record of `dataset` once; nothing is raised for a bad one."""
+    dataset = dataset.distinct()
+    findings = Findings()
+    loader = DataLoader(_Look(dataset), batch_size=32 if workers else 1, num_workers=workers, collate_fn=list)
+    with tqdm(total=len(dataset), unit="sample", disable=None) as progress:
+        for batch in loader:
+            for index, tokens, uncut, learned, images, reason in batch:
+                if reason:
+                    file, record = dataset.origin(index)
+                    findings.bad.append({"file": file, "index": record, "reason": reason})
+                    continue
+                findings.tokens.append(tokens)
+                findings.cut += uncut > tokens
+                findings.learned += learned
+                findings.with_image += images > 0
+            progress.update(len(batch))
+    return findings
+
+
+def summary(findings: Findings, limit: int, show: int) -> str:
+    """The findings in words; at most `show` bad samples one by one."""
+    good = len(findings.tokens)
+    lines = [
+        f"{good + len(findings.bad)} records: {good} good ({findings.with_image} with images), {len(findings.bad)} bad"
+    ]
+    if good:
+        tokens = np.array(findings.tokens)
+        lines.append(
+            f"tokens per sample: {tokens.min()} to {tokens.max()}, median {np.median(tokens):.0f}, mean {tokens.mean():.1f}; "
+            f"{findings.cut} cut at {limit}"
+        )
+        lines.append(
+            f"learned: {findings.learned} of {tokens.sum()} tokens ({100 * findings.learned / tokens.sum():.1f} %)"
+        )
+    lines += [f"  {entry['file']}, record {entry['index']}: {entry['reason']}" for entry in findings.bad[:show]]
+    if len(findings.bad) > show:
+        lines.append(f"  ... and {len(findings.bad) - show} more (--output lists them all)")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llava_sp.data.check", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="training YAML")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read")
+    parser.add_argument("--output", type=Path, help="JSONL file for the bad samples")
+    parser.add_argument("--show", type=int, default=20, help="how many bad samples to print")
+    options, overrides = parser.parse_known_args(arguments)
+    from .from_config import dataset_of_config
+
+    try:
+        dataset = dataset_of_config(options.config, overrides)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for source, file in zip(dataset.sources, dataset.files, strict=True):
+        print(f"{file.path}: {len(file)} records, weight {source.weight:g}, images in {source.images}")
+    started = time.monotonic()
+    findings = check(dataset, options.workers)
+    print(summary(findings, dataset.model_max_length, options.show))
+    print(f"checked in {time.monotonic() - started:.1f} s")
+    if options.output:
+        options.output.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in findings.bad))
+    sys.exit(1 if findings.bad else 0)
+
+
+if __name__ == "__main__":
+    main()

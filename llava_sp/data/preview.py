@@ -1,0 +1,109 @@
+"""Show one training sample: the exact text with what is learned marked, and the image as the model sees it.
+
+    python -m llava_sp.data.preview --config configs/finetune_lora_7b_cropping.yaml --index 0 [--output preview] [--key value]
+
+Learned text is green on a terminal and stands in [[double brackets]] otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .dataset import ConversationDataset
+from .records import BadSample
+
+COLOUR = ("\033[1;32m", "\033[0m")
+BRACKETS = ("[[", "]]")
+
+
+def marked_text(dataset: ConversationDataset, index: int, marks: tuple[str, str] = BRACKETS) -> str:
+    """The text of sample `index` as it is tokenized, each learned stretch between `marks`.
+
+    `<image>` stands for all its placeholders. Text beyond the length limit is replaced by a note. Raises `BadSample`.
+    """
+    conversation = dataset.conversation(index)
+    kept = len(dataset.encode(conversation).input_ids)
+    processor = dataset.processor
+    segments = processor.render_conversation(conversation.turns, dataset.template)
+    text = "".join(piece for piece, _ in segments)
+    tokens = processor.align_segments(segments)
+    learned = np.zeros(len(text) + 1, dtype=bool)
+    for token in tokens[:kept]:
+        if token.label == token.id:
+            learned[token.start : token.end] = True
+    end = len(text) if kept == len(tokens) else tokens[kept - 1].end
+    prefix = [token.id for token in tokens if token.end == 0 and token.id in processor.tokenizer.all_special_ids]
+    parts = [processor.tokenizer.decode(prefix)] if prefix else []
+    inside = False
+    for place in range(end):
+        if learned[place] != inside:
+            parts.append(marks[inside])
+            inside = bool(learned[place])
+        parts.append(text[place])
+    if inside:
+        parts.append(marks[1])
+    if kept < len(tokens):
+        parts.append(f"\n... cut here: {len(tokens) - kept} more tokens are beyond {dataset.model_max_length}")
+    return "".join(parts)
+
+
+def seen_images(dataset: ConversationDataset, pixel_values: torch.Tensor) -> list[Image.Image]:
+    """Pixels [n, 3, H, W] back to pictures: normalisation undone, nothing else."""
+    settings = dataset.processor.image_processor
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.image_mean, settings.image_std))
+    restored = ((pixel_values * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in restored]
+
+
+def show(dataset: ConversationDataset, index: int, folder: Path, marks: tuple[str, str]) -> None:
+    """Print sample `index` and save its images in `folder`. Raises `ValueError` for a bad sample."""
+    if not 0 <= index < len(dataset):
+        raise ValueError(f"--index {index}: the data has samples 0 to {len(dataset) - 1}")
+    try:
+        conversation = dataset.conversation(index)
+        text = marked_text(dataset, index, marks)
+        images = dataset.load_images(index, conversation)
+    except BadSample as error:
+        raise ValueError(f"{dataset.where(index)} is bad: {error}") from error
+    encoded = dataset.encode(conversation)
+    learned = sum(label >= 0 for label in encoded.labels)
+    per_image = dataset.processor.num_image_tokens
+    print(f"sample {index} of {len(dataset)}: {dataset.where(index)} (id {conversation.id!r})")
+    print(f"{len(encoded.input_ids)} tokens, {len(images)} x {per_image} of them for images; {learned} learned")
+    print("-" * 80, text, "-" * 80, sep="\n")
+    if not images:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = seen_images(dataset, dataset.processor.preprocess_images(images))
+    for number, (name, image, picture) in enumerate(zip(conversation.images, images, pictures, strict=True)):
+        path = folder / f"sample_{index}_image_{number}.png"
+        picture.save(path)
+        print(
+            f"{name} ({image.width} x {image.height}) as the model sees it ({picture.width} x {picture.height}): {path}"
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llava_sp.data.preview", description=__doc__.splitlines()[0])
+    parser.add_argument("--config", required=True, help="training YAML")
+    parser.add_argument("--index", type=int, default=0, help="which sample")
+    parser.add_argument("--output", type=Path, default=Path("preview"), help="folder for the images")
+    options, overrides = parser.parse_known_args(arguments)
+    marks = COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else BRACKETS
+    from .from_config import dataset_of_config
+
+    try:
+        show(dataset_of_config(options.config, overrides), options.index, options.output, marks)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
