@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import zipfile
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
+from transformers.integrations import deepspeed as integration
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
@@ -237,9 +239,21 @@ def _load_complete(auto_class, path: str | os.PathLike, **kwargs) -> PreTrainedM
     return model
 
 
+@contextmanager
+def _zero3_set_aside() -> Iterator[None]:
+    """Keeps transformers from splitting (and gathering, and initialising) the parts of a model that is to stay empty."""
+    current = integration._hf_deepspeed_config_weak_ref and integration._hf_deepspeed_config_weak_ref()
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if current is not None:
+            integration.set_hf_deepspeed_config(current)
+
+
 def _assemble(cls, config: LlavaSPConfig, language, tower, projector):
     """Put loaded parts into an empty model; nothing is copied."""
-    with torch.device("meta"):
+    with _zero3_set_aside(), torch.device("meta"):
         model = cls(config)
     model.model.vision_tower = tower
     model.model.multi_modal_projector = projector.to(tower.device)

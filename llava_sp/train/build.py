@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch import nn
-from torch.utils.data import Dataset, Subset
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints import load_projector
-from llava_sp.data import ConversationDataset, load_mixture
+from llava_sp.data.dataset import ConversationDataset
+from llava_sp.data.mixture import load_mixture
 from llava_sp.train.arguments import DataArguments, ModelArguments, TrainArguments
-from llava_sp.train.config_files import UsageError
 from llava_sp.train.stages import STAGES, apply_stage, table
 from llava_sp.train.trainer import rates_of
 
@@ -101,7 +101,7 @@ def build_processor(model: LlavaSPForCausalLM, model_args: ModelArguments, data:
 
 def build_datasets(
     processor: LlavaSPProcessor, data: DataArguments, args: TrainArguments
-) -> tuple[Dataset, Dataset | None]:
+) -> tuple[ConversationDataset, ConversationDataset | None]:
     """Training data and, if asked for, validation data (a file of its own, or a fixed random share)."""
 
     def dataset(sources: Any, name: str) -> ConversationDataset:
@@ -111,7 +111,7 @@ def build_datasets(
             template=data.template,
             model_max_length=data.model_max_length,
             on_bad_sample=data.on_bad_sample,
-            skipped_path=f"{args.output_dir}/skipped_{name}.jsonl",
+            skipped_path=Path(args.output_dir) / f"skipped_{name}.jsonl",
             seed=args.data_seed,
         )
 
@@ -120,7 +120,7 @@ def build_datasets(
         images = data.eval_image_folder or data.image_folder
         return train, dataset(load_mixture([{"annotations": data.eval_data_path, "images": images}]), "eval")
     if data.validation_fraction:
-        return split(train, data.validation_fraction, args.data_seed)
+        return train.split(data.validation_fraction, seed=args.data_seed)
     return train, None
 
 
@@ -128,28 +128,3 @@ def training_sources(data: DataArguments) -> Any:
     if data.mixture:
         return load_mixture(data.mixture)
     return load_mixture([{"annotations": data.data_path, "images": data.image_folder}])
-
-
-class Share(Subset):
-    """Some samples of a data set, with their lengths."""
-
-    @property
-    def lengths(self) -> list[int]:
-        return [self.dataset.lengths[index] for index in self.indices]
-
-    @property
-    def modality_lengths(self) -> list[int]:
-        lengths = self.dataset.modality_lengths
-        return [lengths[index] for index in self.indices]
-
-
-def split(dataset: ConversationDataset, fraction: float, seed: int) -> tuple[Share, Share]:
-    """Training and validation share; the same split for the same seed."""
-    held_out = round(len(dataset) * fraction)
-    if not 0 < held_out < len(dataset):
-        raise UsageError(
-            f"validation_fraction = {fraction} of {len(dataset)} samples leaves {held_out} for validation and "
-            f"{len(dataset) - held_out} for training; both need at least one."
-        )
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Share(dataset, sorted(order[held_out:])), Share(dataset, sorted(order[:held_out]))

@@ -106,14 +106,11 @@ def _mixture(file: Path) -> Iterator[str]:
         yield f"mixture = {file}: there is no such file."
         return
     entries = yaml.safe_load(file.read_text(encoding="utf-8"))
-    entries = entries.get("sources", entries) if isinstance(entries, dict) else entries
-    for entry in entries if isinstance(entries, list) else []:
+    for entry in entries if isinstance(entries, list) else []:  # what else may be wrong, load_mixture says
         for key in ("annotations", "images"):
             place = entry.get(key) if isinstance(entry, dict) else None
-            if isinstance(place, str) and "$" not in place:
-                path = Path(os.path.expanduser(place))
-                if not path.exists() and not (file.parent / path).exists():
-                    yield f"mixture = {file}: {key}: {place} is not there."
+            if isinstance(place, str) and not (file.parent / os.path.expanduser(os.path.expandvars(place))).exists():
+                yield f"mixture = {file}: {key}: {place} is not there."
 
 
 def _output(args: TrainArguments) -> Iterator[str]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from llava_sp.data import Collator
+from llava_sp.data.collator import Collator
 from llava_sp.train.arguments import DataArguments, ModelArguments, TrainArguments, load_config, settings_of
 from llava_sp.train.build import build_datasets, build_model, build_processor
 from llava_sp.train.check import check_inputs
@@ -74,9 +74,12 @@ def train(config: str | Path | None, words: Sequence[str]) -> dict[str, Any]:
 
     start_group(args)
     set_seed(args.seed)
-    model = build_model(model_args, args)
-    processor = build_processor(model, model_args, data_args)
-    train_data, eval_data = build_datasets(processor, data_args, args)
+    try:
+        model = build_model(model_args, args)
+        processor = build_processor(model, model_args, data_args)
+        train_data, eval_data = build_datasets(processor, data_args, args)
+    except ValueError as error:  # the ValueErrors of model, checkpoints and data are about what was given
+        raise UsageError(str(error)) from error
     trainer = make_trainer(model, processor, train_data, eval_data, data_args, args, folder, provenance, launched)
 
     _announce(args, len(train_data), eval_data, checkpoint)
@@ -164,10 +167,9 @@ def _announce(args: TrainArguments, samples: int, eval_data: Any, checkpoint: Pa
 
 def _report_skipped(*datasets: Any) -> None:
     for dataset in datasets:
-        report = getattr(dataset, "close_report", getattr(getattr(dataset, "dataset", None), "close_report", None))
-        facts = report() if report else {}
-        if facts.get("skipped"):
-            logger.info("%s bad samples were skipped; %s lists them.", facts["skipped"], facts["file"])
+        facts = dataset.close_report() if dataset is not None else {}
+        if facts.get("skipped") or facts.get("cut"):
+            logger.info("%s bad samples skipped, %s cut to the length limit: %s", *map(facts.get, ("skipped", "cut", "file")))
 
 
 def _figures(proof: dict[str, float]) -> str:

@@ -19,7 +19,7 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from llava_sp.checkpoints import load_adapter, save_adapter, trainable_state_dict
-from llava_sp.data import ModalityLengthSampler
+from llava_sp.data.sampler import ModalityLengthSampler
 from llava_sp.train.arguments import TrainArguments
 from llava_sp.train.config_files import UsageError
 from llava_sp.train.logs import Console, EndWithLauncher, JsonLines, Meter

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_sp.checkpoints import load_adapter
+from llava_sp.checkpoints.backbones import gathered
 from llava_sp.train.stages import trained_names
 from llava_sp.train.trainer import LlavaSPTrainer
 
@@ -54,8 +55,9 @@ def logits_of(trainer: LlavaSPTrainer, sample: dict[str, Tensor]) -> Tensor:
 
 
 def forget(model: nn.Module) -> None:
-    """Zero everything that was trained, ZeRO-3's shares too."""
+    """Zero everything that was trained."""
     trained = trained_names(model)
     for name, parameter in model.named_parameters():
         if name in trained:
-            getattr(parameter, "ds_tensor", parameter).data.zero_()
+            with gathered([parameter], modify=True):
+                parameter.data.zero_()
