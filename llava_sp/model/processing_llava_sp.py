@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import re
 from os import PathLike
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature, CLIPImageProcessorPil
-from transformers.image_transforms import to_pil_image
-from transformers.image_utils import load_image
+from transformers import AutoTokenizer, BatchFeature
 from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.processing_utils import MultiModalData
 
 from .configuration_llava_sp import LlavaSPConfig
 from .conversation import IMAGE_MARK, Segment, Turn, chat_template, get_template, normalize_turns, render_segments
+from .image_preprocessing import flatten_images, image_processor_of, pad_to_square, pillow_counterpart
 
 IGNORE_INDEX = -100
 ASPECT_RATIOS = ("pad", "crop")
@@ -101,7 +99,11 @@ class LlavaSPProcessor(LlavaProcessor):
         if chat_template is None:
             chat_template = _jinja(template, tokenizer)
         super().__init__(
-            _pillow(image_processor), tokenizer, chat_template=chat_template, image_token=image_token, **kwargs
+            pillow_counterpart(image_processor),
+            tokenizer,
+            chat_template=chat_template,
+            image_token=image_token,
+            **kwargs,
         )
         self._prefix_ids = _prefix_ids(tokenizer)
         self._space_traps = _space_traps(tokenizer)
@@ -129,7 +131,7 @@ class LlavaSPProcessor(LlavaProcessor):
         tokenizer = AutoTokenizer.from_pretrained(language_model, **hub_kwargs)
         add_special_tokens(tokenizer)
         return cls(
-            _image_processor_of(config, vision_tower, **hub_kwargs),
+            image_processor_of(config, vision_tower, **hub_kwargs),
             tokenizer,
             num_image_tokens=config.num_image_tokens,
             image_aspect_ratio=image_aspect_ratio,
@@ -165,7 +167,7 @@ class LlavaSPProcessor(LlavaProcessor):
         return_tensors = kwargs.pop("return_tensors", return_tensors)
         text_kwargs = {key: kwargs.pop(key) for key in _TEXT_KEYS if key in kwargs}
         data = {}
-        flat = _flatten_images(images)
+        flat = flatten_images(images)
         if text is not None:
             prompts = [text] if isinstance(text, str) else list(text)
             if not all(isinstance(prompt, str) for prompt in prompts):
@@ -311,7 +313,7 @@ class LlavaSPProcessor(LlavaProcessor):
         images = [image.convert("RGB") for image in images]
         if self.image_aspect_ratio == "pad":
             colour = tuple(int(mean * 255) for mean in self.image_processor.image_mean)
-            images = [_pad_to_square(image, colour) for image in images]
+            images = [pad_to_square(image, colour) for image in images]
         return self.image_processor(images, return_tensors="pt", **kwargs)["pixel_values"]
 
     def replace_image_token(self, image_inputs=None, image_idx: int = 0, **kwargs) -> str:
@@ -358,79 +360,11 @@ def _space_traps(tokenizer) -> list[re.Pattern]:
         bare, spaced = (tokenizer(before + text, add_special_tokens=False)["input_ids"] for text in ("a", " a"))
         return bare == spaced and tokenizer.convert_ids_to_tokens(bare)[1 if before else 0].startswith("▁")
 
-    traps = [re.compile(r"\A ")] if drops("") else []
+    traps = [re.compile(r"\A[ ▁]")] if drops("") else []
     if tokenizer.eos_token and drops(tokenizer.eos_token):
         special = "|".join(re.escape(token) for token in tokenizer.all_special_tokens)
-        traps.append(re.compile(f"(?:{special}) "))
+        traps.append(re.compile(f"(?:{special})[ ▁]"))
     return traps
-
-
-def _pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    width, height = image.size
-    if width == height:
-        return image
-    side = max(width, height)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
-
-
-def _flatten_images(images) -> list[Image.Image]:
-    """All images of a call in order, as PIL images."""
-    if images is None:
-        return []
-    if isinstance(images, (list, tuple)):
-        return [image for entry in images for image in _flatten_images(entry)]
-    if isinstance(images, (str, PathLike)):
-        return [load_image(str(images))]
-    if isinstance(images, Image.Image):
-        return [images]
-    if getattr(images, "ndim", 0) == 4:
-        return [to_pil_image(image) for image in images]
-    return [to_pil_image(images)]
-
-
-def _pillow(image_processor):
-    """The Pillow counterpart of an image processor, with the same settings."""
-    if image_processor is None or getattr(image_processor, "backend", "pil") == "pil":
-        return image_processor
-    settings = image_processor.to_dict()
-    name = settings.pop("image_processor_type", type(image_processor).__name__)
-    counterpart = getattr(transformers, f"{name.removesuffix('Fast')}Pil", None)
-    if counterpart is None:
-        raise ValueError(f"{name} resizes with torchvision and has no Pillow counterpart; use a CLIP or SigLIP one")
-    return counterpart(**settings)
-
-
-def _image_processor_of(config: LlavaSPConfig, vision_tower: str | PathLike | None, **hub_kwargs):
-    """The vision tower's image processor at the config's image size.
-
-    A timm tower states mean, std and interpolation in its `pretrained_cfg`; a directory without a preprocessor_config.json
-    gets CLIP's values.
-    """
-    side = config.image_size
-    square = {"height": side, "width": side}
-    timm_settings = getattr(config.vision_config, "pretrained_cfg", None)
-    if timm_settings:
-        resampling = Image.Resampling[timm_settings.get("interpolation", "bicubic").upper()]
-        values = {
-            "image_mean": timm_settings.get("mean"),
-            "image_std": timm_settings.get("std"),
-            "resample": resampling,
-        }
-        values = {key: value for key, value in values.items() if value is not None}
-        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square, **values)
-    names = ("preprocessor_config.json", "processor_config.json")
-    folder = None if vision_tower is None else Path(vision_tower)
-    if folder is None or (folder.is_dir() and not any((folder / name).is_file() for name in names)):
-        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
-    processor = _pillow(AutoImageProcessor.from_pretrained(vision_tower, backend="pil", **hub_kwargs))
-    by_edge = dict(processor.size).get("shortest_edge") is not None
-    settings = {**processor.to_dict(), "size": {"shortest_edge": side} if by_edge else square}
-    if settings.get("do_center_crop"):
-        settings["crop_size"] = square
-    settings.pop("image_processor_type", None)
-    return type(processor)(**settings)
 
 
 LlavaSPProcessor.register_for_auto_class()

@@ -1,0 +1,84 @@
+"""Image settings of a vision tower, and the steps before its image processor. All of it with Pillow: torchvision resizes
+differently, and the weights were trained on Pillow's pixels.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+import transformers
+from PIL import Image
+from transformers import AutoImageProcessor, CLIPImageProcessorPil
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import load_image
+
+from .configuration_llava_sp import LlavaSPConfig
+
+
+def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    width, height = image.size
+    if width == height:
+        return image
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def flatten_images(images) -> list[Image.Image]:
+    """All images of a call in order, as PIL images."""
+    if images is None:
+        return []
+    if isinstance(images, (list, tuple)):
+        return [image for entry in images for image in flatten_images(entry)]
+    if isinstance(images, (str, PathLike)):
+        return [load_image(str(images))]
+    if isinstance(images, Image.Image):
+        return [images]
+    if getattr(images, "ndim", 0) == 4:
+        return [to_pil_image(image) for image in images]
+    return [to_pil_image(images)]
+
+
+def pillow_counterpart(image_processor):
+    """The Pillow counterpart of an image processor, with the same settings."""
+    if image_processor is None or getattr(image_processor, "backend", "pil") == "pil":
+        return image_processor
+    settings = image_processor.to_dict()
+    name = settings.pop("image_processor_type", type(image_processor).__name__)
+    counterpart = getattr(transformers, f"{name.removesuffix('Fast')}Pil", None)
+    if counterpart is None:
+        raise ValueError(f"{name} resizes with torchvision and has no Pillow counterpart; use a CLIP or SigLIP one")
+    return counterpart(**settings)
+
+
+def image_processor_of(config: LlavaSPConfig, vision_tower: str | PathLike | None, **hub_kwargs):
+    """The vision tower's image processor at the config's image size.
+
+    A timm tower states mean, std and interpolation in its `pretrained_cfg`; a directory without a preprocessor_config.json
+    gets CLIP's values.
+    """
+    side = config.image_size
+    square = {"height": side, "width": side}
+    timm_settings = getattr(config.vision_config, "pretrained_cfg", None)
+    if timm_settings:
+        resampling = Image.Resampling[timm_settings.get("interpolation", "bicubic").upper()]
+        values = {
+            "image_mean": timm_settings.get("mean"),
+            "image_std": timm_settings.get("std"),
+            "resample": resampling,
+        }
+        values = {key: value for key, value in values.items() if value is not None}
+        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square, **values)
+    names = ("preprocessor_config.json", "processor_config.json")
+    folder = None if vision_tower is None else Path(vision_tower)
+    if folder is None or (folder.is_dir() and not any((folder / name).is_file() for name in names)):
+        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
+    processor = pillow_counterpart(AutoImageProcessor.from_pretrained(vision_tower, backend="pil", **hub_kwargs))
+    by_edge = dict(processor.size).get("shortest_edge") is not None
+    settings = {**processor.to_dict(), "size": {"shortest_edge": side} if by_edge else square}
+    if settings.get("do_center_crop"):
+        settings["crop_size"] = square
+    settings.pop("image_processor_type", None)
+    return type(processor)(**settings)
