@@ -1,0 +1,234 @@
+"""VQAv2 end to end with a real (tiny, random) model on real files: batching, resuming, processes, provenance, bad images."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.checkpoints import checkpoint_hash, save_adapter
+from llava_sp.eval.answerer import render_prompt
+from llava_sp.eval.answers import read_logs
+from llava_sp.eval.cli import main
+from llava_sp.eval.vqav2 import VQAv2
+
+NEW_TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def opened(golden):
+    model = LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", spatial_variant="cropping", seed=0)
+    return model.eval(), LlavaSPProcessor.from_backbones(model.config)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(opened, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    for part in opened:
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recorded(golden):
+    return json.loads((golden / "eval" / "vqav2.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def data(recorded, tmp_path_factory) -> Path:
+    """The recorded questions, with a picture of noise for each image, of many shapes."""
+    folder = tmp_path_factory.mktemp("vqav2")
+    for name in ("v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"):
+        (folder / name).write_text(json.dumps(recorded["files"][name]["data"]))
+    (folder / "val2014").mkdir()
+    rng = np.random.default_rng(0)
+    for item in VQAv2(split="val").load(folder):
+        width, height = rng.integers(20, 200, 2)
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(item.images[0])
+    return folder
+
+
+def arguments(checkpoint: Path, data: Path, output: Path, *more: object) -> list[str]:
+    given = ["--model", checkpoint, "--data", data, "--output", output, "--max-new-tokens", NEW_TOKENS]
+    return [str(argument) for argument in (*given, "--device", "cpu", *more)]
+
+
+@pytest.fixture(scope="module")
+def whole(checkpoint, data, tmp_path_factory) -> Path:
+    """The output of one undisturbed run with batches of 8."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    assert main(VQAv2, arguments(checkpoint, data, output)) == 0
+    return output
+
+
+def test_batch_of_eight_equals_one_by_one(opened, data, whole):
+    """The runner's answers are those of plain `generate` calls on single prompts without any padding."""
+    model, processor = opened
+    answers = [json.loads(line) for line in (whole / "answers.jsonl").open()]
+    items = VQAv2(split="val").load(data)
+    assert [answer["question_id"] for answer in answers] == [item.id for item in items]
+    for answer, item in list(zip(answers, items))[::3]:
+        prompt = render_prompt(processor, "<image>\n" + answer["prompt"])
+        inputs = processor(text=prompt, images=Image.open(item.images[0]), return_tensors="pt")
+        with torch.inference_mode():
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+        text = processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer["text"] == text.strip()
+
+
+def test_batch_size_does_not_change_the_file(checkpoint, data, whole, tmp_path):
+    assert main(VQAv2, arguments(checkpoint, data, tmp_path / "out", "--batch-size", 1)) == 0
+    assert (tmp_path / "out" / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()
+
+
+def test_result_and_provenance(checkpoint, data, whole):
+    result = json.loads((whole / "metrics.json").read_text())
+    assert isinstance(result["score"], float) and set(result["metrics"]["per_answer_type"]) == {
+        "yes/no",
+        "number",
+        "other",
+    }
+    origin = result["provenance"]
+    assert origin["checkpoint"] == checkpoint_hash(checkpoint)
+    assert origin["template"] == "vicuna_v1" and origin["image_mode"] == "pad" and origin["protocol"] == "llava15"
+    assert (
+        origin["dtype"] == "float32" and origin["count"] == 40 and origin["generation"]["max_new_tokens"] == NEW_TOKENS
+    )
+    assert origin["prompt_example"].endswith("single word or phrase. ASSISTANT:")
+    assert len((whole / "per_item.jsonl").read_text().splitlines()) == 40
+    assert {"torch", "transformers", "llava_sp", "python"} <= set(origin["versions"])
+
+
+def test_answers_file_of_a_run_scores_the_same(data, whole, tmp_path):
+    again = ["--answers", str(whole / "answers.jsonl"), "--data", str(data), "--output", str(tmp_path / "again")]
+    assert main(VQAv2, again) == 0
+    first, second = (json.loads((folder / "metrics.json").read_text()) for folder in (whole, tmp_path / "again"))
+    assert (first["score"], first["metrics"]) == (second["score"], second["metrics"])
+
+
+def test_prompts_are_llavas(opened, golden):
+    expected = json.loads((golden / "eval" / "prompts.json").read_text(encoding="utf-8"))["expected"]["vqav2"]
+    for case in expected["items"]:
+        assert render_prompt(opened[1], "<image>\n" + case["question_record"]["text"]) == case["prompt"]
+        assert render_prompt(opened[1], "<image>\n" + case["question_record"]["text"], "vicuna_v1") == case["prompt"]
+
+
+def test_checkpoint_generation_defaults_are_not_used(opened, checkpoint, data, whole, tmp_path):
+    """Vicuna's generation_config samples; the protocol is greedy."""
+    for file in checkpoint.iterdir():
+        (tmp_path / "m").mkdir(exist_ok=True)
+        os.link(file, tmp_path / "m" / file.name)
+    settings = json.loads((checkpoint / "generation_config.json").read_text())
+    (tmp_path / "m" / "generation_config.json").unlink()
+    settings |= {"do_sample": True, "temperature": 0.9, "top_p": 0.6, "top_k": 3}
+    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(settings))
+    assert main(VQAv2, arguments(tmp_path / "m", data, tmp_path / "out", "--limit", 8)) == 0
+    texts = [json.loads(line)["text"] for line in (tmp_path / "out" / "answers.jsonl").open()]
+    assert texts == [json.loads(line)["text"] for line in (whole / "answers.jsonl").open()][:8]
+
+
+def test_adapter_checkpoint_gives_the_same_answers(opened, data, whole, tmp_path):
+    save_adapter(*opened, tmp_path / "adapter", run={})
+    assert main(VQAv2, arguments(tmp_path / "adapter", data, tmp_path / "out", "--limit", 8)) == 0
+    texts = [json.loads(line)["text"] for line in (tmp_path / "out" / "answers.jsonl").open()]
+    assert texts == [json.loads(line)["text"] for line in (whole / "answers.jsonl").open()][:8]
+
+
+def command(*args: str) -> dict:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TQDM_DISABLE": "1"}
+    return {"args": [sys.executable, *args], "env": environment}
+
+
+def test_killed_and_resumed_equals_undisturbed(checkpoint, data, whole, tmp_path):
+    output = tmp_path / "out"
+    given = arguments(checkpoint, data, output, "--batch-size", 2)
+    process = subprocess.Popen(**command("-m", "llava_sp.eval.vqav2", *given))
+    deadline = time.monotonic() + 120
+    while len(read_logs(output / "answers")) < 4 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 4 <= len(read_logs(output / "answers")) < 40
+    assert not (output / "metrics.json").exists()
+    assert main(VQAv2, given) == 0
+    assert (output / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()
+    assert (output / "per_item.jsonl").read_bytes() == (whole / "per_item.jsonl").read_bytes()
+
+
+def test_two_processes_under_torchrun(checkpoint, data, whole, tmp_path):
+    output = tmp_path / "out"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    run = subprocess.run(**command(*launcher, "-m", "llava_sp.eval.vqav2", *arguments(checkpoint, data, output)))
+    assert run.returncode == 0
+    assert (output / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()
+    assert json.loads((output / "metrics.json").read_text())["provenance"]["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--max-new-tokens", "9"], "generation.max_new_tokens was 8, now 9"),
+        (["--dtype", "bfloat16"], "dtype was 'float32', now 'bfloat16'"),
+    ],
+)
+def test_other_settings_in_a_used_directory_are_refused(checkpoint, data, whole, capsys, more, message):
+    before = (whole / "metrics.json").read_bytes()
+    assert main(VQAv2, arguments(checkpoint, data, whole, *more)) == 2
+    err = capsys.readouterr().err
+    assert "holds a run with other settings" in err and message in err
+    assert (whole / "metrics.json").read_bytes() == before
+
+
+def test_other_model_or_questions_in_a_used_directory_are_refused(golden, opened, data, whole, tmp_path, capsys):
+    other = LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", spatial_variant="pooling", seed=1)
+    other.save_pretrained(tmp_path / "other")
+    opened[1].save_pretrained(tmp_path / "other")
+    assert main(VQAv2, arguments(tmp_path / "other", data, whole)) == 2
+    assert "checkpoint was '" in capsys.readouterr().err
+    for file in data.iterdir():
+        (tmp_path / "data").mkdir(exist_ok=True)
+        os.symlink(file, tmp_path / "data" / file.name)
+    questions = tmp_path / "data" / "v2_OpenEnded_mscoco_val2014_questions.json"
+    content = questions.read_text().replace("What colour is the teapot?", "Is there a teapot?")
+    questions.unlink()
+    questions.write_text(content)
+    checkpoint = Path(json.loads((whole / "metrics.json").read_text())["provenance"]["model"])
+    assert main(VQAv2, arguments(checkpoint, tmp_path / "data", whole)) == 2
+    err = capsys.readouterr().err
+    assert "prompt_example was" in err and "questions was" in err
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture at all", None])
+def test_bad_image_is_named_with_its_question(checkpoint, data, tmp_path, capsys, content):
+    folder = tmp_path / "val2014"
+    folder.mkdir()
+    for file in (data / "val2014").iterdir():
+        os.symlink(file, folder / file.name)
+    bad = folder / "COCO_val2014_000000900001.jpg"
+    good = bad.read_bytes()
+    bad.unlink()
+    bad.write_bytes(good[: len(good) // 2] if content is None else content)
+    given = arguments(checkpoint, data, tmp_path / "out", "--images", folder, "--limit", 4)
+    assert main(VQAv2, given) == 2
+    err = capsys.readouterr().err
+    assert "question 90000100" in err and bad.name in err
+    bad.write_bytes(good)
+    assert main(VQAv2, given) == 0
+
+
+def test_not_a_checkpoint(data, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(VQAv2, arguments(tmp_path / "empty", data, tmp_path / "out")) == 2
+    assert "has no config.json" in capsys.readouterr().err
+    assert main(VQAv2, arguments(tmp_path / "none", data, tmp_path / "out")) == 2
+    assert "is not a directory" in capsys.readouterr().err

@@ -1,0 +1,107 @@
+"""The command that answers one question about images."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.generate import main, place_images
+
+
+@pytest.fixture(scope="module")
+def checkpoint(golden, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", spatial_variant="pooling", seed=0)
+    model.save_pretrained(folder)
+    LlavaSPProcessor.from_backbones(model.config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def image(golden) -> Path:
+    return golden / "samples" / "images" / "wide.png"
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    status = main([str(argument) for argument in (*arguments, "--device", "cpu")])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def expected(checkpoint: Path, images: list[Path], message: str, **arguments) -> str:
+    model, processor = (kind.from_pretrained(checkpoint) for kind in (LlavaSPForCausalLM, LlavaSPProcessor))
+    turns = [{"role": "user", "content": message}]
+    prompt = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    inputs = processor(text=prompt, images=[Image.open(i) for i in images] or None, return_tensors="pt")
+    with torch.inference_mode():
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=8, **arguments)
+    return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_streams_the_greedy_answer(checkpoint, image, golden, capsys, count):
+    images = [image, golden / "samples" / "images" / "tall.png"][:count]
+    flags = [part for path in images for part in ("--image", path)]
+    status, out, _ = run(capsys, "--model", checkpoint, *flags, "--prompt", "What?", "--max-new-tokens", 8)
+    assert status == 0
+    assert out.strip() == expected(checkpoint, images, "<image>\n" * count + "What?")
+
+
+def test_beams_and_repetition_penalty(checkpoint, image, capsys):
+    flags = ["--max-new-tokens", 8, "--num-beams", 2, "--repetition-penalty", 1.3]
+    status, out, _ = run(capsys, "--model", checkpoint, "--image", image, "--prompt", "What?", *flags)
+    assert status == 0
+    assert out.strip() == expected(checkpoint, [image], "<image>\nWhat?", num_beams=2, repetition_penalty=1.3)
+
+
+def test_sampling_repeats_with_the_seed(checkpoint, image, capsys):
+    flags = ["--max-new-tokens", 12, "--temperature", 1.5, "--top-p", 0.95]
+    question = ["--model", checkpoint, "--image", image, "--prompt", "What?"]
+    answers = [run(capsys, *question, *flags, "--seed", seed)[1] for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_images_stand_where_the_prompt_says():
+    assert place_images("What?", 2) == "<image>\n<image>\nWhat?"
+    assert place_images("Is <image> like <image>?", 2) == "Is <image> like <image>?"
+    assert place_images("What?", 0) == "What?"
+    with pytest.raises(ValueError, match="holds 1 <image> marks, but 2 images"):
+        place_images("<image> What?", 2)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--image", "/nowhere/x.jpg"], "--image /nowhere/x.jpg does not exist"),
+        (["--image", "/"], "--image / is not a file"),
+        (["--model", "/nowhere/model"], "--model /nowhere/model is not a directory"),
+        (["--template", "nope"], "unknown conversation template 'nope'"),
+        (["--temperature", "-1"], "--temperature is -1.0; it must be 0 (greedy) or more"),
+        (["--top-p", "2"], "--top-p is 2.0; it must be above 0 and at most 1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0; it must be at least 1"),
+        (["--device", "toaster"], "--device toaster"),
+    ],
+)
+def test_errors_are_one_clear_line(checkpoint, capsys, flags, message):
+    arguments = ["--model", str(checkpoint), "--prompt", "What?", "--device", "cpu", *flags]
+    assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert f"error: {message}" in err and "Traceback" not in err
+
+
+def test_broken_image_is_named(checkpoint, tmp_path, capsys):
+    bad = tmp_path / "x.jpg"
+    bad.write_text("this is text")
+    status, _, err = run(capsys, "--model", checkpoint, "--image", bad, "--prompt", "What?")
+    assert status == 2 and "x.jpg is not an image" in err
+
+
+def test_help_needs_no_torch(repo):
+    code = "import sys, llava_sp.generate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=repo).returncode == 0
