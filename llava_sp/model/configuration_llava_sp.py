@@ -64,7 +64,9 @@ class LlavaSPConfig(LlavaConfig):
             raise ValueError('spatial_scales is empty; for a model without spatial tokens use spatial_variant="none"')
         for scale in self.spatial_scales:
             if not 1 <= scale <= grid:
-                raise ValueError(f"spatial_scales holds {scale}, but the patch grid is {grid} x {grid}: use 1 to {grid}")
+                raise ValueError(
+                    f"spatial_scales holds {scale}, but the patch grid is {grid} x {grid}: use 1 to {grid}"
+                )
         if len(set(self.spatial_scales)) != len(self.spatial_scales):
             raise ValueError(f"spatial_scales holds a scale twice: {self.spatial_scales}")
         if self.spatial_width < 1:

@@ -197,11 +197,13 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
     def supervised_loss(self, hidden_BLD: Tensor, labels_BL: Tensor, num_items_in_batch=None) -> Tensor:
         """Next-token cross-entropy; the [B, L, V] logits are never made.
 
-        Ids from the image placeholder on (placeholder, padding, filler rows) take no part: they are not words.
+        Ids from the image placeholder on (placeholder, padding, filler rows) take no part, neither as targets nor in
+        the softmax: they are not words.
         """
         targets_BL = labels_BL[:, 1:].to(hidden_BLD.device)
-        learned_BL = targets_BL != IGNORE_INDEX
-        logits_MV = self.lm_head(hidden_BLD[:, :-1][learned_BL])[:, : self.config.image_token_id]
+        words = self.config.image_token_id
+        learned_BL = (targets_BL != IGNORE_INDEX) & (targets_BL < words)
+        logits_MV = self.lm_head(hidden_BLD[:, :-1][learned_BL])[:, :words]
         loss = F.cross_entropy(logits_MV.float(), targets_BL[learned_BL], reduction="sum")
         if num_items_in_batch is None:
             num_items_in_batch = learned_BL.sum().clamp(min=1)

@@ -89,9 +89,7 @@ class DetailFeatureIntegrator(nn.Module):
         """-> what each spatial feature found, [B, S, K]; no residual, no output projection."""
         windows = patches_BGGC.unfold(1, self.kernel, self.stride).unfold(2, self.kernel, self.stride)
         context_BPK = self.context(windows.permute(0, 1, 2, 4, 5, 3).flatten(1, 2))
-        return F.scaled_dot_product_attention(
-            self.query(features_BSK), self.key(context_BPK), self.value(context_BPK)
-        )
+        return F.scaled_dot_product_attention(self.query(features_BSK), self.key(context_BPK), self.value(context_BPK))
 
 
 class SpatialBranch(nn.Module):

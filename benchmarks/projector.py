@@ -1,0 +1,193 @@
+"""Spatial feature extraction as matrix products against the same as convolutions, at the paper's widths.
+
+    python benchmarks/projector.py [--batch 1 4 16] [--dtype float32 bfloat16] [--variant cropping pooling] [--repeats 5]
+
+Both run in this process on the same weights: "product" is `llava_sp.model.projector`, "conv2d" calls
+`torch.nn.functional.conv2d` with kernel k on each k x k window. Measured for the extractor alone (the six scales) and for
+the whole projector (with integrator and patch MLP), forward and forward + backward: median time, and the peak of memory
+in use above what the weights take. Prints a table, writes JSON to `benchmarks/results/`. Random weights, 24 x 24 x 1024
+patches, extractor width 512, language width 4096; needs about 12 GiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+VARIANTS = ("cropping", "pooling")
+KINDS = ("extractor", "projector")
+PASSES = ("forward", "forward+backward")
+
+
+def build(variant: str, kind: str, dtype: torch.dtype, device: str):
+    from transformers import CLIPVisionConfig, LlamaConfig
+
+    from llava_sp import LlavaSPConfig
+    from llava_sp.model.projector import SpatialProjector
+
+    vision = CLIPVisionConfig(hidden_size=1024, image_size=336, patch_size=14, num_attention_heads=16)
+    config = LlavaSPConfig(vision_config=vision, text_config=LlamaConfig(), spatial_variant=variant)
+    projector = SpatialProjector(config)
+    torch.manual_seed(0)
+    projector.reset_parameters()
+    module = projector.spatial.extractor if kind == "extractor" else projector
+    return module.to(device, dtype)
+
+
+def convolve(self, windows: torch.Tensor) -> torch.Tensor:
+    """What WindowProjection.forward replaces: conv2d over each window, [..., W, W, C] -> [..., K]."""
+    leading = windows.shape[:-3]
+    images = windows.flatten(0, -4).permute(0, 3, 1, 2).contiguous()
+    return F.conv2d(images, self.weight).flatten(1).unflatten(0, leading)
+
+
+def convolve_grid(self, features_BSK: torch.Tensor, patches_BGGC: torch.Tensor) -> torch.Tensor:
+    """The integrator with its context as one strided convolution of the grid, as the original computes it."""
+    context = F.conv2d(patches_BGGC.permute(0, 3, 1, 2).contiguous(), self.context.weight, stride=self.stride)
+    context = context.flatten(2).transpose(1, 2)
+    return F.scaled_dot_product_attention(self.query(features_BSK), self.key(context), self.value(context))
+
+
+def use_convolutions() -> None:
+    from llava_sp.model.projector import DetailFeatureIntegrator, WindowProjection
+
+    WindowProjection.forward = convolve
+    DetailFeatureIntegrator.forward = convolve_grid
+
+
+def one_pass(module, patches: torch.Tensor, backward: bool) -> None:
+    if not backward:
+        with torch.inference_mode():
+            module(patches)
+        return
+    module(patches).float().square().mean().backward()
+    for parameter in module.parameters():
+        parameter.grad = None
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure_time(module, patches: torch.Tensor, backward: bool, repeats: int, device: str) -> float:
+    """Median milliseconds of one pass after a warm-up."""
+    one_pass(module, patches, backward)
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        one_pass(module, patches, backward)
+        synchronize(device)
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times)
+
+
+def peak_memory(module, patches: torch.Tensor, backward: bool, device: str) -> float:
+    """MiB at the peak of one pass above what stood before it (on a CPU: resident memory of a fresh process)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        one_pass(module, patches, backward)
+        synchronize(device)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    gc.collect()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
+    one_pass(module, patches, backward)
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return (int(peak.split()[1]) * 1024 - before) / 2**20
+
+
+def run_case(case: dict) -> dict:
+    """All passes of one (method, variant, kind, dtype, batch), in a process of its own so that peaks are its own."""
+    if case["method"] == "conv2d":
+        use_convolutions()
+    dtype, device = getattr(torch, case["dtype"]), case["device"]
+    module = build(case["variant"], case["kind"], dtype, device)
+    shape = (case["batch"], 24, 24, 1024) if case["kind"] == "extractor" else (case["batch"], 576, 1024)
+    patches = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    rows = {}
+    for name in PASSES:
+        backward = name != "forward"
+        peak = peak_memory(module, patches, backward, device)
+        rows[name] = {"ms": measure_time(module, patches, backward, case["repeats"], device), "peak_mib": peak}
+    return rows
+
+
+def machine(device: str) -> dict:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = models[0].split(":")[1].strip() if models else cpu
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/projector_<device>.json")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.case:
+        print(json.dumps(run_case(json.loads(arguments.case))))
+        return
+
+    rows = []
+    print(f"{'part':10} {'variant':9} {'dtype':9} {'batch':>5} {'pass':17} {'conv2d':>11} {'product':>11} {'faster':>8} {'peak MiB':>15}")
+    for kind in arguments.kind:
+        for variant in arguments.variant:
+            for dtype in arguments.dtype:
+                for batch in arguments.batch:
+                    rows += compare(kind, variant, dtype, batch, arguments)
+    output = arguments.output or Path(__file__).parent / "results" / f"projector_{arguments.device}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"machine": machine(arguments.device), "rows": rows}, indent=1) + "\n")
+    print(f"written to {output}")
+
+
+def compare(kind: str, variant: str, dtype: str, batch: int, arguments) -> list[dict]:
+    case = {"kind": kind, "variant": variant, "dtype": dtype, "batch": batch}
+    results = {}
+    for method in ("conv2d", "product"):
+        text = json.dumps(case | {"method": method, "repeats": arguments.repeats, "device": arguments.device})
+        command = [sys.executable, __file__, "--case", text]
+        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        results[method] = json.loads(output.splitlines()[-1])
+    rows = []
+    for name in PASSES:
+        old, new = results["conv2d"][name], results["product"][name]
+        rows.append(case | {"pass": name, "conv2d": old, "product": new, "speedup": old["ms"] / new["ms"]})
+        print(
+            f"{kind:10} {variant:9} {dtype:9} {batch:5} {name:17} {old['ms']:8.1f} ms {new['ms']:8.1f} ms "
+            f"{old['ms'] / new['ms']:7.1f}x {old['peak_mib']:6.0f} -> {new['peak_mib']:5.0f}",
+            flush=True,
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()
