@@ -1,0 +1,217 @@
+"""Adapter checkpoints: what is in them, what opens them, and every way in which they can be wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
+
+from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.checkpoints import (
+    adapter,
+    checkpoint_hash,
+    describe,
+    is_adapter,
+    load_adapter,
+    load_projector,
+    save_adapter,
+)
+from tests.released import variant
+
+
+def assemble(golden, layout: str = "cropping", width: int = 3) -> LlavaSPForCausalLM:
+    return LlavaSPForCausalLM.from_backbones(
+        golden / "base", golden / "clip", spatial_width=width, dtype=torch.float32, **variant(layout)
+    )
+
+
+def add_lora(model, **settings) -> None:
+    target = r"model\.language_model\..*\.(q_proj|v_proj)"
+    model.add_adapter(LoraConfig(r=4, target_modules=target, init_lora_weights=False, **settings))
+
+
+@pytest.fixture(scope="module")
+def trained(golden):
+    torch.manual_seed(0)
+    model = assemble(golden)
+    add_lora(model)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def saved(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    save_adapter(trained, LlavaSPProcessor.from_backbones(trained.config), folder, run={"stage": "finetune_lora"})
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def logits(model) -> torch.Tensor:
+    ids = torch.tensor([[1, 5, *[1000] * model.config.num_image_tokens, 7]])
+    pixels = torch.randn(1, 3, 336, 336, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return model(input_ids=ids, pixel_values=pixels).logits
+
+
+def test_holds_lora_and_projector_and_nothing_else(saved):
+    assert is_adapter(saved)
+    assert all(".lora_" in name for name in load_file(saved / "lora/adapter_model.safetensors"))
+    assert {name.split(".")[0] for name in load_file(saved / "projector.safetensors")} == {
+        "linear_1",
+        "linear_2",
+        "spatial",
+    }
+    about = describe(saved)
+    assert about["contents"]["lora"] == 12 and about["run"] == {"stage": "finetune_lora"}
+    assert not list(saved.glob("**/*.part"))
+
+
+def test_opens_in_one_call_bit_equal(trained, saved):
+    opened = LlavaSPForCausalLM.from_pretrained(saved)
+    assert torch.equal(logits(opened), logits(trained))
+    ours, theirs = trained.state_dict(), opened.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert type(LlavaSPProcessor.from_pretrained(saved)) is LlavaSPProcessor
+
+
+def test_auto_class_opens_it(trained, saved):
+    from transformers import AutoModelForImageTextToText
+
+    assert torch.equal(logits(AutoModelForImageTextToText.from_pretrained(saved)), logits(trained))
+
+
+def test_save_pretrained_of_a_lora_model_loses_nothing(trained, tmp_path):
+    trained.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(LlavaSPForCausalLM.from_pretrained(tmp_path / "again")), logits(trained))
+
+
+def test_the_lora_folder_is_a_peft_adapter(golden, trained, saved):
+    model = assemble(golden)
+    load_projector(model, saved)
+    assert torch.equal(logits(PeftModel.from_pretrained(model, str(saved / "lora")).base_model.model), logits(trained))
+
+
+def test_bases_can_be_elsewhere(golden, trained, copy, tmp_path):
+    shutil.copytree(golden / "base", tmp_path / "moved")
+    config = json.loads((copy / "config.json").read_text())
+    config["base_language_model"] = "/no/longer/there"
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match="language model that the checkpoint records, /no/longer/there, is not there; pass base_model="
+    ):
+        LlavaSPForCausalLM.from_pretrained(copy)
+    opened = LlavaSPForCausalLM.from_pretrained(copy, base_model=tmp_path / "moved")
+    assert torch.equal(logits(opened), logits(trained))
+    config["base_language_model"] = "../moved"  # relative to the checkpoint
+    (copy / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(LlavaSPForCausalLM.from_pretrained(copy)), logits(trained))
+
+
+def test_a_wrong_base_is_refused(golden, copy, tmp_path):
+    shutil.copytree(golden / "base", tmp_path / "other")
+    file = tmp_path / "other/pytorch_model-00001-of-00002.bin"
+    weights = torch.load(file, weights_only=True)
+    weights["model.layers.0.mlp.up_proj.weight"] += 0.1
+    torch.save(weights, file)
+    with pytest.raises(ValueError, match="trained on a language model with the fingerprint .* these are other weights"):
+        LlavaSPForCausalLM.from_pretrained(copy, base_model=tmp_path / "other")
+    LlavaSPForCausalLM.from_pretrained(copy, base_model=tmp_path / "other", check_base=False)
+
+
+@pytest.mark.parametrize(
+    ("layout", "width", "message"),
+    [
+        ("pooling_dfi", 3, "spatial_variant is 'cropping' there and 'pooling' here"),
+        ("cropping", 4, "spatial_width is 3 there and 4 here"),
+    ],
+)
+def test_a_projector_of_another_variant_or_width(golden, saved, layout, width, message):
+    model = assemble(golden, layout, width)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_projector(model, saved)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_lora_that_does_not_fit(golden, saved):
+    model = assemble(golden)
+    with pytest.raises(ValueError, match=r"has model.language_model.*lora_A.default.weight, which the model has not"):
+        load_adapter(model, saved)
+
+
+def test_missing_and_renamed_tensors_are_named(copy):
+    tensors = load_file(copy / "projector.safetensors")
+    tensors["spatial.linear.wait"] = tensors.pop("spatial.linear.weight")
+    save_file(tensors, copy / "projector.safetensors")
+    about = json.loads((copy / "llava_sp.json").read_text())
+    about["files"]["projector.safetensors"]["bytes"] = (copy / "projector.safetensors").stat().st_size
+    (copy / "llava_sp.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"lacks model.*spatial.linear.weight\n.*has model.*spatial.linear.wait"):
+        LlavaSPForCausalLM.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("file", ["projector.safetensors", "lora/adapter_model.safetensors"])
+def test_a_truncated_file_is_named_with_its_sizes(copy, file):
+    data = (copy / file).read_bytes()
+    (copy / file).write_bytes(data[:-100])
+    with pytest.raises(ValueError, match=f"{file} is {len(data) - 100} bytes long, but llava_sp.json says {len(data)}"):
+        LlavaSPForCausalLM.from_pretrained(copy)
+
+
+def test_a_save_that_was_cut_off_is_not_opened(copy):
+    (copy / "llava_sp.json").unlink()
+    with pytest.raises(ValueError, match="saving it was cut off"):
+        LlavaSPForCausalLM.from_pretrained(copy)
+
+
+def test_disk_full_leaves_no_half_file(trained, tmp_path, monkeypatch):
+    """The write fails in the middle: the error names it, and nothing that looks like a checkpoint remains."""
+
+    def full(tensors, file, metadata=None):
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(adapter, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_adapter(trained, None, tmp_path / "out")
+    assert not any((tmp_path / "out").iterdir())
+    assert not is_adapter(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda tensor: tensor.fill_(float("nan")),
+            "hold NaN or infinity, such as model.multi_modal_projector.linear_1.bias",
+        ),
+        (lambda tensor: tensor.resize_(0), "tensors are empty .* such as model.multi_modal_projector.linear_1.bias"),
+    ],
+)
+def test_broken_tensors_are_not_saved(trained, tmp_path, spoil, message):
+    state = adapter.trainable_state_dict(trained)
+    spoil(state["model.multi_modal_projector.linear_1.bias"])
+    with pytest.raises(ValueError, match=message):
+        save_adapter(trained, None, tmp_path / "out", state_dict=state)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_hash_follows_the_weights(golden, trained, saved, tmp_path):
+    save_adapter(trained, None, tmp_path / "same")
+    assert checkpoint_hash(tmp_path / "same") == checkpoint_hash(saved)
+    other = assemble(golden)
+    add_lora(other)
+    save_adapter(other, None, tmp_path / "other")
+    assert checkpoint_hash(tmp_path / "other") != checkpoint_hash(saved)
+    other.disable_adapters()
+    assert len(checkpoint_hash(golden / "base")) == 16
