@@ -89,7 +89,7 @@ class AnswerLog:
 
     def __enter__(self) -> AnswerLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._stream = self.path.open("a+b")
+        self._stream = self.path.open("a+b", buffering=0)
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -110,9 +110,17 @@ class AnswerLog:
         self._stream.seek(0, 2)
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """All lines in one write, flushed: a later SIGKILL cannot take them back."""
-        self._stream.write("".join(json.dumps(record) + "\n" for record in records).encode())
-        self._stream.flush()
+        """Writes all lines past Python's buffers: a later SIGKILL cannot take them back.
+
+        Raises:
+            OSError: the disk is full, naming the file; what is half written is repaired by the next run.
+        """
+        rest = memoryview("".join(json.dumps(record) + "\n" for record in records).encode())
+        try:
+            while rest:
+                rest = rest[self._stream.write(rest) :]
+        except OSError as error:
+            raise OSError(f"cannot write {self.path}: {error.strerror}; the same command goes on from here") from error
 
 
 def read_logs(folder: Path) -> dict[str, dict[str, Any]]:

@@ -7,13 +7,12 @@
 * `merge` puts all answers, in the order of the items, into one file in LLaVA's format.
 
 Nothing here knows the model: `make_answerer` is called only if there is something left to answer and gives an object with
-`prepare(items) -> batch` (called in threads, ahead of time) and `answer(batch) -> texts`.
+`prepare(items) -> batch` (called in a thread, ahead of time) and `answer(batch) -> texts`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -104,8 +103,8 @@ def merge(
 
 
 def ahead(function: Callable[[T], U], values: Iterable[T], count: int = _BATCHES_AHEAD) -> Iterator[U]:
-    """`map`, with up to `count` results computed in threads before they are asked for."""
-    with ThreadPoolExecutor(max_workers=min(count, os.cpu_count() or 1)) as pool:
+    """`map`, with up to `count` results computed before they are asked for, in one thread (tokenizers share no more)."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
         waiting: deque = deque()
         for value in values:
             waiting.append(pool.submit(function, value))

@@ -43,9 +43,11 @@ class VQAv2(Benchmark):
         if self.split is None:
             self.split = self._find_split(data)
         items = self._questions(self.split)
+        whole = items
         if self.split == "test-dev" and self._question_files(FULL_TEST):
-            self.full_test = [item.id for item in self._questions(FULL_TEST)]
-        elif not self.split.startswith("test"):
+            whole = self._questions(FULL_TEST)
+        self.submission_ids = [item.id for item in whole]
+        if not self.split.startswith("test"):
             items = self._annotated(items)
         return items
 
@@ -77,9 +79,8 @@ class VQAv2(Benchmark):
         if not self.split.startswith("test"):
             return None
         given = {item.id: evalai_answer(answer) for item, answer in zip(items, answers)}
-        ids = getattr(self, "full_test", None) or list(given)
         path = output / "submission.json"
-        write_json(path, [{"question_id": i, "answer": given.get(i, "")} for i in ids])
+        write_json(path, [{"question_id": i, "answer": given.get(i, "")} for i in self.submission_ids])
         return path
 
     def validate(self, file: Path, data: Path) -> str:

@@ -160,6 +160,18 @@ def test_killed_at_random_gives_the_same_file(tmp_path):
     assert len(logged) == len(set(logged)) == count
 
 
+def test_full_disk_is_said_and_the_run_goes_on_later(tmp_path):
+    """A limit of two blocks on the size of files stands for the full disk: the write fails in the middle of a line."""
+    whole = run_all(tmp_path / "whole", 30, batch_size=3)
+    output = tmp_path / "full"
+    limited = f"ulimit -f 2; exec {sys.executable} {FAKE} {output} 30 3 0"
+    environment = {**os.environ, "PYTHONPATH": str(FAKE.parents[2])}
+    failed = subprocess.run(["bash", "-c", limited], env=environment, capture_output=True, text=True)
+    assert failed.returncode != 0 and "cannot write" in failed.stderr and "goes on from here" in failed.stderr
+    assert 0 < len(read_logs(output / LOGS)) < 30
+    assert run_all(output, 30, batch_size=3) == whole
+
+
 def free_port() -> int:
     import socket
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
@@ -20,6 +21,7 @@ from llava_sp.checkpoints import checkpoint_hash, save_adapter
 from llava_sp.eval.answerer import render_prompt
 from llava_sp.eval.answers import read_logs
 from llava_sp.eval.cli import main
+from llava_sp.eval.loading import Source
 from llava_sp.eval.vqav2 import VQAv2
 
 NEW_TOKENS = 8
@@ -142,6 +144,24 @@ def test_adapter_checkpoint_gives_the_same_answers(opened, data, whole, tmp_path
     assert main(VQAv2, arguments(tmp_path / "adapter", data, tmp_path / "out", "--limit", 8)) == 0
     texts = [json.loads(line)["text"] for line in (tmp_path / "out" / "answers.jsonl").open()]
     assert texts == [json.loads(line)["text"] for line in (whole / "answers.jsonl").open()][:8]
+
+
+def test_lora_is_merged_and_changes_nothing_but_rounding(golden, opened, tmp_path):
+    model = LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", spatial_variant="cropping", seed=0)
+    targets = r"model\.language_model\..*\.(q_proj|v_proj|up_proj)"
+    model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    save_adapter(model, opened[1], tmp_path / "lora", run={})
+    inputs = opened[1](text="USER: What? ASSISTANT:", return_tensors="pt")
+    with torch.inference_mode():
+        unmerged = model.eval()(**inputs).logits
+        merged = Source(str(tmp_path / "lora")).model("float32", torch.device("cpu"))
+        without = opened[0](**inputs).logits
+        torch.testing.assert_close(merged(**inputs).logits, unmerged, rtol=1e-4, atol=1e-4)
+        assert (merged(**inputs).logits - without).abs().max() > 0.1
 
 
 def command(*args: str) -> dict:

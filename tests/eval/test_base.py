@@ -1,0 +1,75 @@
+"""The seam for further benchmarks: the example in the docstring of `base` runs as it stands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from PIL import Image
+
+from llava_sp.eval import base
+from llava_sp.eval.answerer import open_image
+from llava_sp.eval.base import Item
+from llava_sp.eval.cli import main
+
+HEADER = "from llava_sp.eval.base import Benchmark, Item, Scores, SHORT_ANSWER\n"
+
+
+@pytest.fixture
+def colour_qa():
+    """The class of the docstring's example."""
+    example = base.__doc__.split("small file:")[1].split("if __name__")[0]
+    scope: dict = {"__name__": __name__}
+    exec(HEADER + textwrap.dedent(example), scope)
+    return scope["ColourQA"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [
+        {"id": f"q{i}", "q": "Which colour?", "image": f"{i}.png", "a": colour}
+        for i, colour in enumerate(("red", "blue"))
+    ]
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "colourqa.json").write_text(json.dumps(rows))
+    return tmp_path / "data"
+
+
+def test_example_scores_an_answers_file(colour_qa, data, tmp_path, capsys):
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text(
+        "".join(json.dumps({"question_id": f"q{i}", "text": t}) + "\n" for i, t in ((1, "Blue."), (0, "green")))
+    )
+    assert main(colour_qa, ["--answers", str(answers), "--data", str(data), "--output", str(tmp_path / "out")]) == 0
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert result["score"] == 50.0 and result["provenance"]["benchmark"] == "colourqa"
+    assert list(result["provenance"]["data_files"]) == [str(data / "colourqa.json")]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "per_item.jsonl").open()]
+    assert [line["score"] for line in lines] == [0.0, 1.0]
+
+
+def test_example_has_no_submissions_to_validate(colour_qa, data, capsys):
+    assert main(colour_qa, ["--validate", "x.json", "--data", str(data)]) == 1
+    assert "colourqa has no submission files" in capsys.readouterr().err
+
+
+def test_message_has_one_mark_per_image(colour_qa):
+    for count in (0, 1, 3):
+        item = Item(id=1, text="Why?", images=(b"",) * count)
+        assert colour_qa().message(item) == "<image>\n" * count + "Why?" + base.SHORT_ANSWER
+
+
+def test_benchmarks_import_no_torch(repo):
+    code = "import sys, llava_sp.eval.vqav2; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=repo).returncode == 0
+
+
+def test_embedded_images(tmp_path):
+    Image.new("RGB", (5, 4), (10, 20, 30)).save(tmp_path / "x.png")
+    content = (tmp_path / "x.png").read_bytes()
+    assert open_image(content, "question 3").getpixel((0, 0)) == (10, 20, 30)
+    with pytest.raises(ValueError, match="question 3: embedded image of 9 bytes"):
+        open_image(b"no image.", "question 3")
