@@ -166,12 +166,12 @@ class LlavaSPProcessor(LlavaProcessor):
             kwargs.update(kwargs.pop(group, None) or {})
         return_tensors = kwargs.pop("return_tensors", return_tensors)
         text_kwargs = {key: kwargs.pop(key) for key in _TEXT_KEYS if key in kwargs}
-        data = {}
+        prompts = text if isinstance(text, (list, tuple)) else [] if text is None else [text]
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError("text must be a string or a list of strings; pass images=... and text=... by name")
         flat = flatten_images(images)
+        data = {}
         if text is not None:
-            prompts = [text] if isinstance(text, str) else list(text)
-            if not all(isinstance(prompt, str) for prompt in prompts):
-                raise ValueError("text must be a string or a list of strings; pass images=... and text=... by name")
             self._check_counts(prompts, images, flat)
             data.update(self._encode_prompts(prompts, return_tensors, **text_kwargs))
         if flat:
