@@ -62,14 +62,15 @@ def from_backbones(
         spatial_variant, ...: see `LlavaSPConfig`.
         dtype: of all weights; `"auto"` is the language model's own.
         seed: of the projector's fresh weights.
-        load_kwargs: passed to both backbones' `from_pretrained` (`device_map`, `quantization_config`, `revision`,
-            `attn_implementation`, `cache_dir`, ...).
+        load_kwargs: passed to both backbones' `from_pretrained` (`device_map`, `attn_implementation`, `cache_dir`,
+            ...); `quantization_config` goes to the language model alone.
 
     Raises:
         ValueError: a backbone lacks weights, the tower has no square grid, or a spatial argument does not fit.
         OSError: a backbone is not there (transformers' message names the path).
     """
-    tower = load_vision_tower(vision_tower, dtype=dtype, **load_kwargs)
+    tower_kwargs = {name: value for name, value in load_kwargs.items() if name != "quantization_config"}
+    tower = load_vision_tower(vision_tower, dtype=dtype, **tower_kwargs)
     language = _load_complete(AutoModelForCausalLM, language_model, dtype=dtype, **load_kwargs)
     tokenizer = AutoTokenizer.from_pretrained(language_model, **_hub_kwargs(load_kwargs))
     old_rows = language.get_input_embeddings().num_embeddings

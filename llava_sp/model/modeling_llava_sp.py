@@ -20,6 +20,8 @@ from .configuration_llava_sp import LlavaSPConfig
 from .projector import SpatialProjector
 
 IGNORE_INDEX = -100
+ADAPTER_FILE = "projector.safetensors"  # the name that makes a folder an adapter checkpoint
+FULL_PRECISION = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]  # not quantised unless the caller says so
 
 
 class LlavaSPPreTrainedModel(LlavaPreTrainedModel):
@@ -57,7 +59,8 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Image tokens of every image: `.pooler_output` is a list of [num_image_tokens, D]."""
         patches = self.get_patch_features(pixel_values)
-        tokens = self.multi_modal_projector(patches.to(self.multi_modal_projector.linear_1.weight.dtype))
+        dtype = next(p.dtype for p in self.multi_modal_projector.parameters() if p.is_floating_point())
+        tokens = self.multi_modal_projector(patches.to(dtype))
         return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=list(tokens))
 
     def place_image_tokens(self, embeds_BLD: Tensor, placeholders_BL: Tensor, tokens: Tensor | None) -> Tensor:
@@ -226,6 +229,9 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
                 f"{pretrained_model_name_or_path} is an adapter checkpoint (LoRA and projector); opening it on its "
                 "base models needs the package: pip install llava_sp"
             )
+        quantization = kwargs.get("quantization_config")
+        if getattr(quantization, "llm_int8_skip_modules", FULL_PRECISION) is None:
+            quantization.llm_int8_skip_modules = FULL_PRECISION  # the language model is what is large
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
@@ -248,10 +254,6 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             package.save_adapter(self, None, save_directory)
         else:
             super().save_pretrained(save_directory, *args, **kwargs)
-
-
-# The name that makes a folder an adapter checkpoint.
-ADAPTER_FILE = "projector.safetensors"
 
 
 def _checkpoints_package():

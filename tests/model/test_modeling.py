@@ -362,6 +362,29 @@ def test_auto_classes_know_the_model_whatever_is_imported_first(statement):
     assert done.stdout.strip() == "LlavaSPConfig True", done.stderr
 
 
+@pytest.mark.parametrize("as_adapter", [False, True])
+def test_bitsandbytes(model, saved, processor, images, tmp_path, as_adapter):
+    """The language model is loaded in 8 bits; tower, projector and head keep their precision."""
+    pytest.importorskip("bitsandbytes", reason="the extra llava_sp[quantize] is not installed")
+    from transformers import BitsAndBytesConfig
+
+    from llava_sp.checkpoints import save_adapter
+
+    if as_adapter:
+        save_adapter(model, processor, tmp_path)
+    quantized = LlavaSPForCausalLM.from_pretrained(
+        tmp_path if as_adapter else saved, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+    )
+    assert "8bit" in type(quantized.model.language_model.layers[0].mlp.up_proj).__name__
+    assert type(quantized.model.multi_modal_projector.linear_1) is torch.nn.Linear
+    assert type(quantized.lm_head) is torch.nn.Linear
+    inputs = processor(text=PROMPTS[0], images=images[:1])
+    with torch.no_grad():
+        difference = (quantized(**inputs).logits - model(**inputs).logits)[..., :1000]
+    assert difference.abs().mean() < 0.3  # the logits' standard deviation is 3
+    assert new_tokens(quantized, inputs).shape[0] == 1
+
+
 # ---------------------------------------------------------------- wrong input
 
 
