@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +50,7 @@ def main(benchmark_class: type[Benchmark], argv: Sequence[str] | None = None) ->
     except (ValueError, OSError, MemoryError) as error:
         if args.traceback:
             raise
-        if int(os.environ.get("RANK", 0)) == 0 or not getattr(error, "shared", False):
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
@@ -135,10 +134,9 @@ def _run(benchmark_class: type[Benchmark], args: argparse.Namespace) -> int:
     output = args.output or Path("runs") / "eval" / benchmark_class.name / Path(model_path).name
     benchmark = benchmark_class.from_arguments(args)
     all_items = benchmark.load(data)
-    items = all_items[: args.limit]
     ranks = Ranks.from_environment()
     try:
-        return _run_on_ranks(benchmark, all_items, items, model_path, output, args, ranks)
+        return _run_on_ranks(benchmark, all_items, model_path, output, args, ranks)
     finally:
         ranks.close()
 
@@ -146,7 +144,6 @@ def _run(benchmark_class: type[Benchmark], args: argparse.Namespace) -> int:
 def _run_on_ranks(
     benchmark: Benchmark,
     all_items: Sequence[Item],
-    items: Sequence[Item],
     model_path: str,
     output: Path,
     args: argparse.Namespace,
@@ -154,39 +151,33 @@ def _run_on_ranks(
 ) -> int:
     from llava_sp.eval import loading  # torch and transformers from here on
 
+    items = all_items[: args.limit]
     generation = benchmark.generation
     if args.max_new_tokens is not None:
         generation = replace(generation, max_new_tokens=args.max_new_tokens)
     source = loading.Source(model_path, args.base_model, args.vision_tower)
-    device, dtype = loading.choose_device(args.device, ranks.local_rank), args.dtype
-    dtype = loading.choose_dtype(dtype, device)
+    device = loading.choose_device(args.device, ranks.local_rank)
+    dtype = loading.choose_dtype(args.dtype, device)
     processor = loading.load_processor(source, benchmark.image_mode)
-    settings = {}
-    problem = None
-    if ranks.first:
-        try:
-            check_images(items)
-            settings = run_settings(
-                benchmark,
-                all_items,
-                checkpoint=source.fingerprint(),
-                template=benchmark.conversation or processor.conversation_template,
-                example=loading.render_prompt(processor, benchmark.message(items[0]), benchmark.conversation),
-                image_mode=processor.image_aspect_ratio,
-                generation=generation,
-                dtype=dtype,
-                seed=args.seed,
-            )
-            check_output(output, settings)
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    problem = ranks.agree(problem)
-    if problem is not None:
-        error = ValueError(problem)
-        error.shared = True  # rank 0 says it for all
-        raise error
-    if ranks.first:
+
+    def claim() -> dict[str, Any]:
+        check_images(items)
+        settings = run_settings(
+            benchmark,
+            all_items,
+            checkpoint=source.fingerprint(),
+            template=benchmark.conversation or processor.conversation_template,
+            example=loading.render_prompt(processor, benchmark.message(items[0]), benchmark.conversation),
+            image_mode=processor.image_aspect_ratio,
+            generation=generation,
+            dtype=dtype,
+            seed=args.seed,
+        )
+        check_output(output, settings)
         print(f"{len(items)} questions of {benchmark.name} {benchmark.split or ''} -> {output}", file=sys.stderr)
+        return settings
+
+    settings = _by_first_rank(ranks, claim)
     start = time.perf_counter()
     answered = generate_answers(
         benchmark,
@@ -196,7 +187,7 @@ def _run_on_ranks(
         batch_size=args.batch_size,
         ranks=ranks,
     )
-    seconds = time.perf_counter() - start
+    seconds = round(time.perf_counter() - start, 2)
     ranks.wait()
     if not ranks.first:
         return 0
@@ -208,12 +199,25 @@ def _run_on_ranks(
         "processes": ranks.world,
         "limit": args.limit,
         "seed": args.seed,
-        "answered_by_this_process": answered,
-        "seconds": round(seconds, 2),
+        "last_command": {"answered_by_first_process": answered, "seconds": seconds},
     }
     answers = [record["text"] for record in records]
     _finish(benchmark, items, answers, output, provenance(benchmark, items, settings, **run))
     return 0
+
+
+def _by_first_rank(ranks: Ranks, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Calls `function` on rank 0 ({} elsewhere); if it fails there, every rank fails, and rank 0 says why."""
+    result, problem = {}, None
+    if ranks.first:
+        try:
+            result = function()
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    problem = ranks.agree(problem)
+    if problem is not None:
+        raise ValueError(problem) if ranks.first else SystemExit(2)
+    return result
 
 
 def _finish(

@@ -6,7 +6,7 @@ set -euo pipefail
 name="${1:?which benchmark? for example: bash scripts/eval/launch.sh vqav2 --model M --data D --output O}"
 shift
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$root/.venv/bin/python" ]; then export PATH="$root/.venv/bin:$PATH"; fi
+if [ -z "${VIRTUAL_ENV:-}" ] && [ "${LLAVA_SP_ENV:-}" != current ] && [ -x "$root/.venv/bin/python" ]; then export PATH="$root/.venv/bin:$PATH"; fi
 python="$(command -v python || command -v python3)"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 if [ -z "${NPROC:-}" ]; then
