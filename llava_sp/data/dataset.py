@@ -100,13 +100,13 @@ class ConversationDataset(Dataset):
     def _sample(self, index: int) -> dict[str, torch.Tensor]:
         conversation = self.conversation(index)
         encoded = self.encode(conversation)
-        if encoded.uncut > len(encoded.input_ids):
-            self.report.add("cut", *self.origin(index), tokens=encoded.uncut, limit=self.model_max_length)
         sample = {
             "input_ids": torch.tensor(encoded.input_ids, dtype=torch.long),
             "labels": torch.tensor(encoded.labels, dtype=torch.long),
         }
         images = self.load_images(index, conversation)
+        if encoded.uncut > len(encoded.input_ids):
+            self.report.add("cut", *self.origin(index), tokens=encoded.uncut, limit=self.model_max_length)
         if images:
             sample["pixel_values"] = self.processor.preprocess_images(images)
         return sample

@@ -1,0 +1,95 @@
+"""The two commands: what they print, what they save, and how they end."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llava_sp.data import check, preview
+
+
+def test_preview_shows_text_and_image(golden, run_yaml, tmp_path, capsys):
+    preview.main(["--config", str(run_yaml), "--index", "1", "--output", str(tmp_path / "seen")])
+    out = capsys.readouterr().out
+    assert "sample 1 of 4: " in out and "samples/data.json, record 1 (id 'b')" in out
+    assert "656 tokens, 1 x 582 of them for images; 22 learned" in out
+    assert (
+        "\n<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+        "and polite answers to the user's questions. USER: <image>\nWhat is this? ASSISTANT:[[ A tall lamp.</s>]]"
+        "USER: And the color? ASSISTANT:[[ Green and blue, naïve style 😀.</s>]]\n"
+    ) in out
+    assert "tall.png (190 x 400) as the model sees it (336 x 336)" in out
+    picture = np.array(Image.open(tmp_path / "seen" / "sample_1_image_0.png"))
+    assert np.array_equal(
+        picture, np.array(Image.open(golden / "samples" / "images" / "processed_1.png").convert("RGB"))
+    )
+
+
+def test_preview_of_a_text_sample_and_of_a_cut_one(run_yaml, tmp_path, capsys):
+    preview.main(["--config", str(run_yaml), "--index", "2", "--output", str(tmp_path / "seen")])
+    assert "[[ Once upon a time,\n\nthere was a horse.</s>]]" in capsys.readouterr().out
+    assert not (tmp_path / "seen").exists()
+    preview.main(
+        ["--config", str(run_yaml), "--index", "2", "--model_max_length", "60", "--output", str(tmp_path / "seen")]
+    )
+    out = capsys.readouterr().out
+    assert "[[ Once" in out and "... cut here: 8 more tokens are beyond 60" in out and "horse" not in out
+
+
+def test_preview_of_another_template(run_yaml, tmp_path, capsys):
+    preview.main(["--config", str(run_yaml), "--template", "plain", "--output", str(tmp_path)])
+    assert "\n<s><image>[[Yes, the cat is sitting on top of a wooden table.\n]]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--index", "4"], "--index 4: the data has samples 0 to 3"),
+        (["--index", "0", "--model_max_length", "600"], "record 0 is bad: its last image ends at token 616"),
+        (["--data_path", "nothing.json"], "there is no annotation file .*nothing.json"),
+        (["--image_folder", "nowhere"], "record 0 is bad: image .*wide.png cannot be opened"),
+        (["--templat", "plain"], "'templat'"),
+        (["--vision_tower", "null"], "sets no vision_tower"),
+    ],
+)
+def test_preview_errors(run_yaml, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        preview.main(["--config", str(run_yaml), "--output", str(tmp_path), *arguments])
+
+
+def test_check_of_good_data(run_yaml, capsys):
+    with pytest.raises(SystemExit) as end:
+        check.main(["--config", str(run_yaml), "--workers", "0"])
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "4 records: 4 good (3 with images), 0 bad" in out
+    assert "tokens per sample: 68 to 656, median 644" in out and "0 cut at 2048" in out
+    assert "learned: 74 of 2011 tokens" in out
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_check_lists_what_is_bad(run_yaml, tmp_path, capsys, workers):
+    listed = tmp_path / "bad.jsonl"
+    limit = ["--model_max_length", "640", "--image_folder", str(tmp_path)]
+    with pytest.raises(SystemExit) as end:
+        check.main(["--config", str(run_yaml), "--workers", workers, "--output", str(listed), "--show", "1", *limit])
+    out = capsys.readouterr().out
+    assert end.value.code == 1 and "4 records: 1 good (0 with images), 3 bad" in out
+    assert "record 0: image" in out and "... and 2 more" in out
+    entries = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [entry["index"] for entry in entries] == [0, 1, 3] and "cannot be opened" in entries[0]["reason"]
+
+
+def test_check_counts_what_is_cut(run_yaml, capsys):
+    with pytest.raises(SystemExit):
+        check.main(["--config", str(run_yaml), "--workers", "0", "--model_max_length", "640"])
+    assert "3 cut at 640" in capsys.readouterr().out
+
+
+def test_check_of_a_broken_file(run_yaml, tmp_path):
+    (tmp_path / "cut.json").write_text('[{"id": 1}, {"id"')
+    with pytest.raises(SystemExit, match=r"cut\.json, line 1, column 18: record 1 is cut off"):
+        check.main(["--config", str(run_yaml), "--data_path", str(tmp_path / "cut.json")])

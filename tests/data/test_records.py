@@ -1,0 +1,115 @@
+"""Annotation files: what is read, and how each kind of broken file is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+
+import pytest
+
+from llava_sp.data import records
+from llava_sp.data.records import BadSample, RecordFile, parse_record
+
+RECORDS = [
+    {"id": "a", "image": "x.jpg", "conversations": [{"from": "human", "value": "<image>\nWhät 😀?"}, {"from": "gpt", "value": "A b."}]},
+    {"id": "b", "conversations": [{"from": "human", "value": "one two"}, {"from": "gpt", "value": "three } ] \" ,"}]},
+    {"id": "c", "image": ["x.jpg", "y.jpg"], "conversations": []},
+]  # fmt: skip
+FORMS = {
+    "compact": json.dumps(RECORDS, separators=(",", ":")),
+    "indented": json.dumps(RECORDS, indent=1, ensure_ascii=False),
+    "windows": json.dumps(RECORDS, indent=1, ensure_ascii=False).replace("\n", "\r\n"),
+    "marked": "\ufeff" + json.dumps(RECORDS, ensure_ascii=False),
+    "lines": "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS),
+    "lines_marked": "\ufeff" + "\n".join(json.dumps(record) for record in RECORDS),
+    "lines_with_gaps": "\n\n".join(json.dumps(record, ensure_ascii=False) + "\r" for record in RECORDS) + "\n \n",
+}
+
+
+def write(tmp_path, text: str | bytes):
+    path = tmp_path / "data.json"
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
+    return path
+
+
+@pytest.mark.parametrize("block", [1, 7, 1 << 22])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_records(tmp_path, monkeypatch, form, block):
+    monkeypatch.setattr(records, "BLOCK", block)
+    file = RecordFile(write(tmp_path, FORMS[form]))
+    assert [file[index] for index in (2, 0, 1)] == [RECORDS[index] for index in (2, 0, 1)]
+    assert file.words.tolist() == [5, 7, 0] and file.images.tolist() == [1, 0, 2]
+    assert len(file) == 3
+    copy = pickle.loads(pickle.dumps(file))
+    assert copy[1] == RECORDS[1]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "data.json is empty"),
+        (" \n", "data.json is empty"),
+        ("[]", "holds no records"),
+        ("[ ]\n", "holds no records"),
+        (FORMS["compact"][:-40], "line 1, column .*record 2 is cut off"),
+        (FORMS["compact"][:-1], "the file is cut off here"),
+        (FORMS["indented"][:120], r"data.json, line \d+, column \d+: record 0 is cut off"),
+        ('[{"id": 1},\n{"id": }]', r"line 2, column 8: record 1 is not JSON"),
+        ('[{"id": 1} {"id": 2}]', r"line 1, column 12: expected ']', found '\{'"),
+        ('[{"id": 1}] more', "line 1, column 13: more text after the end"),
+        ('[{"id": 1}, 3]', "record 1: 3 is no record"),
+        ('["a"]', 'record 0: "a" is no record'),
+        ('{"a": 1,\n "b": 2}', "line 1: not a JSON record.*one JSON list of records"),
+        ('{"id": 1}\n{"id": 2\n', "line 2: not a JSON record"),
+        ('{"id": 1}\n[1]\n', r"line 2: \[1\] is no record"),
+        ("annotations", "line 1: not a JSON record"),
+        (b'[{"id": "\xff"}]', "is not UTF-8 text"),
+        (b'{"id": "\xff"}', "is not UTF-8 text"),
+    ],
+)
+def test_broken_files(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        RecordFile(write(tmp_path, text))
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ValueError, match="there is no annotation file .*nothing.json"):
+        RecordFile(tmp_path / "nothing.json")
+
+
+def test_a_file_that_changes_is_noticed(tmp_path):
+    path = write(tmp_path, FORMS["compact"])
+    file = RecordFile(path)
+    path.write_text(FORMS["indented"])
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ValueError, match="was changed while it was in use"):
+        file[0]
+
+
+def test_parsed_record():
+    first, third = parse_record(RECORDS[0]), RECORDS[2]
+    assert (first.id, first.images) == ("a", ["x.jpg"])
+    assert [turn["role"] for turn in first.turns] == ["user", "assistant"]
+    with pytest.raises(BadSample, match=r"`conversations` is \[\]"):
+        parse_record(third)
+    assert parse_record({**RECORDS[1], "image": ["p", "q"]}).images == ["p", "q"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"conversations": None}, "`conversations` is null"),
+        ({"conversations": "hi"}, '`conversations` is "hi"'),
+        ({"conversations": ["hi"]}, 'turn 0 is "hi"'),
+        ({"conversations": [{"from": "human"}]}, "turn 0 is .*human"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "turn 0 is"),
+        ({"conversations": [{"from": "bot", "value": "x"}]}, "turn 0 is from 'bot'; use human, user, gpt"),
+        ({"image": 3}, "`image` is 3"),
+        ({"image": ["a", None]}, "`image` is"),
+        ({"image": ""}, r'`image` is \[""\]'),
+    ],
+)
+def test_bad_records(change, message):
+    with pytest.raises(BadSample, match=message):
+        parse_record({**RECORDS[0], **change})
