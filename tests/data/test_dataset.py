@@ -58,7 +58,7 @@ BAD = {
     "two marks, one image": (("<image>\n<image>\nWhat?", "x", "a.png"), r"2 <image> mark\(s\) in the text, but 1 image\(s\)"),
     "one mark, two images": (("<image>\nWhat?", "x", ["a.png", "b.png"]), r"1 <image> mark\(s\) in the text, but 2 image\(s\)"),
     "empty answer": (("What?", "", None), "nothing to learn: the conversation holds no answer"),
-    "image cut": (("one two three four five six seven eight <image> <image>", "x", ["a.png", "b.png"]), r"its last image ends at token \d+, but model_max_length is 60"),
+    "image cut": (("1 2 3 4 5 6 7 8 9 10 11 12 <image> <image>", "x", ["a.png", "b.png"]), r"its last image ends at token \d+, but model_max_length is 60"),
     "answer cut": (("word " * 60, "x", None), r"nothing to learn: the conversation, cut from \d+ to 60 tokens, holds no answer"),
 }  # fmt: skip
 
