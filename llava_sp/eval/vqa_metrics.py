@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 _APOSTROPHE_LOST = """
 ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm I've
@@ -88,16 +89,25 @@ def evalai_answer(text: str) -> str:
     return process_digits_and_articles(process_punctuation(clean(text.strip())))
 
 
-def leave_one_out(prediction: str, answers: Sequence[Mapping[str, object]]) -> float:
+@lru_cache(maxsize=1 << 16)
+def _normalise(text: str) -> str:
+    return process_digits_and_articles(process_punctuation(text))
+
+
+def leave_one_out(prediction: str, answers: Sequence[str], identities: Sequence[object] | None = None) -> float:
     """VQA accuracy (0 to 1) of one prediction: for each annotator, min(1, matches among the *other* annotators / 3).
 
-    "Other" is decided by comparing whole records, as the official code does: two records that are equal in every field
-    (no distinct `answer_id`) drop out together.
+    Args:
+        identities: what else the annotators' records hold. The official code takes every record for the left-out one
+            that equals it in all fields, so equal answers with equal identities drop out together. None: all differ.
     """
-    scores = []
-    for left_out in answers:
-        matches = sum(1 for other in answers if other != left_out and other["answer"] == prediction)
-        scores.append(min(1.0, matches / 3))
+    hits = [answer == prediction for answer in answers]
+    if identities is None:
+        others = [sum(hits) - hit for hit in hits]
+    else:
+        records = list(zip(answers, identities))
+        others = [sum(hit for hit, other in zip(hits, records) if other != record) for record in records]
+    scores = [min(1.0, matches / 3) for matches in others]
     return sum(scores) / len(scores)
 
 
@@ -109,12 +119,14 @@ def vqa_accuracy(prediction: str, answers: Sequence[Mapping[str, object]]) -> fl
         answers: the annotators' records, `{"answer": str, "answer_id": int, ...}`; ten in the official files.
     """
     prediction = clean(prediction)
-    cleaned = [{**record, "answer": clean(str(record["answer"]))} for record in answers]
-    if len({record["answer"] for record in cleaned}) > 1:
-        for record in cleaned:
-            record["answer"] = process_digits_and_articles(process_punctuation(record["answer"]))
-        prediction = process_digits_and_articles(process_punctuation(prediction))
-    return leave_one_out(prediction, cleaned)
+    texts = [clean(str(record["answer"])) for record in answers]
+    if len(set(texts)) > 1:
+        texts = [_normalise(text) for text in texts]
+        prediction = _normalise(prediction)
+    if len({record.get("answer_id") for record in answers}) == len(answers):
+        return leave_one_out(prediction, texts)
+    identities = [{key: value for key, value in record.items() if key != "answer"} for record in answers]
+    return leave_one_out(prediction, texts, identities)
 
 
 @dataclass(frozen=True)

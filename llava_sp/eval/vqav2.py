@@ -42,11 +42,12 @@ class VQAv2(Benchmark):
         self.data = data
         if self.split is None:
             self.split = self._find_split(data)
-        items = self._questions(self.split)
-        whole = items
+        file, records = self._records(self.split)
+        folder = self._image_folder(self.split)
+        items = [_item(record, folder, self.split, file) for record in records]
         if self.split == "test-dev" and self._question_files(FULL_TEST):
-            whole = self._questions(FULL_TEST)
-        self.submission_ids = [item.id for item in whole]
+            _, records = self._records(FULL_TEST)
+        self.submission_ids = [record["question_id"] for record in records]
         if not self.split.startswith("test"):
             items = self._annotated(items)
         return items
@@ -85,20 +86,21 @@ class VQAv2(Benchmark):
 
     def validate(self, file: Path, data: Path) -> str:
         self.data = data
-        lists = {split: self._questions(split) for split in ("test", "test-dev") if self._question_files(split)}
+        splits = [split for split in ("test", "test-dev") if self._question_files(split)]
         if self.split is not None:
-            lists = {self.split: self._questions(self.split)}
-        if not lists:
+            splits = [self.split]
+        if not splits:
             raise ValueError(f"{data} has no question file of a test split to compare with ({_names('test-dev')})")
         results = self.read_json(file)
         _check_result_fields(file, results)
         found = Counter(result["question_id"] for result in results)
         problems = []
-        for split, items in lists.items():
-            trouble = _compare(found, {item.id for item in items})
+        for split in splits:
+            wanted = {record["question_id"] for record in self._records(split)[1]}
+            trouble = _compare(found, wanted)
             if not trouble:
                 empty = sum(1 for result in results if not result["answer"])
-                return f"{file} answers all {len(items)} questions of {split} once ({empty} answers are empty)"
+                return f"{file} answers all {len(wanted)} questions of {split} once ({empty} answers are empty)"
             problems.append(f"as {split}: {trouble}")
         raise ValueError(f"{file} " + "; ".join(problems))
 
@@ -114,19 +116,22 @@ class VQAv2(Benchmark):
         subtype = SUBTYPES[split]
         return _find(self.data, f"llava_vqav2_mscoco_{subtype}.jsonl", f"v2_OpenEnded_mscoco_{subtype}_questions.json")
 
-    def _questions(self, split: str) -> list[Item]:
+    def _records(self, split: str) -> tuple[Path, list[dict[str, Any]]]:
+        """The question file of a split and its records, each with a question_id of its own."""
         files = self._question_files(split)
         if not files:
             raise ValueError(f"{self.data} has no {split} questions: looked for {_names(split)}")
-        records = self.read_jsonl(files[0]) if files[0].suffix == ".jsonl" else self._official(files[0])
-        folder = self._image_folder(split)
-        items = [_item(record, folder, split, files[0]) for record in records]
-        if not items:
-            raise ValueError(f"{files[0]} holds no questions")
-        twice = [i for i, count in Counter(item.id for item in items).items() if count > 1]
+        file = files[0]
+        records = self.read_jsonl(file) if file.suffix == ".jsonl" else self._official(file)
+        if not records:
+            raise ValueError(f"{file} holds no questions")
+        for number, record in enumerate(records):
+            if not isinstance(record, dict) or "question_id" not in record:
+                raise ValueError(f"{file}: question {number} (counted from 0) has no question_id: {str(record)[:80]}")
+        twice = [i for i, count in Counter(record["question_id"] for record in records).items() if count > 1]
         if twice:
-            raise ValueError(f"{files[0]}: {len(twice)} question ids occur more than once ({examples(twice)})")
-        return items
+            raise ValueError(f"{file}: {len(twice)} question ids occur more than once ({examples(twice)})")
+        return file, records
 
     def _official(self, file: Path) -> list[dict[str, Any]]:
         content = self.read_json(file)
@@ -151,9 +156,11 @@ class VQAv2(Benchmark):
             raise ValueError(f'{file} is not an official annotations file: it has no list "annotations"')
         by_id = {}
         for number, record in enumerate(content["annotations"]):
-            absent = [key for key in ("question_id", "answers", "answer_type", "question_type") if not record.get(key)]
-            if absent:
-                raise ValueError(f"{file}: annotation {number} has no {', '.join(absent)}")
+            absent = [key for key in ("question_id", "answers", "answer_type", "question_type") if key not in record]
+            if absent or not record["answers"]:
+                raise ValueError(
+                    f"{file}: annotation {number} (counted from 0) has no {', '.join(absent or ['answers'])}"
+                )
             by_id[record["question_id"]] = record
         trouble = _compare(Counter(by_id.keys()), {item.id for item in items}, "annotation")
         if trouble:
@@ -164,9 +171,9 @@ class VQAv2(Benchmark):
 def _item(record: dict[str, Any], folder: Path, split: str, file: Path) -> Item:
     """An item from a line of the official questions or of LLaVA's."""
     text_key, image_key = ("text", "image") if "text" in record else ("question", "image_id")
-    absent = [key for key in ("question_id", text_key, image_key) if key not in record]
+    absent = [key for key in (text_key, image_key) if key not in record]
     if absent:
-        raise ValueError(f"{file}: question {record.get('question_id', '?')} has no {', '.join(absent)}")
+        raise ValueError(f"{file}: question {record['question_id']} has no {', '.join(absent)}")
     if image_key == "image":
         image = folder / record["image"]
         if ".." in Path(record["image"]).parts or Path(record["image"]).is_absolute():

@@ -102,8 +102,9 @@ def test_evalai(text, expected):
 
 @pytest.mark.parametrize("matches, expected", [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
 def test_leave_one_out_over_ten_answers(matches, expected):
-    answers = [{"answer": "yes" if i < matches else "no", "answer_id": i} for i in range(10)]
+    answers = ["yes"] * matches + ["no"] * (10 - matches)
     assert leave_one_out("yes", answers) == pytest.approx(expected)
+    assert leave_one_out("yes", answers, identities=range(10)) == pytest.approx(expected)
 
 
 def test_identical_annotations_switch_normalisation_off():
@@ -114,7 +115,9 @@ def test_identical_annotations_switch_normalisation_off():
 
 def test_records_without_distinct_ids_drop_out_together():
     answers = [{"answer": "cat"}] * 5 + [{"answer": "dog"}] * 5
-    assert leave_one_out("cat", answers) == 0.5
+    assert vqa_accuracy("cat", answers) == 0.5
+    confident = [{"answer": "cat", "answer_confidence": "yes" if i else "no"} for i in range(5)]
+    assert vqa_accuracy("cat", confident) == pytest.approx((1 + 4 * 1 / 3) / 5)
 
 
 def test_errors_name_the_numbers():

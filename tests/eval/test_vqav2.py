@@ -213,11 +213,12 @@ def test_answers_file_of_another_kind(tmp_path, data, recorded, capsys):
         (QUESTIONS, "[]", 'it has no list "questions"'),
         (QUESTIONS, '{"questions": []}', "holds no questions"),
         (QUESTIONS, '{"questions": [{"question_id": 1, "question": "?"}]}', "question 1 has no image_id"),
+        (QUESTIONS, '{"questions": [{"id": 1}]}', "question 0 (counted from 0) has no question_id"),
         (ANNOTATIONS, '{"annotations": []}', "40 questions have no annotation"),
         (
             ANNOTATIONS,
             '{"annotations": [{"question_id": 1}]}',
-            "annotation 0 has no answers, answer_type, question_type",
+            "annotation 0 (counted from 0) has no answers, answer_type, question_type",
         ),
     ],
 )
@@ -225,6 +226,16 @@ def test_broken_data_files_are_named(data, answers, capsys, name, content, messa
     (data / name).write_text(content)
     status, _, err = run(capsys, "--answers", answers, "--data", data)
     assert status == 2 and name in err and message in err
+
+
+def test_ids_may_be_zero(tmp_path, capsys):
+    answers = [{"answer": "red", "answer_id": i} for i in range(10)]
+    annotation = {"question_id": 0, "image_id": 0, "answer_type": "other", "question_type": "what", "answers": answers}
+    (tmp_path / QUESTIONS).write_text('{"questions": [{"question_id": 0, "image_id": 0, "question": "?"}]}')
+    (tmp_path / ANNOTATIONS).write_text(json.dumps({"annotations": [annotation]}))
+    (tmp_path / "answers.jsonl").write_text('{"question_id": 0, "text": "Red"}')
+    status, out, _ = run(capsys, "--answers", tmp_path / "answers.jsonl", "--data", tmp_path)
+    assert status == 0 and json.loads(out)["score"] == 100.0
 
 
 def test_missing_annotations_are_named(data, answers, capsys):
