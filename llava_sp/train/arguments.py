@@ -94,6 +94,8 @@ class TrainArguments(TrainingArguments):
             raise ValueError("load_best_model_at_end is not supported; the checkpoints and log.jsonl let you choose.")
         if self.tf32 and not is_torch_tf32_available():
             self.tf32 = None
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every batch reaches every parameter, text-only ones too
         if self.projector_lr is None:
             self.projector_lr = self.learning_rate
         if self.data_seed is None:

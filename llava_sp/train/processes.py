@@ -9,17 +9,25 @@ import torch
 from transformers import TrainingArguments
 
 
-def prepare_environment() -> bool:
-    """Make a plain `python` look like a launcher's only process. Returns whether a launcher started this one."""
-    launched = "WORLD_SIZE" in os.environ
-    if not launched:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
-    return launched
+def is_launched() -> bool:
+    """Whether a launcher (deepspeed, torchrun, accelerate) started this process."""
+    return "WORLD_SIZE" in os.environ
+
+
+def become_a_group_of_one(args: TrainingArguments) -> bool:
+    """Describe a plain `python` as a launcher's only process, where that is needed; true if that was done now.
+
+    DeepSpeed needs it, and several visible GPUs: Trainer would split each batch among them (nn.DataParallel), which does not
+    know which image belongs to which sample.
+    """
+    if is_launched() or not (args.deepspeed or args.n_gpu > 1):
+        return False
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return True
 
 
 def is_first() -> bool:

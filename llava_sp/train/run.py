@@ -23,7 +23,7 @@ from llava_sp.train.arguments import DataArguments, ModelArguments, TrainArgumen
 from llava_sp.train.build import build_datasets, build_model, build_processor
 from llava_sp.train.check import check_inputs
 from llava_sp.train.config_files import UsageError
-from llava_sp.train.processes import end_group, is_first, prepare_environment, start_group
+from llava_sp.train.processes import become_a_group_of_one, end_group, is_first, is_launched, start_group
 from llava_sp.train.provenance import collect
 from llava_sp.train.run_folder import RunFolder, log_position
 from llava_sp.train.trainer import LlavaSPTrainer
@@ -56,8 +56,10 @@ def main(words: Sequence[str] | None = None, default_config: str | Path | None =
 
 def train(config: str | Path | None, words: Sequence[str]) -> dict[str, Any]:
     """One run from its configuration. Returns what `finished.json` holds."""
-    launched = prepare_environment()
+    launched = is_launched()
     model_args, data_args, args = load_config(config, words)
+    if become_a_group_of_one(args):  # the arguments find their devices when they are made
+        model_args, data_args, args = load_config(config, words)
     check_inputs(model_args, data_args, args)
 
     folder = RunFolder(args.output_dir)

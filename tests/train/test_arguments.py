@@ -1,0 +1,170 @@
+"""Configurations: the shipped ones, inheritance, variables, and everything that can be wrong in one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llava_sp.train.arguments import load_config, settings_of
+from llava_sp.train.check import check_inputs
+from llava_sp.train.config_files import UsageError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if "output_dir" in path.read_text())
+RECIPE = {
+    "pretrain": {"learning_rate": 1e-3, "projector_lr": 1e-3, "global": 256, "template": "plain"},
+    "finetune_lora": {"learning_rate": 2e-4, "projector_lr": 2e-5, "global": 128, "template": "vicuna_v1"},
+}
+
+
+def write(folder: Path, name: str = "c.yaml", **keys) -> Path:
+    (folder / name).write_text(yaml.safe_dump(keys))
+    return folder / name
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_shipped_config_parses(path, monkeypatch):
+    monkeypatch.setenv("LLAVA_SP_SHAPES", "/data")
+    model, data, args = load_config(path, [])
+    assert args.output_dir and model.language_model and model.vision_tower
+    assert data.mixture or data.data_path
+
+
+@pytest.mark.parametrize("size", ["7b", "13b"])
+@pytest.mark.parametrize("variant", ["cropping", "pooling"])
+@pytest.mark.parametrize("stage", RECIPE)
+def test_paper_recipe(stage, variant, size):
+    model, data, args = load_config(CONFIGS / f"{stage}_{size}_{variant}.yaml", [])
+    recipe = RECIPE[stage]
+    assert model.language_model == f"lmsys/vicuna-{size}-v1.5"
+    assert model.vision_tower == "openai/clip-vit-large-patch14-336"
+    assert (model.spatial_variant, model.spatial_fusion, args.stage) == (variant, True, stage)
+    assert (args.learning_rate, args.projector_lr) == (recipe["learning_rate"], recipe["projector_lr"])
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == recipe["global"]
+    assert (args.lr_scheduler_type.value, args.warmup_steps, args.weight_decay) == ("cosine", 0.03, 0.0)
+    assert (args.num_train_epochs, args.max_grad_norm, args.bf16) == (1, 1.0, True)
+    assert (args.gradient_checkpointing, args.gradient_checkpointing_kwargs) == (True, {"use_reentrant": False})
+    assert (data.template, data.model_max_length, data.image_aspect_ratio) == (recipe["template"], 2048, "pad")
+    assert data.group_by_modality_length == (stage == "finetune_lora")
+    if stage == "finetune_lora":
+        assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (128, 256, 0.05)
+        assert model.projector_checkpoint == load_config(CONFIGS / f"pretrain_{size}_{variant}.yaml")[2].output_dir
+
+
+def test_later_wins(tmp_path):
+    write(tmp_path, "base.yaml", learning_rate=1.0, seed=1, max_steps=1)
+    middle = write(tmp_path, "middle.yaml", base="base.yaml", seed=2, max_steps=2)
+    _, _, args = load_config(middle, ["--max_steps", "3"])
+    assert (args.learning_rate, args.seed, args.max_steps) == (1.0, 2, 3)
+    assert args.data_seed == 2
+
+
+def test_words_and_dictionaries(tmp_path):
+    path = write(tmp_path, spatial_scales=[4, 8], report_to="none")
+    model, _, args = load_config(path, ["--spatial-variant=none", "--lora_target_modules", "a", "b", "--bf16", "no"])
+    assert (model.spatial_variant, model.lora_target_modules, args.bf16) == ("none", ["a", "b"], False)
+    assert model.spatial_scales == [4, 8]
+    model, _, args = load_config(path, {"spatial_scales": None, "learning_rate": "3e-4", "report_to": ["tensorboard"]})
+    assert (model.spatial_scales, args.learning_rate, args.report_to) == (None, 3e-4, ["tensorboard"])
+
+
+def test_variables(tmp_path, monkeypatch):
+    path = tmp_path / "c.yaml"
+    path.write_text("data_path: ${HERE_D:-./d}/x.json\nmax_steps: ${HERE_N:-7}\nlanguage_model: ${config_dir}/llm\n")
+    model, data, args = load_config(path)
+    assert data.data_path == str(Path("d/x.json").resolve())
+    assert (args.max_steps, model.language_model) == (7, str(tmp_path / "llm"))
+    monkeypatch.setenv("HERE_D", "/data")
+    monkeypatch.setenv("HERE_N", "9")
+    _, data, args = load_config(path)
+    assert (data.data_path, args.max_steps) == ("/data/x.json", 9)
+    path.write_text("output_dir: ${NOT_SET_ANYWHERE}/x\n")
+    with pytest.raises(UsageError, match=r"c\.yaml: output_dir .*NOT_SET_ANYWHERE"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words", "message"),
+    [
+        ({"lerning_rate": 1}, [], r"c\.yaml: unknown key 'lerning_rate'; did you mean 'learning_rate'"),
+        ({}, ["--image_foldr", "x"], r"command line: unknown key 'image_foldr'; did you mean 'image_folder'"),
+        ({"max_steps": "many"}, [], r"c\.yaml: max_steps = 'many'"),
+        ({"stage": "third"}, [], r"c\.yaml: stage = 'third'"),
+        ({"base": "absent.yaml"}, [], r"c\.yaml: there is no configuration file .*absent\.yaml"),
+        ({"base": "c.yaml"}, [], r"circle"),
+        ({"deepspeed": "absent.json"}, [], r"c\.yaml: there is no file .*absent\.json"),
+        ({}, ["stray"], r"expected --key value, found 'stray'"),
+        ({"global_batch_size": 4, "gradient_accumulation_steps": 2}, [], r"follows from global_batch_size"),
+        ({"global_batch_size": 10, "per_device_train_batch_size": 4}, [], r"10 is not a multiple .*= 2 would do"),
+        ({"fsdp": "full_shard"}, [], r"fsdp is not supported"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, keys, words, message):
+    with pytest.raises(UsageError, match=message):
+        load_config(write(tmp_path, **keys), words)
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    for text, message in (("a: [", "not valid YAML"), ("- a", "must be a mapping")):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(UsageError, match=message):
+            load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(("processes", "steps"), [(1, 8), (2, 4), (8, 1)])
+def test_accumulation_follows_from_the_global_batch(processes, steps, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    from llava_sp.train.arguments import accumulation_steps
+
+    assert accumulation_steps(128, 16, processes) == steps
+    with pytest.raises(ValueError, match="per_device_train_batch_size = 8 would do"):
+        accumulation_steps(128, 16, 16)
+    with pytest.raises(ValueError, match="choose a global_batch_size that 3 processes divide"):
+        accumulation_steps(128, 16, 3)
+
+
+def test_resolved_settings_are_a_configuration(tmp_path):
+    first = load_config(CONFIGS / "finetune_lora_7b_pooling.yaml", ["--max_steps", "10"])
+    settings = settings_of(*first)
+    json.dumps(settings)
+    again = load_config(write(tmp_path, **settings, provenance={"seed": 42}))
+    assert settings_of(*again) == settings
+    assert again[2].gradient_accumulation_steps == first[2].gradient_accumulation_steps
+
+
+def test_all_that_is_missing_in_one_message(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError) as caught:
+        check_inputs(*load_config(CONFIGS / "finetune_lora_7b_cropping.yaml"))
+    message = str(caught.value)
+    for word in (
+        "language_model = lmsys/vicuna-7b-v1.5", "vision_tower = openai/clip-vit-large-patch14-336", "HF_HUB_OFFLINE",
+        f"data_path = {tmp_path}/playground/data/llava_v1_5_mix665k.json", f"image_folder = {tmp_path}/playground/data",
+        "huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K", "LLAVA_SP_DATA",
+        f"projector_checkpoint = {tmp_path}/runs/llava-sp-7b-cropping-pretrain", "scripts/pretrain.sh",
+    ):  # fmt: skip
+        assert word in message, f"{word}\n{message}"
+
+
+def test_missing_parts_of_a_mixture(tmp_path):
+    (tmp_path / "mixture.yaml").write_text("- {annotations: a.json, images: b}\n- {annotations: c.json, images: .}\n")
+    (tmp_path / "c.json").write_text("[]")
+    path = write(tmp_path, mixture="mixture.yaml", output_dir=str(tmp_path / "o"), language_model="./llm")
+    with pytest.raises(UsageError) as caught:
+        check_inputs(*load_config(path))
+    message = str(caught.value)
+    assert "annotations: a.json is not there" in message and "images: b is not there" in message
+    assert "c.json" not in message and "vision_tower is not set" in message and "no config.json" in message
+
+
+def test_projector_of_an_unfinished_first_stage(tmp_path):
+    (tmp_path / "stage1" / "checkpoint-7").mkdir(parents=True)
+    path = write(tmp_path, stage="finetune_lora", projector_checkpoint=str(tmp_path / "stage1"))
+    with pytest.raises(UsageError, match="stage 1 has only got to checkpoint-7"):
+        check_inputs(*load_config(path))
+    with pytest.raises(UsageError, match="projector_checkpoint is not set: the output folder of stage 1"):
+        check_inputs(*load_config(path, ["--projector_checkpoint", "null"]))
