@@ -28,6 +28,7 @@ import torch.nn.functional as F
 VARIANTS = ("cropping", "pooling")
 KINDS = ("extractor", "projector")
 PASSES = ("forward", "forward+backward")
+SLOW_MS = 5000
 
 
 def build(variant: str, kind: str, dtype: torch.dtype, device: str):
@@ -81,33 +82,31 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure_time(module, patches: torch.Tensor, backward: bool, repeats: int, device: str) -> float:
-    """Median milliseconds of one pass after a warm-up."""
+def timed(module, patches: torch.Tensor, backward: bool, device: str) -> float:
+    """Milliseconds of one pass."""
+    synchronize(device)
+    start = time.perf_counter()
     one_pass(module, patches, backward)
-    times = []
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        one_pass(module, patches, backward)
-        synchronize(device)
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times)
+    synchronize(device)
+    return (time.perf_counter() - start) * 1e3
 
 
-def peak_memory(module, patches: torch.Tensor, backward: bool, device: str) -> float:
-    """MiB at the peak of one pass above what stood before it (on a CPU: resident memory of a fresh process)."""
+def peak_memory(module, patches: torch.Tensor, backward: bool, device: str) -> tuple[float, float]:
+    """MiB at the peak of one pass above what stood before it, and its milliseconds.
+
+    On a CPU: resident memory of this process, which has run nothing else.
+    """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        one_pass(module, patches, backward)
-        synchronize(device)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        milliseconds = timed(module, patches, backward, device)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20, milliseconds
     gc.collect()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
-    one_pass(module, patches, backward)
+    milliseconds = timed(module, patches, backward, device)
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return (int(peak.split()[1]) * 1024 - before) / 2**20
+    return (int(peak.split()[1]) * 1024 - before) / 2**20, milliseconds
 
 
 def run_case(case: dict) -> dict:
@@ -121,8 +120,11 @@ def run_case(case: dict) -> dict:
     rows = {}
     for name in PASSES:
         backward = name != "forward"
-        peak = peak_memory(module, patches, backward, device)
-        rows[name] = {"ms": measure_time(module, patches, backward, case["repeats"], device), "peak_mib": peak}
+        peak, first = peak_memory(module, patches, backward, device)
+        # The first pass warms up; where it took long, it is the measurement.
+        slow = device == "cpu" and first > SLOW_MS
+        times = [first] if slow else [timed(module, patches, backward, device) for _ in range(case["repeats"])]
+        rows[name] = {"ms": statistics.median(times), "runs": len(times), "peak_mib": peak}
     return rows
 
 
@@ -157,7 +159,9 @@ def main() -> None:
         return
 
     rows = []
-    print(f"{'part':10} {'variant':9} {'dtype':9} {'batch':>5} {'pass':17} {'conv2d':>11} {'product':>11} {'faster':>8} {'peak MiB':>15}")
+    print(
+        f"{'part':10} {'variant':9} {'dtype':9} {'batch':>5} {'pass':17} {'conv2d':>11} {'product':>11} {'faster':>8} {'peak MiB':>15}"
+    )
     for kind in arguments.kind:
         for variant in arguments.variant:
             for dtype in arguments.dtype:

@@ -1,0 +1,188 @@
+"""One training step and one generation at real size with random weights: time, tokens/s, memory.
+
+    python benchmarks/real_size.py                         7B + CLIP-L/14-336 + spatial branch, bf16, on the first GPU
+    python benchmarks/real_size.py --size tiny             the same code on a CPU, to see that it works
+
+For each variant in one process and one run, beside the baseline `none` (LLaVA-1.5): a LoRA training step as stage 2 does it
+(r 128, gradient checkpointing, AdamW on LoRA and projector, 582 + 118 tokens a sample), and greedy generation for a batch of
+prompts. Prints a table with ratios against `none` and writes JSON to `benchmarks/results/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import re
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from projector import machine
+
+from llava_sp import LlavaSPConfig, LlavaSPForCausalLM
+
+TEXT_TOKENS = 118
+LORA_LAYERS = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+TINY = {
+    "text_config": {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 32064,
+    },
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 168,
+        "patch_size": 14,
+    },
+}
+REAL = {"text_config": {"model_type": "llama", "vocab_size": 32064, "pad_token_id": 32001}}
+
+
+def build(variant: str, size: str, device: str, dtype: torch.dtype) -> LlavaSPForCausalLM:
+    """A model with random weights, made in place on the device."""
+    config = LlavaSPConfig(spatial_variant=variant, **(TINY if size == "tiny" else REAL))
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = LlavaSPForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
+    model.generation_config.pad_token_id = 32001
+    return model
+
+
+def make_batch(model, size: int, device: str) -> dict[str, torch.Tensor]:
+    config = model.config
+    text = torch.randint(3, 32000, (size, TEXT_TOKENS), device=device)
+    images = torch.full((size, config.num_image_tokens), config.image_token_id, device=device)
+    side = config.image_size
+    return {
+        "input_ids": torch.cat([text[:, :40], images, text[:, 40:]], dim=1),
+        "pixel_values": torch.randn(size, 3, side, side, device=device, dtype=model.dtype),
+    }
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_seconds(action, repeats: int, device: str) -> float:
+    action()
+    times = []
+    for _ in range(repeats):
+        synchronize(device)
+        start = time.perf_counter()
+        action()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def peak_gib(device: str) -> float | None:
+    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+
+
+def measure(variant: str, arguments) -> dict:
+    device = arguments.device
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    model = build(variant, arguments.size, device, torch.bfloat16)
+    row = {"variant": variant, "parameters": sum(p.numel() for p in model.parameters())}
+
+    model.eval()
+    batch = make_batch(model, arguments.generate_batch, device)
+    settings = {"max_new_tokens": arguments.new_tokens, "min_new_tokens": arguments.new_tokens, "do_sample": False}
+    seconds = median_seconds(lambda: model.generate(**batch, **settings), arguments.repeats, device)
+    row["generate"] = {
+        "seconds": seconds,
+        "new_tokens_per_second": arguments.generate_batch * arguments.new_tokens / seconds,
+        "peak_gib": peak_gib(device),
+    }
+
+    model.requires_grad_(False)
+    model.add_adapter(LoraConfig(r=128 if arguments.size == "7b" else 8, lora_alpha=256, target_modules=LORA_LAYERS))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_" in name or "multi_modal_projector" in name)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW(trained, lr=2e-5)
+    batch = make_batch(model, arguments.train_batch, device)
+    labels = batch["input_ids"].clone()
+    labels[:, : -TEXT_TOKENS // 2] = -100
+
+    def step() -> None:
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds = median_seconds(step, arguments.repeats, device)
+    row["train"] = {
+        "seconds": seconds,
+        "samples_per_second": arguments.train_batch / seconds,
+        "tokens_per_second": batch["input_ids"].numel() / seconds,
+        "trained_parameters": sum(p.numel() for p in trained),
+        "peak_gib": peak_gib(device),
+    }
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["7b", "tiny"], default="7b")
+    parser.add_argument("--variants", nargs="+", default=["none", "cropping", "pooling"])
+    parser.add_argument("--train-batch", type=int, default=16)
+    parser.add_argument("--generate-batch", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    if arguments.size == "7b" and arguments.device != "cuda":
+        parser.error("7B needs a CUDA GPU; --size tiny runs the same code on a CPU")
+
+    rows = []
+    print(
+        f"{'variant':10} {'train samples/s':>16} {'ratio':>6} {'GiB':>6} {'generate tokens/s':>18} {'ratio':>6} {'GiB':>6}"
+    )
+    for variant in arguments.variants:
+        row = measure(variant, arguments)
+        rows.append(row)
+        train, generate, base = row["train"], row["generate"], rows[0]
+        print(
+            f"{variant:10} {train['samples_per_second']:16.2f} "
+            f"{train['samples_per_second'] / base['train']['samples_per_second']:6.3f} {train['peak_gib'] or 0:6.1f} "
+            f"{generate['new_tokens_per_second']:18.1f} "
+            f"{generate['new_tokens_per_second'] / base['generate']['new_tokens_per_second']:6.3f} "
+            f"{generate['peak_gib'] or 0:6.1f}",
+            flush=True,
+        )
+        gc.collect()
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
+    about = machine(arguments.device)
+    name = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
+    output = arguments.output or Path(__file__).parent / "results" / f"real_size_{arguments.size}_{name}.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    settings = {key: value for key, value in vars(arguments).items() if key != "output"}
+    output.write_text(json.dumps({"machine": about, "settings": settings, "rows": rows}, indent=1) + "\n")
+    print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    main()
