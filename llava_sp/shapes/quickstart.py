@@ -1,0 +1,167 @@
+"""Train LLaVA-SP in both stages and score it, on the embedded default: minutes on a laptop.
+
+    python -m llava_sp.shapes.quickstart --output runs/quickstart
+
+Makes the shapes data, then for every variant runs the very commands that a real run uses (`python -m llava_sp.train` with
+configs/shapes/*.yaml, `python -m llava_sp.eval.vqav2`), prints one table and writes OUTPUT/report.html. The same command
+again reuses what is finished and goes on with what is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_sp.shapes.report import write_report
+from llava_sp.shapes.results import load_results, render_table
+
+VARIANTS = ("none", "cropping", "pooling")
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "shapes"
+DEFAULT_SEED = 42  # configs/base.yaml
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant with one seed: its folder holds pretrain/, lora/ and vqav2/."""
+
+    variant: str
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+
+def plan(output: Path, variants: Sequence[str], seeds: Sequence[int]) -> list[Run]:
+    """The runs, seed by seed; the default seed's folders carry the variant's name alone."""
+    names = {(v, s): v if s == DEFAULT_SEED else f"{v}-seed{s}" for s in seeds for v in variants}
+    return [Run(variant, seed, output / name) for (variant, seed), name in names.items()]
+
+
+def commands(run: Run, data: Path, args: argparse.Namespace) -> dict[str, list[str]]:
+    """What to run, in order: title -> words after `python -m`."""
+    shared = ["--spatial_variant", run.variant, "--seed", str(run.seed), "--image_folder", str(data / "images")]
+    stage1, stage2 = run.folder / "pretrain", run.folder / "lora"
+    pretrain = ["llava_sp.train", "--config", str(CONFIGS / "pretrain.yaml"), *shared]
+    pretrain += ["--data_path", str(data / "pretrain.json"), "--output_dir", str(stage1)]
+    finetune = ["llava_sp.train", "--config", str(CONFIGS / "finetune_lora.yaml"), *shared]
+    finetune += ["--data_path", str(data / "finetune.json"), "--output_dir", str(stage2)]
+    finetune += ["--projector_checkpoint", str(stage1)]
+    for words, steps in ((pretrain, args.pretrain_steps), (finetune, args.finetune_steps)):
+        words += [] if steps is None else ["--max_steps", str(steps)]
+    score = ["llava_sp.eval.vqav2", "--model", str(stage2), "--data", str(data / "vqav2")]
+    score += ["--output", str(run.folder / "vqav2"), "--batch-size", "50", "--max-new-tokens", "16"]
+    return {"stage 1": pretrain, "stage 2": finetune, "score": score}
+
+
+def execute(title: str, words: list[str], log: Path) -> float:
+    """Run one command as a process of its own, its output both here and in a file; returns seconds.
+
+    Raises `SystemExit` with the command's status if it fails.
+    """
+    line = shlex.join(["python", "-m", *words])
+    print(f"\n== {title}\n$ {line}", flush=True)
+    started = time.time()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with open(log, "w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        assert process.stdout is not None
+        for text in process.stdout:
+            file.write(text)
+            print(f"  {text}", end="", flush=True)
+        status = process.wait()
+    if status != 0:
+        print(f"error: the command above ended with status {status}; its output is in {log}", file=sys.stderr)
+        raise SystemExit(status)
+    return time.time() - started
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    args = parse(argv)
+    started = time.time()
+    output = args.output.resolve()
+    data = output / "data"
+    runs = plan(output, args.variants, args.seeds)
+    print(f"quickstart: {len(runs)} models, each in two stages, then scored; everything goes to {output}", flush=True)
+    make = ["llava_sp.shapes.make", "--output", str(data)]
+    make += [] if args.questions is None else ["--questions", str(args.questions)]
+    execute("data", make, output / "logs" / "data.log")
+    for number, run in enumerate(runs, 1):
+        for title, words in commands(run, data, args).items():
+            heading = f"{run.name} ({number} of {len(runs)}), {title}; {_minutes(time.time() - started)} so far"
+            execute(heading, words, output / "logs" / f"{run.name} {title}.log".replace(" ", "-"))
+    spent = {"seconds": round(time.time() - started, 1), "peak_memory_gib": peak_memory_gib()}
+    spent = _remember(output / "quickstart.json", spent)
+    results = load_results(output, [(run.name, run.variant) for run in runs])
+    print(f"\n{render_table(results)}")
+    report = write_report(output, results, spent)
+    print(f"\nreport: {report}")
+    print(f"took {_minutes(spent['seconds'])}, at most {spent['peak_memory_gib']:.1f} GiB of memory")
+    model = next((run.folder / "lora" for run in runs if run.variant != "none"), runs[0].folder / "lora")
+    image = next((data / "vqav2" / "val2014").glob("*.jpg"))
+    ask = ["python", "-m", "llava_sp.generate", "--model", str(model), "--image", str(image)]
+    print(f"ask it yourself: {shlex.join([*ask, '--prompt', 'What do you see in the image?'])}")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line's arguments, checked."""
+    parser = argparse.ArgumentParser(prog="python -m llava_sp.shapes.quickstart", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("runs/quickstart"), help="folder for everything (default %(default)s)")
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all three")
+    add(
+        "--seeds",
+        nargs="+",
+        type=int,
+        default=[DEFAULT_SEED],
+        help="one model per variant and seed (default %(default)s)",
+    )
+    add("--pretrain-steps", type=int, help="instead of max_steps in configs/shapes/pretrain.yaml")
+    add("--finetune-steps", type=int, help="instead of max_steps in configs/shapes/finetune_lora.yaml")
+    add("--questions", type=int, help="held-out questions (default: what llava_sp.shapes.make makes)")
+    args = parser.parse_args(argv)
+    if not CONFIGS.is_dir():
+        parser.error(f"{CONFIGS} does not exist: the quickstart runs from a clone of the repository")
+    for name in ("pretrain_steps", "finetune_steps", "questions"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    args.variants, args.seeds = list(dict.fromkeys(args.variants)), list(dict.fromkeys(args.seeds))
+    return args
+
+
+def peak_memory_gib() -> float:
+    """The most memory that one of the commands had resident, in GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 2**30
+
+
+def _remember(path: Path, spent: dict[str, float]) -> dict[str, float]:
+    """Keep the cost of the run that did the work: a later one, which reuses it, is quick and small."""
+    if path.is_file():
+        before = json.loads(path.read_text())
+        spent = {key: max(value, before.get(key, 0)) for key, value in spent.items()}
+    path.write_text(json.dumps(spent, indent=1) + "\n")
+    return spent
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""The tiny Llama of the shapes world: a LlamaForCausalLM with its own SentencePiece tokenizer, in Vicuna's files.
+
+Its text is the world's: captions, and conversations in Vicuna's format about scenes that are *described in words*. So it
+knows how to speak, to answer from what was said, to count and to compare places, and has never seen a picture: what
+Vicuna is to LLaVA. Run by `python -m llava_sp.shapes.train_backbones`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from llava_sp.shapes.language import CAPTION_REQUESTS, SUFFIX, Interviewer, all_words, caption, description
+from llava_sp.shapes.world import sample_scene
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+VOCABULARY = 704
+LLAMA = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.06,
+}
+BOS, EOS = 1, 2
+QUESTIONS_PER_TEXT = 6
+
+Segments = list[tuple[str, bool]]  # (text, is it the assistant's?); an assistant's segment ends a turn
+
+
+def document(rng: np.random.Generator, interviewer: Interviewer) -> Segments:
+    """One training text: words to say again (so that it learns to read back), a caption alone, or a conversation about a
+    scene described in words, half of them behind Vicuna's system sentence."""
+    kind = rng.random()
+    if kind < 0.2:
+        words = " ".join(rng.choice(all_words(), size=rng.integers(6, 25)))
+        return [(f"USER: {words}\nSay it again. ASSISTANT:", False), (words, True)]
+    scene = sample_scene(rng, "train")
+    if kind < 0.3:
+        return [(caption(scene), True)]
+    opening = f"{SYSTEM} " if rng.random() < 0.3 else ""
+    opening += f"USER: {description(scene, rng)}\n"
+    if kind < 0.4:
+        request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
+        return [(f"{opening}{request} ASSISTANT:", False), (caption(scene), True)]
+    segments: Segments = []
+    for question in interviewer.interview(scene, QUESTIONS_PER_TEXT):
+        asked = f"{opening}{question.text}{SUFFIX}" if not segments else f"USER: {question.text}"
+        segments += [(f"{asked} ASSISTANT:", False), (question.answer, True)]
+    return segments
+
+
+def train_tokenizer(texts: list[str], path: Path) -> PreTrainedTokenizerBase:
+    """A SentencePiece BPE like Llama's (byte fallback, digits apart); written to `path`/tokenizer.model."""
+    path.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.split("\n")),
+        model_prefix=str(path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        character_coverage=1.0,
+        required_chars="".join(chr(c) for c in range(33, 127)),
+        num_threads=1,
+        minloglevel=2,
+    )
+    (path / "tokenizer.vocab").unlink()
+    save_tokenizer_files(path)
+    return AutoTokenizer.from_pretrained(path)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, segments: Segments) -> tuple[list[int], list[float]]:
+    """Ids and the weight of each as a target: the assistant's words and end token 1, everything else 0.1.
+
+    A turn after the first stands right behind "</s>", where Llama's tokenizer puts no space in front of "USER".
+    """
+    ids, weights = [BOS], [0.0]
+    for text, is_answer in segments:
+        after_end = ids[-1] == EOS
+        piece = tokenizer(f"</s>{text}" if after_end else text, add_special_tokens=False).input_ids[after_end:]
+        piece += [EOS] if is_answer else []
+        ids += piece
+        weights += [1.0 if is_answer else 0.1] * len(piece)
+    return ids, weights
+
+
+def batch_loss(
+    model: LlamaForCausalLM, samples: list[tuple[list[int], list[float]]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted token loss of a right-padded batch, and the accuracy over the assistant's tokens."""
+    length = max(len(ids) for ids, _ in samples)
+    ids = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in samples])
+    weights = torch.tensor([weights + [0.0] * (length - len(weights)) for _, weights in samples])[:, 1:]
+    logits = model(input_ids=ids).logits[:, :-1]
+    per_token = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    answers = weights == 1.0
+    accuracy = (logits.argmax(-1) == ids[:, 1:])[answers].float().mean()
+    return (per_token * weights.flatten()).sum() / weights.sum(), accuracy
+
+
+def train(seed: int, steps: int, batch_size: int, path: Path, log=print) -> tuple[LlamaForCausalLM, dict]:
+    """Train tokenizer and model; the tokenizer is written to `path`, the figures are of fresh texts."""
+    rng = np.random.default_rng([seed, 3])
+    interviewer = Interviewer(rng)
+    torch.manual_seed(seed)
+    corpus = [text for _ in range(3000) for text, _ in document(rng, interviewer)]
+    tokenizer = train_tokenizer(corpus, path)
+    config = LlamaConfig(
+        **LLAMA,
+        vocab_size=len(tokenizer),
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.05)
+    started = time.time()
+    for step in range(steps):
+        loss, accuracy = batch_loss(model, [encode(tokenizer, document(rng, interviewer)) for _ in range(batch_size)])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 25 == 0 or step == steps - 1:
+            log(
+                f"llama step {step:4d}/{steps}  loss {loss.item():.3f}  answer tokens right {accuracy.item():.3f}  "
+                f"{time.time() - started:.0f} s"
+            )
+    with torch.no_grad():
+        rows = [batch_loss(model, [encode(tokenizer, document(rng, interviewer)) for _ in range(32)]) for _ in range(4)]
+    loss, accuracy = (round(float(torch.stack(column).mean()), 4) for column in zip(*rows))
+    return model, {"loss": loss, "answer tokens right": accuracy, "seconds": round(time.time() - started)}
+
+
+def save(model: LlamaForCausalLM, path: Path) -> None:
+    """Write 16-bit weights beside the tokenizer."""
+    model.to(torch.float16).save_pretrained(path)
+
+
+def save_tokenizer_files(path: Path) -> None:
+    """Vicuna's small tokenizer files beside tokenizer.model."""
+
+    def special(content: str) -> dict:
+        flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+        return {"__type": "AddedToken", "content": content, **flags}
+
+    settings = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": special("<s>"),
+        "clean_up_tokenization_spaces": False,
+        "eos_token": special("</s>"),
+        "legacy": False,
+        "model_max_length": LLAMA["max_position_embeddings"],
+        "pad_token": None,
+        "padding_side": "right",
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+        "unk_token": special("<unk>"),
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "unk_token": "<unk>"}
+    (path / "special_tokens_map.json").write_text(json.dumps(names, indent=2) + "\n")
