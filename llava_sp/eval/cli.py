@@ -29,7 +29,7 @@ from typing import Any
 
 from llava_sp.eval.answers import read_answers
 from llava_sp.eval.base import Benchmark, Item
-from llava_sp.eval.files import examples, sha256, write_json, write_jsonl
+from llava_sp.eval.files import checkpoints_hint, examples, sha256, write_json, write_jsonl
 from llava_sp.eval.provenance import check_output, provenance, run_settings, settings_id
 from llava_sp.eval.ranks import Ranks
 from llava_sp.eval.runner import generate_answers, merge
@@ -118,13 +118,13 @@ def _score_answers(benchmark_class: type[Benchmark], args: argparse.Namespace) -
         print(f"note: {note}", file=sys.stderr)
     settings = {
         "benchmark": benchmark.name,
-        "answers_file": str(args.answers),
         "answers_sha256": sha256(args.answers),
         "model_ids": sorted({str(record["model_id"]) for record in records if "model_id" in record}),
     }
     if args.output:
         check_output(args.output, settings)
-    _finish(benchmark, items, answers, args.output, provenance(benchmark, items, settings))
+    origin = provenance(benchmark, items, settings, answers_file=str(args.answers))
+    _finish(benchmark, items, answers, args.output, origin)
     return 0
 
 
@@ -288,7 +288,7 @@ def _find_inputs(benchmark: type[Benchmark], args: argparse.Namespace) -> tuple[
         if not (default / "config.json").is_file():
             missing.append(
                 f"  model: no finished fine-tuning run in {default} (scripts/finetune_lora.sh writes it); "
-                "--model DIR names another"
+                f"--model DIR names another{checkpoints_hint(default)}"
             )
     if data is None:
         data = _default_data(benchmark)

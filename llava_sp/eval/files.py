@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,11 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def first_existing(candidates: Sequence[Path]) -> Path | None:
-    return next((path for path in candidates if path.exists()), None)
+def checkpoints_hint(folder: Path) -> str:
+    """What to say of a run's folder that has no model (yet): its newest intermediate checkpoint, if there is one."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    steps = {path: int(step) for path, step in steps.items() if step.isdigit()}
+    return f"; the newest checkpoint of the unfinished run is {max(steps, key=steps.get)}" if steps else ""
 
 
 def examples(values: Iterable[object], limit: int = 3) -> str:

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints import checkpoint_hash
 from llava_sp.eval.answerer import ModelAnswerer, render_prompt
+from llava_sp.eval.files import checkpoints_hint
 
 __all__ = ["ModelAnswerer", "Source", "choose_device", "choose_dtype", "device_name", "load_processor", "render_prompt"]
 
@@ -35,7 +36,7 @@ class Source:
         local = Path(self.path)
         if local.is_dir():
             if not (local / "config.json").is_file():
-                raise ValueError(f"--model {local} has no config.json: not a checkpoint, or an unfinished one")
+                raise ValueError(f"--model {local} has no config.json: no finished checkpoint{checkpoints_hint(local)}")
             return local
         if self.path.startswith((".", "/", "~")) or self.path.count("/") > 1 or local.exists():
             raise ValueError(f"--model {self.path} is not a directory")

@@ -11,6 +11,9 @@ whole of test2015 (empty answers outside test-dev, as LLaVA's) if the questions 
 
 Published for LLaVA-1.5-7B: 78.5 on test-dev, from the server. Scores on val are not comparable with it.
 
+LLaVA's converter skips broken answer lines, lets the last of two answers win and fills gaps with empty answers; here each of
+these is an error that counts them (only a half-written last line is left out, and said).
+
 Protocols: `llava15` applies the EvalAI answer processor and then the official scorer; `official` is the official scorer on
 the raw answers. Quirks that are kept are listed in `vqa_metrics`.
 """

@@ -249,6 +249,21 @@ def test_bad_image_is_named_with_its_question(checkpoint, data, tmp_path, capsys
 def test_not_a_checkpoint(data, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(VQAv2, arguments(tmp_path / "empty", data, tmp_path / "out")) == 2
-    assert "has no config.json" in capsys.readouterr().err
+    assert "has no config.json: no finished checkpoint" in capsys.readouterr().err
     assert main(VQAv2, arguments(tmp_path / "none", data, tmp_path / "out")) == 2
     assert "is not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(checkpoint, data, whole, tmp_path):
+    """float32: any batch size gives the same answers. The default is float16, as LLaVA evaluates."""
+    given = [
+        str(v) for v in ("--model", checkpoint, "--data", data, "--max-new-tokens", NEW_TOKENS, "--device", "cuda")
+    ]
+    for size in ("1", "8"):
+        more = ["--dtype", "float32", "--batch-size", size, "--output", str(tmp_path / size)]
+        assert main(VQAv2, [*given, *more]) == 0
+    assert (tmp_path / "1" / "answers.jsonl").read_bytes() == (tmp_path / "8" / "answers.jsonl").read_bytes()
+    assert main(VQAv2, [*given, "--output", str(tmp_path / "half")]) == 0
+    origin = json.loads((tmp_path / "half" / "metrics.json").read_text())["provenance"]
+    assert origin["dtype"] == "float16" and origin["device"] == torch.cuda.get_device_name()
