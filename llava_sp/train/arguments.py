@@ -63,7 +63,9 @@ class DataArguments:
     image_aspect_ratio: str = field(default="pad", metadata={"help": "pad (to a square) or crop (from the centre)."})
     model_max_length: int = field(default=2048, metadata={"help": "Longest sequence in tokens, image tokens included."})
     on_bad_sample: str = field(default="fail", metadata={"help": "fail, or skip (counted and listed)."})
-    group_by_modality_length: bool = field(default=False, metadata={"help": "Batches of one modality, alike in length."})
+    group_by_modality_length: bool = field(
+        default=False, metadata={"help": "Batches of one modality, alike in length."}
+    )
 
 
 @dataclass
@@ -190,7 +192,9 @@ def _resolve_values(values: dict[str, Any], origin: dict[str, str]) -> None:
     if isinstance(values.get("deepspeed"), str) and not values["deepspeed"].startswith("{"):
         values["deepspeed"] = read_json(values["deepspeed"], origin["deepspeed"])
     if values.get("deepspeed") is not None and importlib.util.find_spec("deepspeed") is None:
-        raise UsageError(f"{origin['deepspeed']}: deepspeed is set, but DeepSpeed is not installed (pip install deepspeed).")
+        raise UsageError(
+            f"{origin['deepspeed']}: deepspeed is set, but DeepSpeed is not installed (pip install deepspeed)."
+        )
     for old, new in (
         ("gradient_checkpointing", "activation_checkpointing"),  # renamed in transformers 5.23
         ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
@@ -204,7 +208,9 @@ def is_local_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(name)
 
 
-def _parse(values: Mapping[str, Any], origin: Mapping[str, str]) -> tuple[ModelArguments, DataArguments, TrainArguments]:
+def _parse(
+    values: Mapping[str, Any], origin: Mapping[str, str]
+) -> tuple[ModelArguments, DataArguments, TrainArguments]:
     parser = HfArgumentParser(ARGUMENTS, allow_abbrev=False, add_help=False, exit_on_error=False)
     words = []
     for key, value in values.items():

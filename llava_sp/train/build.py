@@ -49,7 +49,9 @@ def build_model(arguments: ModelArguments, args: TrainArguments) -> LlavaSPForCa
 def add_lora(model: nn.Module, arguments: ModelArguments) -> None:
     """LoRA on the named linear layers of the language model, nowhere else. Raises ValueError for a name it has not."""
     linear = {
-        name.rsplit(".", 1)[-1] for name, module in model.model.language_model.named_modules() if isinstance(module, nn.Linear)
+        name.rsplit(".", 1)[-1]
+        for name, module in model.model.language_model.named_modules()
+        if isinstance(module, nn.Linear)
     }
     unknown = [name for name in arguments.lora_target_modules if name not in linear]
     if unknown:

@@ -76,7 +76,9 @@ def _projector(model: ModelArguments, args: TrainArguments) -> Iterator[str]:
         )
     elif not (Path(path) / "llava_sp.json").is_file():
         steps = sorted(entry.name for entry in Path(path).glob("checkpoint-*"))
-        hint = f"stage 1 has only got to {steps[-1]}; finish it" if steps else "give the output_dir of a finished stage 1"
+        hint = (
+            f"stage 1 has only got to {steps[-1]}; finish it" if steps else "give the output_dir of a finished stage 1"
+        )
         yield f"{_named('projector_checkpoint', path)}: this folder holds no finished projector (no llava_sp.json); {hint}."
 
 

@@ -10,16 +10,17 @@ The same command again goes on where the run was; a finished run says so.
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import IntervalStrategy, set_seed
 
 from llava_sp.data.collator import Collator
-from llava_sp.train.arguments import DataArguments, ModelArguments, TrainArguments, load_config, settings_of
+from llava_sp.train.arguments import DataArguments, TrainArguments, load_config, settings_of
 from llava_sp.train.build import build_datasets, build_model, build_processor
 from llava_sp.train.check import check_inputs
 from llava_sp.train.config_files import UsageError
@@ -92,7 +93,9 @@ def train(config: str | Path | None, words: Sequence[str]) -> dict[str, Any]:
     result = {**outcome.metrics, **proof, "steps": trainer.state.global_step, "seconds": round(time.time() - start, 1)}
     if is_first():
         folder.finish(result)
-    logger.info("Finished: %s holds the model; loaded back, it gives the same logits (%s).", folder.path, _figures(proof))
+    logger.info(
+        "Finished: %s holds the model; loaded back, it gives the same logits (%s).", folder.path, _figures(proof)
+    )
     _report_skipped(train_data, eval_data)
     end_group()
     return result
@@ -111,8 +114,8 @@ def make_trainer(
 ) -> LlavaSPTrainer:
     """The trainer of a run; a validation set is evaluated as often as checkpoints are saved unless stated otherwise."""
     if eval_data is not None and args.eval_strategy == "no":
-        args.eval_strategy, args.do_eval = type(args.eval_strategy)(args.save_strategy.value), True
-        args.eval_steps = args.eval_steps or args.save_steps
+        args.eval_strategy = IntervalStrategy.STEPS if args.save_strategy == "steps" else IntervalStrategy.EPOCH
+        args.do_eval, args.eval_steps = True, args.eval_steps or args.save_steps
     return LlavaSPTrainer(
         model=model,
         args=args,
@@ -152,11 +155,14 @@ def _split(words: list[str], default_config: str | Path | None) -> tuple[str | P
 
 
 def _announce(args: TrainArguments, samples: int, eval_data: Any, checkpoint: Path | None) -> None:
+    per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(samples / per_step) * args.num_train_epochs)
     logger.info(
-        "%s samples%s; %s per optimizer step = %s per process x %s processes x %s accumulated.",
+        "%s samples%s, %s steps; %s per step = %s per process x %s processes x %s accumulated.",
         f"{samples:,}",
         f", {len(eval_data):,} for validation" if eval_data is not None else "",
-        args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        f"{steps:,}",
+        per_step,
         args.per_device_train_batch_size,
         args.world_size,
         args.gradient_accumulation_steps,
@@ -171,7 +177,9 @@ def _report_skipped(*datasets: Any) -> None:
     for dataset in datasets:
         facts = dataset.close_report() if dataset is not None else {}
         if facts.get("skipped") or facts.get("cut"):
-            logger.info("%s bad samples skipped, %s cut to the length limit: %s", *map(facts.get, ("skipped", "cut", "file")))
+            logger.info(
+                "%s bad samples skipped, %s cut to the length limit: %s", *map(facts.get, ("skipped", "cut", "file"))
+            )
 
 
 def _figures(proof: dict[str, float]) -> str:

@@ -1,9 +1,9 @@
 """The folder of a run: whose it is, where it can go on from, and that only one run writes to it.
 
-    OUT/run.yaml          settings and provenance; can be given to --config
-    OUT/log.jsonl         one line per log
-    OUT/checkpoint-N/     complete by construction: written in OUT/.saving, then renamed
-    OUT/finished.json     the run is over; beside it the trained model itself (llava_sp.json, projector.safetensors, ...)
+OUT/run.yaml          settings and provenance; can be given to --config
+OUT/log.jsonl         one line per log
+OUT/checkpoint-N/     complete by construction: written in OUT/.saving, then renamed
+OUT/finished.json     the run is over; beside it the trained model itself (llava_sp.json, projector.safetensors, ...)
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class RunFolder:
         facts = recorded.pop(RESERVED_KEY, {})
         lines = differences(recorded, settings)
         if settings.get("deepspeed") and facts.get("processes") != processes and self.newest_checkpoint() is not None:
-            lines.append(f"  number of processes: {facts.get('processes')} there, {processes} now (DeepSpeed's state is split)")
+            lines.append(
+                f"  number of processes: {facts.get('processes')} there, {processes} now (DeepSpeed's state is split)"
+            )
         if lines:
             raise UsageError(
                 f"output_dir = {self.path} belongs to another run, which differs in:\n"
@@ -118,6 +120,7 @@ class RunFolder:
         if final.exists():  # written by an earlier attempt at the same step
             shutil.rmtree(final)
         os.rename(staged, final)
+        staged.parent.rmdir()
         sync_folder(self.path)
         return final
 

@@ -58,7 +58,9 @@ def apply_stage(model: nn.Module, stage: str) -> None:
         raise ValueError(f"stage = {stage!r} is unknown; there are {', '.join(STAGES)}.")
     unsaved = [part for part in STAGES[stage] if part not in SAVED_PARTS]
     if unsaved:
-        raise ValueError(f"stage {stage!r} trains {', '.join(unsaved)}, but a checkpoint holds {', '.join(SAVED_PARTS)}.")
+        raise ValueError(
+            f"stage {stage!r} trains {', '.join(unsaved)}, but a checkpoint holds {', '.join(SAVED_PARTS)}."
+        )
     parts = by_part(model)
     for part, parameters in parts.items():
         for parameter in parameters.values():

@@ -34,7 +34,9 @@ def verify_saved(trainer: LlavaSPTrainer, path: str | Path, sample: dict[str, Te
     moved = (emptied - before).abs().max().item() / scale
     error = (after - before).abs().max().item() / scale
     if not moved > TOLERANCE:
-        raise RuntimeError("The check of the saved weights is void: zeroing what was trained left the logits as they were.")
+        raise RuntimeError(
+            "The check of the saved weights is void: zeroing what was trained left the logits as they were."
+        )
     if not error <= TOLERANCE:
         raise RuntimeError(
             f"The weights written to {path} do not give the trained model back: logits differ by {error:.2e} of their "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +17,20 @@ from tests.train.runs import REPO, config, environment, finish, log, losses, run
 
 SCRIPTS = [REPO / "scripts" / name for name in ("pretrain.sh", "finetune_lora.sh")]
 DEEPSPEED = {2: str(REPO / "configs/deepspeed/zero2.json"), 3: str(REPO / "configs/deepspeed/zero3.json")}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 LAUNCHERS = {
     "deepspeed": ["deepspeed", "--num_gpus", "2", str(REPO / "scripts" / "finetune_lora.sh")],
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "llava_sp.train"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "llava_sp.train"],
     "accelerate": [
         sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
-        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m", "llava_sp.train",
+        "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}", "-m", "llava_sp.train",
     ],
 }  # fmt: skip
 # In every epoch of the four samples (one of them is text only) one step has a process with text and one with an image.

@@ -37,15 +37,24 @@ def whole(tmp_path_factory):
 def test_a_run_leaves_what_it_should(whole):
     out = whole / "out"
     assert (out / "finished.json").is_file() and (out / "llava_sp.json").is_file()
-    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]  # save_total_limit
-    assert not (out / ".saving").exists() or not any((out / ".saving").iterdir())
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == [
+        "checkpoint-4",
+        "checkpoint-6",
+    ]  # save_total_limit
+    assert not (out / ".saving").exists()
     names = set(load_file(out / "projector.safetensors")) | set(load_file(out / "lora" / "adapter_model.safetensors"))
     assert not any("embed" in name or "lm_head" in name or "vision" in name for name in names)
     recorded = yaml.safe_load((out / "run.yaml").read_text())
     facts = recorded["provenance"]
     assert facts["seed"] == 42 and facts["versions"]["torch"] and "commit" in facts
     for record in (record for record in log(out) if "loss" in record):
-        for key in ("learning_rate/lora", "learning_rate/patch_mlp", "samples_per_second", "tokens_per_second", "memory_gib"):
+        for key in (
+            "learning_rate/lora",
+            "learning_rate/patch_mlp",
+            "samples_per_second",
+            "tokens_per_second",
+            "memory_gib",
+        ):
             assert key in record
     model = LlavaSPForCausalLM.from_pretrained(out / "checkpoint-4")  # every checkpoint can be opened
     assert any(".lora_" in name for name, _ in model.named_parameters())
@@ -69,6 +78,17 @@ def test_resumes_after_sigkill(whole, tmp_path, caplog):
     for file in ("projector.safetensors", "lora/adapter_model.safetensors"):
         ours, theirs = (load_file(folder / "out" / file) for folder in (tmp_path, whole))
         assert all(torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-7) for name in theirs)
+
+
+def test_killed_between_last_checkpoint_and_proof(whole, tmp_path):
+    shutil.copytree(whole / "out", tmp_path / "out")
+    for name in ("finished.json", "llava_sp.json", "projector.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    train(whole / "run.yaml", ["--output_dir", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "finished.json").is_file()
+    assert losses(log(tmp_path / "out")) == losses(log(whole / "out"))
+    ours, theirs = (load_file(folder / "out" / "projector.safetensors") for folder in (tmp_path, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_finished_run_says_so(whole, caplog, monkeypatch):
@@ -113,7 +133,9 @@ def test_full_disk_while_saving(tmp_path, monkeypatch):
         save(*args, **kwargs)
 
     monkeypatch.setattr(trainer_module, "save_adapter", full)
-    with pytest.raises(UsageError, match=r"(?s)checkpoint-4 could not be written.*GiB free.*No space left.*checkpoint-2"):
+    with pytest.raises(
+        UsageError, match=r"(?s)checkpoint-4 could not be written.*GiB free.*No space left.*checkpoint-2"
+    ):
         run_here(tmp_path, save_steps=2)
     out = tmp_path / "out"
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"] and not (out / ".saving").exists()
@@ -138,7 +160,9 @@ def test_both_stages_and_validation(tmp_path):
     """Stage 2 starts from stage 1's whole projector; validation from a file and from a share of the data."""
     captions = tmp_path / "captions.json"
     caption = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A picture."}]
-    captions.write_text(json.dumps([{"image": f"{name}.png", "conversations": caption} for name in ("wide", "tall", "square")]))
+    captions.write_text(
+        json.dumps([{"image": f"{name}.png", "conversations": caption} for name in ("wide", "tall", "square")])
+    )
     first = run_here(
         tmp_path / "1", "pretrain", data_path=str(captions), max_steps=2, save_steps=2, validation_fraction=0.34
     )
@@ -156,7 +180,10 @@ def test_both_stages_and_validation(tmp_path):
     assert trained.keys() == started_from.keys()
     assert all(torch.equal(trained[name], started_from[name]) for name in trained)
 
-    for settings, word in (({"spatial_variant": "pooling"}, "spatial_variant"), ({"spatial_width": 6}, "spatial_width")):
+    for settings, word in (
+        ({"spatial_variant": "pooling"}, "spatial_variant"),
+        ({"spatial_width": 6}, "spatial_width"),
+    ):
         with pytest.raises(UsageError, match=word):
             run_here(tmp_path / word, projector_checkpoint=stage1, **settings)
 
@@ -194,5 +221,7 @@ def test_bad_data_is_told_without_a_traceback(tmp_path, capsys):
 def test_command_line_of_a_plain_process(tmp_path):
     """`python -m llava_sp.train` in an environment without any launcher's variables."""
     path = config(tmp_path, max_steps=1)
-    text = finish(start([sys.executable, "-m", "llava_sp.train", "--config", str(path), "--seed=3"], tmp_path), tmp_path)
+    text = finish(
+        start([sys.executable, "-m", "llava_sp.train", "--config", str(path), "--seed=3"], tmp_path), tmp_path
+    )
     assert "Stage finetune_lora" in text and "loaded back, it gives the same logits" in text and "step 1/1" in text

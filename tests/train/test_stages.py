@@ -48,8 +48,10 @@ def test_groups_equal_the_recorded_ones(golden, case):
     }
     model = tiny(golden, layout, lora=stage == "finetune_lora")
     stages.apply_stage(model, stage)
-    rates = {"learning_rate": 2e-4, "projector_lr": 2e-5} if stage == "finetune_lora" else dict.fromkeys(
-        ("learning_rate", "projector_lr"), 1e-3
+    rates = (
+        {"learning_rate": 2e-4, "projector_lr": 2e-5}
+        if stage == "finetune_lora"
+        else dict.fromkeys(("learning_rate", "projector_lr"), 1e-3)
     )
     groups = stages.optimizer_groups(model, stage, rates, weight_decay=0.1)
     found = {name: (group.lr, group.weight_decay) for group in groups for name in group.parameters}
@@ -86,7 +88,9 @@ def test_the_frozen_tower_stays_in_evaluation(golden):
 
 
 def test_variant_none_has_no_spatial_part(golden):
-    model = LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", spatial_variant="none", dtype=torch.float32)
+    model = LlavaSPForCausalLM.from_backbones(
+        golden / "base", golden / "clip", spatial_variant="none", dtype=torch.float32
+    )
     stages.apply_stage(model, "pretrain")
     assert all("linear_" in name for name in stages.trained_names(model))
     groups = stages.optimizer_groups(model, "pretrain", {"learning_rate": 1.0}, 0.0)
