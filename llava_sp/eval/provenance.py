@@ -90,10 +90,17 @@ def check_output(output: Path, settings: dict[str, Any]) -> None:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
-    if changed:
+    if changed and not _holds_results(output):  # an earlier attempt that failed before its first answer
+        write_json(file, {"settings": settings, "started": now()})
+    elif changed:
         raise ValueError(
             f"{output} holds a run with other settings: {'; '.join(changed)}. Give another --output, or remove this one"
         )
+
+
+def _holds_results(output: Path) -> bool:
+    logs = (output / "answers").glob("rank-*.jsonl")
+    return (output / "metrics.json").exists() or any(log.stat().st_size for log in logs)
 
 
 def provenance(benchmark: Benchmark, items: Sequence[Item], settings: dict[str, Any], **extra: Any) -> dict[str, Any]:
