@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -308,3 +311,13 @@ def test_splits_and_protocols_are_checked():
     with pytest.raises(ValueError, match="no protocol 'mine': use one of llava15, official"):
         VQAv2(protocol="mine")
     assert Generation() == VQAv2.generation
+
+
+def test_script_runs_from_any_directory(repo, tmp_path):
+    environment = {**os.environ, "LLAVA_SP_ENV": "current", "NPROC": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    for name in ("LLAVA_SP_DATA", "LLAVA_SP_RUNS"):
+        environment.pop(name, None)
+    script = ["bash", str(repo / "scripts" / "eval" / "vqav2.sh")]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "bash scripts/quickstart.sh" in done.stderr and "Traceback" not in done.stderr
