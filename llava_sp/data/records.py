@@ -184,62 +184,64 @@ def _checked(record: Any, path: Path, place: str) -> dict[str, Any]:
 
 
 class _Text:
-    """A JSON file read block by block. `byte` is the position in the file of what comes next."""
+    """A JSON file read block by block. `byte`, `line` and `column` are the place in the file of what comes next."""
 
     def __init__(self, path: Path):
         self.path = path
         self.file = path.open(encoding="utf-8", newline="")
-        self.rest, self.ended = "", False
+        self.text, self.place, self.ended = "", 0, False
         self.byte, self.line, self.column = 0, 1, 1
-        self.read()
-        if self.rest.startswith("\ufeff"):
-            self.skip(1)
         self.decoder = json.JSONDecoder()
+        self.read()
+        if self.text.startswith("\ufeff"):
+            self.skip(1)
 
     def read(self) -> None:
-        block = self.file.read(max(BLOCK, len(self.rest)))  # doubling keeps a huge record from costing quadratic time
+        rest = self.text[self.place :]
+        block = self.file.read(max(BLOCK, len(rest)))  # doubling keeps a huge record from costing quadratic time
         self.ended = not block
-        self.rest += block
+        self.text, self.place = rest + block, 0
         if self.ended:
             self.file.close()
 
-    def skip(self, count: int) -> None:
-        done, self.rest = self.rest[:count], self.rest[count:]
-        self.byte += len(done.encode())
+    def skip(self, end: int) -> None:
+        """Go on to `end` in `text`."""
+        done = self.text[self.place : end]
+        self.place = end
+        self.byte += len(done) if done.isascii() else len(done.encode())
         lines = done.count("\n")
         self.line += lines
-        self.column = len(done) - done.rfind("\n") if lines else self.column + count
+        self.column = len(done) - done.rfind("\n") if lines else self.column + len(done)
 
     def next_character(self) -> str:
         """The next character that is no white space, "" at the end of the file."""
         while True:
-            self.skip(WHITESPACE.match(self.rest, 0).end())
-            if self.rest or self.ended:
-                return self.rest[:1]
+            self.skip(WHITESPACE.match(self.text, self.place).end())
+            if self.place < len(self.text) or self.ended:
+                return self.text[self.place : self.place + 1]
             self.read()
 
     def expect(self, character: str) -> None:
         found = self.next_character()
         if found != character:
             raise self.error(f"expected {character!r}, found {found!r}" if found else "the file is cut off here")
-        self.skip(1)
+        self.skip(self.place + 1)
 
     def value(self, index: int) -> tuple[int, Any]:
+        """`(first byte, value)` of the value that comes next, record `index`."""
         self.next_character()
         start = self.byte
         while True:
             try:
-                value, end = self.decoder.raw_decode(self.rest)
+                value, end = self.decoder.raw_decode(self.text, self.place)
             except json.JSONDecodeError as error:
-                if self.ended:
-                    cut = error.pos >= len(self.rest.rstrip()) or error.msg.startswith("Unterminated")
-                    what = f"record {index} is " + (
-                        "cut off: the file ends inside it" if cut else f"not JSON: {error.msg}"
-                    )
-                    self.skip(error.pos)
-                    raise self.error(what) from error
-                self.read()
-                continue
+                if not self.ended:
+                    self.read()
+                    continue
+                cut = error.pos >= len(self.text.rstrip()) or error.msg.startswith("Unterminated")
+                self.skip(min(error.pos, len(self.text)))
+                what = "cut off: the file ends inside it" if cut else f"not JSON: {error.msg}"
+                raise self.error(f"record {index} is {what}") from error
             self.skip(end)
             return start, value
 
