@@ -187,6 +187,7 @@ def open_adapter(
     recorded = (config.base_language_model_hash, config.base_vision_tower_hash)
     language = _find_base(path, base_model, config.base_language_model, "base_model", "language model")
     tower = _find_base(path, vision_tower, config.base_vision_tower, "vision_tower", "vision tower")
+    dtype = load_kwargs.pop("torch_dtype", dtype)  # its name in older code
     if dtype == "auto" and config.dtype is not None:
         dtype = config.dtype
     for name in ("adapter_kwargs", "trust_remote_code", "_from_auto", "_commit_hash"):  # the Auto classes' own

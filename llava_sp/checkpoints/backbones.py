@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import struct
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -208,19 +210,39 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _tensor_lines(file: Path) -> list[str]:
     """One line per floating-point tensor: name, shape, type, hash of its first and last 64 values."""
-    if file.suffix == ".safetensors":
-        from safetensors import safe_open
+    lines = []
+    for name, dtype, shape, first, last in (
+        _safetensors_ends(file) if file.suffix == ".safetensors" else _bin_ends(file)
+    ):
+        if dtype.startswith(("F", "BF")):
+            lines.append(f"{name} {tuple(shape)} {dtype} {hashlib.sha256(first + last).hexdigest()}\n")
+    return lines
 
-        with safe_open(file, framework="pt") as tensors:
-            return [_tensor_line(name, tensors.get_tensor(name)) for name in tensors.keys()]  # noqa: SIM118
-    tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    return [_tensor_line(name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point()]
+
+def _safetensors_ends(file: Path) -> Iterator[tuple[str, str, list[int], bytes, bytes]]:
+    """(name, type, shape, first and last values) of each tensor, reading the header and those values only."""
+    with open(file, "rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        for name, about in header.items():
+            start, end = about["data_offsets"]
+            size = min(end - start, 64 * (end - start) // max(1, math.prod(about["shape"])))
+            stream.seek(8 + length + start)
+            first = stream.read(size)
+            stream.seek(8 + length + end - size)
+            yield name, about["dtype"], about["shape"], first, stream.read(size)
 
 
-def _tensor_line(name: str, tensor: torch.Tensor) -> str:
-    flat = tensor.flatten()
-    ends = torch.cat([flat[:64], flat[-64:]]).contiguous().view(torch.uint8).numpy().tobytes()
-    return f"{name} {tuple(tensor.shape)} {tensor.dtype} {hashlib.sha256(ends).hexdigest()}"
+def _bin_ends(file: Path) -> Iterator[tuple[str, str, list[int], bytes, bytes]]:
+    """The same of a `.bin` file; tensors are mapped into memory where its format allows."""
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    for name, tensor in torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)).items():
+        ends = (
+            part.contiguous().view(torch.uint8).numpy().tobytes()
+            for part in (tensor.flatten()[:64], tensor.flatten()[-64:])
+        )
+        yield name, names.get(tensor.dtype, "other"), list(tensor.shape), *ends
 
 
 def _load_complete(auto_class, path: str | os.PathLike, **kwargs) -> PreTrainedModel:
