@@ -125,18 +125,33 @@ def test_prompts_are_llavas(opened, golden):
         assert render_prompt(opened[1], "<image>\n" + case["question_record"]["text"], "vicuna_v1") == case["prompt"]
 
 
-def test_checkpoint_generation_defaults_are_not_used(opened, checkpoint, data, whole, tmp_path):
-    """Vicuna's generation_config samples; the protocol is greedy."""
+def with_generation_config(checkpoint: Path, folder: Path, **changes: object) -> Path:
+    """A copy of the checkpoint (by links) whose generation_config.json has these changes."""
+    folder.mkdir()
     for file in checkpoint.iterdir():
-        (tmp_path / "m").mkdir(exist_ok=True)
-        os.link(file, tmp_path / "m" / file.name)
+        if file.name != "generation_config.json":
+            os.link(file, folder / file.name)
     settings = json.loads((checkpoint / "generation_config.json").read_text())
-    (tmp_path / "m" / "generation_config.json").unlink()
-    settings |= {"do_sample": True, "temperature": 0.9, "top_p": 0.6, "top_k": 3}
-    (tmp_path / "m" / "generation_config.json").write_text(json.dumps(settings))
-    assert main(VQAv2, arguments(tmp_path / "m", data, tmp_path / "out", "--limit", 8)) == 0
+    (folder / "generation_config.json").write_text(json.dumps(settings | changes))
+    return folder
+
+
+def test_checkpoint_generation_defaults_are_not_used(checkpoint, data, whole, tmp_path):
+    """Vicuna's generation_config samples; the protocol is greedy."""
+    sampling = with_generation_config(checkpoint, tmp_path / "m", do_sample=True, temperature=0.9, top_p=0.6, top_k=3)
+    assert main(VQAv2, arguments(sampling, data, tmp_path / "out", "--limit", 8)) == 0
     texts = [json.loads(line)["text"] for line in (tmp_path / "out" / "answers.jsonl").open()]
     assert texts == [json.loads(line)["text"] for line in (whole / "answers.jsonl").open()][:8]
+
+
+def test_answers_of_different_lengths_in_one_batch(checkpoint, data, tmp_path):
+    """With many end tokens the answers of a batch end at different steps; what follows an end is not in the answer."""
+    early = with_generation_config(checkpoint, tmp_path / "m", eos_token_id=[2, *range(300, 500)])
+    for size in (1, 8):
+        assert main(VQAv2, arguments(early, data, tmp_path / str(size), "--limit", 16, "--batch-size", size)) == 0
+    one, eight = ((tmp_path / size / "answers.jsonl").read_bytes() for size in ("1", "8"))
+    assert one == eight
+    assert len({len(json.loads(line)["text"].split()) for line in one.splitlines()}) > 1
 
 
 def test_adapter_checkpoint_gives_the_same_answers(opened, data, whole, tmp_path):
