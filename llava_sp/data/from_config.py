@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from os import PathLike
 
@@ -29,6 +30,8 @@ def dataset_of_config(path: str | PathLike, overrides: Sequence[str] = ()) -> Co
     for key in ("language_model", "vision_tower"):
         if getattr(model, key) is None:
             raise ValueError(f"{path} sets no {key}")
+        if os.path.isabs(getattr(model, key)) and not os.path.isdir(getattr(model, key)):
+            raise ValueError(f"{key}: there is no folder {getattr(model, key)}")
     if data.mixture is None and data.data_path is None:
         raise ValueError(f"{path} sets neither mixture nor data_path")
     processor = LlavaSPProcessor.from_backbones(

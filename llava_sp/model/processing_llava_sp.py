@@ -335,6 +335,8 @@ def _check_tokenizer(tokenizer, image_token: str) -> None:
         raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
     if image_token not in tokenizer.get_vocab():
         raise ValueError(f"the tokenizer has no {image_token} token; call add_special_tokens(tokenizer) first")
+    if tokenizer.eos_token is None:
+        raise ValueError("the tokenizer has no end token; set its eos_token, or the model cannot learn to stop")
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no padding token; call add_special_tokens(tokenizer) first")
 

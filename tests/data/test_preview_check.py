@@ -52,6 +52,7 @@ def test_preview_of_another_template(run_yaml, tmp_path, capsys):
         (["--data_path", "nothing.json"], "there is no annotation file .*nothing.json"),
         (["--image_folder", "nowhere"], "record 0 is bad: image .*wide.png cannot be opened"),
         (["--templat", "plain"], "'templat'"),
+        (["--language_model", "/nowhere/vicuna"], "language_model: there is no folder /nowhere/vicuna"),
         (["--vision_tower", "null"], "sets no vision_tower"),
     ],
 )
