@@ -166,6 +166,7 @@ class LlavaSPProcessor(LlavaProcessor):
             kwargs.update(kwargs.pop(group, None) or {})
         return_tensors = kwargs.pop("return_tensors", return_tensors)
         text_kwargs = {key: kwargs.pop(key) for key in _TEXT_KEYS if key in kwargs}
+        kwargs = self._image_kwargs(kwargs)
         prompts = text if isinstance(text, (list, tuple)) else [] if text is None else [text]
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("text must be a string or a list of strings; pass images=... and text=... by name")
@@ -177,6 +178,17 @@ class LlavaSPProcessor(LlavaProcessor):
         if flat:
             data["pixel_values"] = self.preprocess_images(flat, **kwargs)
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def _image_kwargs(self, kwargs: dict) -> dict:
+        """What the image processor knows; anything else that is switched on is an error."""
+        known = getattr(getattr(self.image_processor, "valid_kwargs", None), "__annotations__", kwargs)
+        unknown = [key for key, value in kwargs.items() if key not in known and value not in (None, False)]
+        if unknown:
+            raise ValueError(
+                f"LlavaSPProcessor does not know {', '.join(unknown)}; for text it takes {', '.join(_TEXT_KEYS)}, "
+                f"for images what {type(self.image_processor).__name__} takes"
+            )
+        return {key: value for key, value in kwargs.items() if key in known}
 
     def _check_counts(self, prompts: list[str], images, flat: list) -> None:
         marks = [prompt.count(self.image_token) for prompt in prompts]

@@ -72,6 +72,9 @@ def test_images_per_prompt_must_agree(processor):
 def test_what_a_call_refuses(processor):
     with pytest.raises(ValueError, match="truncation=True could cut image placeholders"):
         processor(text="hi", truncation=True)
+    with pytest.raises(ValueError, match="does not know return_offsets_mapping; for text it takes padding"):
+        processor(text="hi", return_offsets_mapping=True, other=False)
+    assert "pixel_values" in processor(text="<image>", images=Image.new("RGB", (4, 4)), do_normalize=False, other=None)
     with pytest.raises(ValueError, match="neither images nor text"):
         processor()
     with pytest.raises(ValueError, match="no videos"):
