@@ -357,7 +357,7 @@ def _prefix_ids(tokenizer) -> list[int]:
     """What the tokenizer puts before a text (the beginning-of-sequence token, or nothing)."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
-    starts = [start for start in range(len(whole)) if whole[start : start + len(bare)] == bare]
+    starts = [start for start in range(len(whole)) if bare and whole[start : start + len(bare)] == bare]
     return whole[: starts[0]] if starts else []
 
 
@@ -372,7 +372,8 @@ def _space_traps(tokenizer) -> list[re.Pattern]:
 
     def drops(before: str) -> bool:
         bare, spaced = (tokenizer(before + text, add_special_tokens=False)["input_ids"] for text in ("a", " a"))
-        return bare == spaced and tokenizer.convert_ids_to_tokens(bare)[1 if before else 0].startswith("▁")
+        starts = tokenizer.convert_ids_to_tokens(bare)[1 if before else 0 :]
+        return bare == spaced and bool(starts) and starts[0].startswith("▁")
 
     traps = [re.compile(r"\A[ ▁]")] if drops("") else []
     if tokenizer.eos_token and drops(tokenizer.eos_token):
