@@ -41,13 +41,16 @@ def build_model(arguments: ModelArguments, args: TrainArguments) -> LlavaSPForCa
         load_projector(model, arguments.projector_checkpoint)
         logger.info("The projector starts from %s.", arguments.projector_checkpoint)
     if "lora" in STAGES[args.stage]:
-        add_lora(model, arguments)
+        add_lora(model, arguments, args.seed)
     prepare_stage(model, args)
     return model
 
 
-def add_lora(model: nn.Module, arguments: ModelArguments) -> None:
-    """LoRA on the named linear layers of the language model, nowhere else. Raises ValueError for a name it has not."""
+def add_lora(model: nn.Module, arguments: ModelArguments, seed: int = 0) -> None:
+    """LoRA on the named linear layers of the language model, nowhere else; the same weights for the same seed.
+
+    Raises ValueError for a name that the language model has not.
+    """
     linear = {
         name.rsplit(".", 1)[-1]
         for name, module in model.model.language_model.named_modules()
@@ -68,7 +71,9 @@ def add_lora(model: nn.Module, arguments: ModelArguments) -> None:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    model.add_adapter(config)
+    with torch.random.fork_rng(devices=[]):  # ZeRO-3 has drawn other numbers until here than one process has
+        torch.manual_seed(seed)
+        model.add_adapter(config)
 
 
 def prepare_stage(model: nn.Module, args: TrainArguments) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import ast
-import os
-import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.train.conftest import no_launcher
@@ -18,19 +16,12 @@ from tests.train.runs import REPO, config, environment, finish, log, losses, run
 SCRIPTS = [REPO / "scripts" / name for name in ("pretrain.sh", "finetune_lora.sh")]
 DEEPSPEED = {2: str(REPO / "configs/deepspeed/zero2.json"), 3: str(REPO / "configs/deepspeed/zero3.json")}
 
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 LAUNCHERS = {
     "deepspeed": ["deepspeed", "--num_gpus", "2", str(REPO / "scripts" / "finetune_lora.sh")],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "llava_sp.train"],
     "accelerate": [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1",
-        "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}", "-m", "llava_sp.train",
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=1", "--num_machines=1",
+        "--mixed_precision=no", "--dynamo_backend=no", "-m", "llava_sp.train",
     ],
 }  # fmt: skip
 # In every epoch of the four samples (one of them is text only) one step has a process with text and one with an image.
@@ -55,7 +46,6 @@ def compare(two: list[dict], one: list[dict]) -> None:
     [
         (2, "deepspeed"),
         (3, "torchrun"),
-        pytest.param(0, "accelerate", marks=pytest.mark.slow),
         pytest.param(3, "deepspeed", marks=pytest.mark.slow),
     ],
 )
@@ -74,9 +64,8 @@ def test_resumes_after_sigkill_of_one_of_two(one, tmp_path, stage):
     command = [*LAUNCHERS["deepspeed"], "--config", str(config(tmp_path, deepspeed=DEEPSPEED[stage], **SETTINGS))]
     process = start(command, tmp_path)
     wait_for_step(process, tmp_path, 3)
-    children = subprocess.run(["ps", "-o", "pid=,args=", "-g", str(process.pid)], capture_output=True, text=True).stdout
-    worker = next(line for line in children.splitlines() if "--local_rank=1" in line and "launcher" not in line)
-    os.kill(int(worker.split()[0]), signal.SIGKILL)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    next(worker for worker in workers if "--local_rank=1" in worker.cmdline()).kill()
     assert process.wait(120) != 0
     text = finish(start(command, tmp_path), tmp_path)
     assert "Going on from" in text and "gives the same logits" in text
@@ -84,9 +73,13 @@ def test_resumes_after_sigkill_of_one_of_two(one, tmp_path, stage):
 
 
 @pytest.mark.slow
-def test_deepspeed_without_a_launcher(one, tmp_path):
-    path = config(tmp_path, deepspeed=DEEPSPEED[2], **SETTINGS)
-    finish(start([sys.executable, "-m", "llava_sp.train", "--config", str(path)], tmp_path), tmp_path)
+@pytest.mark.parametrize(
+    ("command", "stage"), [([sys.executable, "-m", "llava_sp.train"], 2), (LAUNCHERS["accelerate"], 0)]
+)
+def test_other_ways_to_start_one_process(one, tmp_path, command, stage):
+    """DeepSpeed without its launcher; accelerate's launcher, which starts one process on a CPU."""
+    path = config(tmp_path, deepspeed=DEEPSPEED.get(stage), **SETTINGS)
+    finish(start([*command, "--config", str(path)], tmp_path), tmp_path)
     compare(log(tmp_path / "out"), one)
 
 
