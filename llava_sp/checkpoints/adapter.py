@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..model.configuration_llava_sp import LlavaSPConfig
-from ..model.modeling_llava_sp import ADAPTER_FILE
+from ..model.modeling_llava_sp import ADAPTER_FILE, is_missing_folder
 from .backbones import _hub_kwargs, from_backbones, gathered
 
 MANIFEST = "llava_sp.json"
@@ -276,7 +276,7 @@ def _find_base(path: Path, given, recorded: str | None, keyword: str, what: str)
         return str(chosen)
     if (path / chosen).is_dir():
         return str(path / chosen)
-    if os.path.isabs(chosen) or str(chosen).startswith(".") or str(chosen).count("/") > 1:
+    if is_missing_folder(chosen):
         origin = f"passed as {keyword}" if given is not None else "that the checkpoint records"
         raise ValueError(f"{path}: the {what} {origin}, {chosen}, is not there; pass {keyword}=<hub id or folder>")
     return str(chosen)

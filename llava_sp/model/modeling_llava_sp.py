@@ -21,7 +21,11 @@ from .projector import SpatialProjector
 
 IGNORE_INDEX = -100
 ADAPTER_FILE = "projector.safetensors"  # the name that makes a folder an adapter checkpoint
-FULL_PRECISION = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]  # not quantised unless the caller says so
+FULL_PRECISION = [
+    "model.vision_tower",
+    "model.multi_modal_projector",
+    "lm_head",
+]  # not quantised unless the caller says so
 
 
 class LlavaSPPreTrainedModel(LlavaPreTrainedModel):
@@ -221,6 +225,10 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         An adapter checkpoint (LoRA and projector) is opened on the base models it records; `base_model=` and
         `vision_tower=` (hub ids or paths) take their place.
         """
+        if is_missing_folder(pretrained_model_name_or_path):
+            raise FileNotFoundError(
+                f"there is no folder {pretrained_model_name_or_path}, and it cannot be a hub id either"
+            )
         package = _checkpoints_package()
         if package is not None and package.is_adapter(pretrained_model_name_or_path, **kwargs):
             return package.open_adapter(cls, pretrained_model_name_or_path, *args, **kwargs)
@@ -254,6 +262,12 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             package.save_adapter(self, None, save_directory)
         else:
             super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def is_missing_folder(path: str | os.PathLike) -> bool:
+    """Whether `path` can only mean a local folder, and none is there."""
+    text = str(path)
+    return not os.path.exists(text) and (text.count("/") > 1 or text.startswith((".", "/", "~")))
 
 
 def _checkpoints_package():

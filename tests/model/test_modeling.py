@@ -401,3 +401,9 @@ def test_counts_that_do_not_fit(model, processor, images):
         model(input_ids=one)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
+
+
+@pytest.mark.parametrize("path", ["runs/no/such/folder", "./nothing", "/nothing/here"])
+def test_a_missing_folder_is_said(path):
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {path}"):
+        LlavaSPForCausalLM.from_pretrained(path)
