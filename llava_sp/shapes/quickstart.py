@@ -27,6 +27,7 @@ from llava_sp.shapes.results import load_results, render_table
 VARIANTS = ("none", "cropping", "pooling")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "shapes"
 DEFAULT_SEED = 42  # configs/base.yaml
+UNTOLD = ("Loading weights:",)  # progress bars of less than a second; the log files keep them
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def execute(title: str, words: list[str], log: Path) -> float:
         assert process.stdout is not None
         for text in process.stdout:
             file.write(text)
-            print(f"  {text}", end="", flush=True)
+            if text.strip() and not text.startswith(UNTOLD):
+                print(f"  {text}", end="", flush=True)
         status = process.wait()
     if status != 0:
         print(f"error: the command above ended with status {status}; its output is in {log}", file=sys.stderr)

@@ -120,7 +120,7 @@ def _curves(results: Sequence[Result], stage: str, colors: dict[str, str]) -> st
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(drawn)}</svg>'
 
 
-def _smooth(points: Sequence[tuple[int, float]], window: int = 10) -> list[tuple[int, float]]:
+def _smooth(points: Sequence[tuple[int, float]], window: int = 3) -> list[tuple[int, float]]:
     """The mean of the last `window` losses at each step."""
     losses = [loss for _, loss in points]
     recent = [losses[max(0, i + 1 - window) : i + 1] for i in range(len(losses))]
@@ -143,11 +143,13 @@ def _samples(output: Path, results: Sequence[Result]) -> str:
     by_type: dict[str, list[int]] = defaultdict(list)
     for index, item in enumerate(shown[0].items):
         by_type[item["question_type"]].append(index)
-    chosen = []
+    chosen: list[int] = []
     for kind in sorted(by_type):
         differing = [i for i in by_type[kind] if len({result.items[i]["score"] for result in shown}) > 1]
         agreeing = [i for i in by_type[kind] if i not in differing]
-        chosen += (differing[:1] + agreeing + differing[1:])[:SAMPLES_PER_TYPE]
+        used = {shown[0].items[i]["image"] for i in chosen}
+        order = sorted(differing[:1] + agreeing + differing[1:], key=lambda i: shown[0].items[i]["image"] in used)
+        chosen += order[:SAMPLES_PER_TYPE]
     return "".join(_card(output, [result.items[i] for result in shown], [r.variant for r in shown]) for i in chosen)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,19 +42,31 @@ QUESTIONS_PER_TEXT = 6
 Segments = list[tuple[str, bool]]  # (text, is it the assistant's?); an assistant's segment ends a turn
 
 
-def document(rng: np.random.Generator, interviewer: Interviewer) -> Segments:
-    """One training text: words to say again (so that it learns to read back), a caption alone, or a conversation about a
-    scene described in words, half of them behind Vicuna's system sentence."""
-    kind = rng.random()
-    if kind < 0.2:
+@dataclass(frozen=True)
+class Cycle:
+    """One cycle of training: its steps, its highest rate, and the share of texts that are only to be said again."""
+
+    steps: int
+    rate: float
+    repeated: float
+
+
+# First it learns to read back what stands before it, then mostly to answer.
+CYCLES = (Cycle(2500, 2e-3, 0.2), Cycle(2000, 1.5e-3, 0.05))
+
+
+def document(rng: np.random.Generator, interviewer: Interviewer, repeated: float) -> Segments:
+    """One training text: words to say again, a caption alone, or a conversation about a scene described in words, some
+    of them behind Vicuna's system sentence."""
+    if rng.random() < repeated:
         words = " ".join(rng.choice(all_words(), size=rng.integers(6, 25)))
         return [(f"USER: {words}\nSay it again. ASSISTANT:", False), (words, True)]
-    scene = sample_scene(rng, "train")
-    if kind < 0.3:
+    scene, kind = sample_scene(rng, "train"), rng.random()
+    if kind < 0.125:
         return [(caption(scene), True)]
     opening = f"{SYSTEM} " if rng.random() < 0.3 else ""
     opening += f"USER: {description(scene, rng)}\n"
-    if kind < 0.4:
+    if kind < 0.25:
         request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
         return [(f"{opening}{request} ASSISTANT:", False), (caption(scene), True)]
     segments: Segments = []
@@ -116,27 +129,32 @@ def batch_loss(
     return (per_token * weights.flatten()).sum() / weights.sum(), accuracy
 
 
-def train(seed: int, steps: int, batch_size: int, path: Path, log=print) -> tuple[LlamaForCausalLM, dict]:
-    """Train tokenizer and model; the tokenizer is written to `path`, the figures are of fresh texts."""
+def start(seed: int, path: Path) -> LlamaForCausalLM:
+    """A fresh model, and its tokenizer trained and written to `path`."""
     rng = np.random.default_rng([seed, 3])
     interviewer = Interviewer(rng)
     torch.manual_seed(seed)
-    corpus = [text for _ in range(3000) for text, _ in document(rng, interviewer)]
+    corpus = [text for _ in range(3000) for text, _ in document(rng, interviewer, CYCLES[0].repeated)]
     tokenizer = train_tokenizer(corpus, path)
-    config = LlamaConfig(
-        **LLAMA,
-        vocab_size=len(tokenizer),
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps, pct_start=0.05)
+    special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0}
+    return LlamaForCausalLM(LlamaConfig(**LLAMA, **special, vocab_size=len(tokenizer), tie_word_embeddings=False))
+
+
+def train(model: LlamaForCausalLM, path: Path, seed: int, number: int, steps: int, batch_size: int, log=print) -> dict:
+    """Cycle `number` of the training, with the tokenizer in `path`; returns figures of fresh texts."""
+    cycle = CYCLES[number]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    rng = np.random.default_rng([seed, 3, number])
+    interviewer = Interviewer(rng)
+
+    def batch(size: int) -> list[tuple[list[int], list[float]]]:
+        return [encode(tokenizer, document(rng, interviewer, cycle.repeated)) for _ in range(size)]
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cycle.rate, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=cycle.rate, total_steps=steps, pct_start=0.05)
     started = time.time()
     for step in range(steps):
-        loss, accuracy = batch_loss(model, [encode(tokenizer, document(rng, interviewer)) for _ in range(batch_size)])
+        loss, accuracy = batch_loss(model, batch(batch_size))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -144,13 +162,13 @@ def train(seed: int, steps: int, batch_size: int, path: Path, log=print) -> tupl
         schedule.step()
         if step % 25 == 0 or step == steps - 1:
             log(
-                f"llama step {step:4d}/{steps}  loss {loss.item():.3f}  answer tokens right {accuracy.item():.3f}  "
-                f"{time.time() - started:.0f} s"
+                f"llama cycle {number} step {step:4d}/{steps}  loss {loss.item():.3f}  "
+                f"answer tokens right {accuracy.item():.3f}  {time.time() - started:.0f} s"
             )
     with torch.no_grad():
-        rows = [batch_loss(model, [encode(tokenizer, document(rng, interviewer)) for _ in range(32)]) for _ in range(4)]
+        rows = [batch_loss(model, batch(32)) for _ in range(4)]
     loss, accuracy = (round(float(torch.stack(column).mean()), 4) for column in zip(*rows))
-    return model, {"loss": loss, "answer tokens right": accuracy, "seconds": round(time.time() - started)}
+    return {"loss": loss, "answer tokens right": accuracy, "seconds": round(time.time() - started)}
 
 
 def save(model: LlamaForCausalLM, path: Path) -> None:

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import CLIPModel, LlamaForCausalLM
 
 from llava_sp.shapes import tiny_clip, tiny_llama
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "backbones"
-STEPS = {"clip": 1000, "llama": 2500}
+PARTS = {"clip": (tiny_clip, CLIPModel), "llama": (tiny_llama, LlamaForCausalLM)}
 BATCH = {"clip": 64, "llama": 16}
+RECORD = "training.json"
 README = """# Tiny backbones of the shapes world
 
 Made by `{command}` (torch {torch}, transformers {transformers}, {threads} threads, float32; stored in float16). Floating
@@ -34,42 +36,57 @@ scenes of the `val` split nor its handwritten digits.
 * `llama/`: {llama_size:,} parameters. A LlamaForCausalLM with a SentencePiece tokenizer of {vocabulary} pieces (BPE, byte
   fallback), trained on captions and on conversations about scenes described in words. It has seen no picture.
 
-Figures at the end (CLIP on held-out scenes):
+Figures at the end of each cycle (CLIP's on held-out scenes):
 
 {figures}
 """
 
 
-def train(output: Path, parts: Sequence[str], seed: int, steps: dict[str, int], threads: int) -> None:
-    """Train the parts and write them below `output`; the figures of a part that is not trained again are kept."""
+def train(output: Path, parts: Sequence[str], seed: int, max_steps: int | None, threads: int) -> None:
+    """Train the parts, cycle by cycle, and write them below `output`. What an interrupted run finished is used."""
     torch.set_num_threads(threads)
-    output.mkdir(parents=True, exist_ok=True)
     for part in parts:
         new = output / f".{part}.new"
-        shutil.rmtree(new, ignore_errors=True)
-        if part == "clip":
-            model, tokenizer, figures = tiny_clip.train(seed, steps[part], BATCH[part])
-            tiny_clip.save(model, tokenizer, new)
-        else:
-            model, figures = tiny_llama.train(seed, steps[part], BATCH[part], new)
-            tiny_llama.save(model, new)
-        record = {"seed": seed, "steps": steps[part], "batch size": BATCH[part], **figures}
-        record["parameters"] = sum(p.numel() for p in model.parameters())
-        (new / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+        new.mkdir(parents=True, exist_ok=True)
+        module, _ = PARTS[part]
+        for number in range(len(_cycles_done(new)), len(module.CYCLES)):
+            _train_cycle(part, new, seed, number, max_steps)
         shutil.rmtree(output / part, ignore_errors=True)
         new.rename(output / part)
     write_readme(output, threads)
 
 
+def _cycles_done(folder: Path) -> list[dict]:
+    record = folder / RECORD
+    return json.loads(record.read_text())["cycles"] if record.is_file() else []
+
+
+def _train_cycle(part: str, folder: Path, seed: int, number: int, max_steps: int | None) -> None:
+    """One cycle; it starts from the 16-bit weights that the one before left in `folder`, and leaves its own there."""
+    module, kind = PARTS[part]
+    if number == 0:
+        model = module.start(seed, folder)
+    else:
+        model = kind.from_pretrained(folder, dtype=torch.float32).train()
+    steps = min(module.CYCLES[number].steps, max_steps or module.CYCLES[number].steps)
+    figures = module.train(model, folder, seed, number, steps, BATCH[part])
+    module.save(model, folder)
+    cycles = [*_cycles_done(folder), {"steps": steps, "batch size": BATCH[part], **figures}]
+    record = {"seed": seed, "parameters": sum(p.numel() for p in model.parameters()), "cycles": cycles}
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+
+
 def write_readme(output: Path, threads: int) -> None:
     """OUTPUT/README.md from the figures recorded beside the weights; nothing while a part is missing."""
-    files = {part: output / part / "training.json" for part in ("clip", "llama")}
+    files = {part: output / part / RECORD for part in PARTS}
     if not all(file.is_file() for file in files.values()):
         return
     records = {part: json.loads(file.read_text()) for part, file in files.items()}
     lines = [
-        f"* {part}: " + ", ".join(f"{name} {value}" for name, value in record.items())
+        f"* {part}, seed {record['seed']}, cycle {number}: "
+        + ", ".join(f"{name} {value}" for name, value in cycle.items())
         for part, record in records.items()
+        for number, cycle in enumerate(record["cycles"])
     ]
     text = README.format(
         command="python -m llava_sp.shapes.train_backbones",
@@ -93,14 +110,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m llava_sp.shapes.train_backbones", description="Train the shapes world's tiny CLIP and Llama."
     )
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="default: %(default)s")
-    parser.add_argument("--only", choices=("clip", "llama"), help="train this one alone")
+    parser.add_argument("--only", choices=tuple(PARTS), help="train this one alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    for part, steps in STEPS.items():
-        parser.add_argument(f"--{part}-steps", type=int, default=steps)
+    parser.add_argument("--max-steps", type=int, help="no more steps than this in a cycle (to try the command out)")
     args = parser.parse_args(argv)
-    parts = [args.only] if args.only else ["clip", "llama"]
-    train(args.output, parts, args.seed, {"clip": args.clip_steps, "llama": args.llama_steps}, args.threads)
+    train(args.output, [args.only] if args.only else list(PARTS), args.seed, args.max_steps, args.threads)
     return 0
 
 

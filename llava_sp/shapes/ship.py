@@ -1,0 +1,71 @@
+"""Keep a quickstart's model in the repository, for the notebook: LoRA and projector in 16 bits, and a held-out picture.
+
+python -m llava_sp.shapes.ship --run runs/quickstart/cropping/lora
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.checkpoints import save_adapter
+from llava_sp.shapes.make import JPEG
+from llava_sp.shapes.world import Scene, draw, sample_scene
+
+DEFAULT_OUTPUT = Path(__file__).resolve().parent / "model"
+README = """# A trained model of the shapes world
+
+`{variant}`, as `bash scripts/quickstart.sh` trains it, in float16; kept by `python -m llava_sp.shapes.ship`. LoRA and
+projector only: it is opened on `../backbones`. VQA accuracy of the run on {questions} held-out questions: {score}.
+`example.jpg` is a scene of the held-out split.
+"""
+
+
+def example_scene(seed: int = 7) -> Scene:
+    """The first held-out scene of this seed with five things, one of them a digit, all told apart by their names."""
+    rng = np.random.default_rng(seed)
+    while True:
+        scene = sample_scene(rng, "val")
+        names = [thing.name for thing in scene.things]
+        if len(names) == 5 and len(set(names)) == 5 and names.count("digit") == 1:
+            return scene
+
+
+def ship(run: Path, output: Path) -> None:
+    """Write the model of a finished stage 2 run to `output`. Raises `ValueError` if the run has not been scored."""
+    scored = run.parent / "vqav2" / "metrics.json"
+    if not scored.is_file():
+        raise ValueError(f"{scored} does not exist: give the lora folder of a finished quickstart")
+    metrics = json.loads(scored.read_text())
+    model = LlavaSPForCausalLM.from_pretrained(run, dtype=torch.float16)
+    model.config.base_language_model, model.config.base_vision_tower = "../backbones/llama", "../backbones/clip"
+    save_adapter(model, LlavaSPProcessor.from_pretrained(run), output, run={"stage": "finetune_lora"})
+    draw(example_scene()).save(output / "example.jpg", **JPEG)
+    questions = sum(metrics["metrics"]["count_per_question_type"].values())
+    text = README.format(variant=model.config.spatial_variant, questions=questions, score=metrics["score"])
+    (output / "README.md").write_text(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m llava_sp.shapes.ship", description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, required=True, help="the lora folder of a quickstart")
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    try:
+        ship(args.run, args.output)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
