@@ -77,6 +77,7 @@ def from_backbones(
     tokenizer = AutoTokenizer.from_pretrained(language_model, **_hub_kwargs(load_kwargs))
     old_rows = language.get_input_embeddings().num_embeddings
     image_token_id, pad_token_id, rows = add_special_tokens(tokenizer, old_rows)
+    _check_words_before(tokenizer, image_token_id, pad_token_id, language_model)
     grow_vocabulary(language, rows)
     if dtype == "auto":
         dtype = language.dtype
@@ -109,6 +110,18 @@ def from_backbones(
     model = _assemble(cls, config, language, tower, fresh_projector(config, dtype, seed))
     model.generation_config = _generation_config(language, tokenizer, pad_token_id)
     return model.eval()
+
+
+def _check_words_before(tokenizer, image_token_id: int, pad_token_id: int, path: str | os.PathLike) -> None:
+    """Ids from the placeholder on are never generated, so no word may stand there."""
+    words = [
+        token for token, number in tokenizer.get_vocab().items() if number > image_token_id and number != pad_token_id
+    ]
+    if words:
+        raise ValueError(
+            f"the tokenizer of {path} has {tokenizer.convert_ids_to_tokens(image_token_id)} as id {image_token_id} and "
+            f"{len(words)} tokens after it, such as {words[0]!r}; the image placeholder must come after all words"
+        )
 
 
 def load_vision_tower(path: str | os.PathLike, **kwargs) -> PreTrainedModel:

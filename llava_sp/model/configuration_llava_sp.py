@@ -47,7 +47,8 @@ class LlavaSPConfig(LlavaConfig):
         grid = self.grid_size
         if self.spatial_variant != "none":
             if self.spatial_scales is None:
-                self.spatial_scales = [max(1, round(grid * step / 6)) for step in range(1, 7)]
+                evenly = [max(1, round(grid * step / 6)) for step in range(1, 7)]
+                self.spatial_scales = list(dict.fromkeys(evenly))  # below a side of 6, fewer than six differ
             if self.spatial_width is None:
                 self.spatial_width = self.vision_width // 2
             if self.spatial_projection_bias is None:

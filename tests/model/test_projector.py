@@ -135,6 +135,12 @@ def test_any_scales_and_widths(name):
     assert projector(torch.randn(1, 144, 16)).shape == (1, 148, 32)
 
 
+@pytest.mark.parametrize("grid", [1, 2, 4, 5, 7])
+def test_small_grids_have_fewer_scales(grid):
+    scales = make_config(grid, 16, 32).spatial_scales
+    assert len(set(scales)) == len(scales) == min(6, grid) and scales[-1] == grid
+
+
 def test_cropping_sees_the_centre_and_pooling_the_whole():
     grid = torch.arange(24.0)
     patches = torch.stack(torch.meshgrid(grid, grid, indexing="ij"), dim=-1)[None]  # each patch is its (row, column)

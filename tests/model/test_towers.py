@@ -123,3 +123,14 @@ def test_a_missing_shard_is_named(golden, tmp_path):
 def test_a_missing_backbone_is_named(golden, tmp_path):
     with pytest.raises(OSError, match="no-such-model"):
         LlavaSPForCausalLM.from_backbones(tmp_path / "no-such-model", golden / "clip")
+
+
+def test_words_after_the_placeholder_are_refused(golden, tmp_path):
+    from transformers import AutoTokenizer
+
+    shutil.copytree(golden / "base", tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(golden / "base")
+    tokenizer.add_tokens(["<image>", "word"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="<image> as id 1000 and 1 tokens after it, such as 'word'"):
+        LlavaSPForCausalLM.from_backbones(tmp_path / "base", golden / "clip")
