@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -153,8 +155,20 @@ class EndWithLauncher(TrainerCallback):
     """Stops a process whose launcher was killed: it must not go on writing where the next attempt wants to."""
 
     def __init__(self):
-        self.launcher = os.getppid()
+        self.launchers = launchers()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if os.getppid() != self.launcher:
-            raise SystemExit("The launcher of this process is gone; stopping. The same command again goes on.")
+        for launcher in self.launchers:
+            if not launcher.is_running() or launcher.status() == psutil.STATUS_ZOMBIE:
+                raise SystemExit("The launcher of this process is gone; stopping. The same command again goes on.")
+
+
+def launchers() -> list[psutil.Process]:
+    """The processes above this one that belong to its launcher (deepspeed has two)."""
+    names = ("deepspeed", "torchrun", "torch.distributed", "accelerate")
+    found = []
+    for process in psutil.Process().parents()[:2]:
+        with contextlib.suppress(psutil.Error):
+            if any(name in word for name in names for word in process.cmdline()[:4]):
+                found.append(process)
+    return found

@@ -73,6 +73,7 @@ def train(config: str | Path | None, words: Sequence[str]) -> dict[str, Any]:
     provenance = collect(args)
     if is_first():
         folder.open(settings, provenance)
+    args.distributed_state.wait_for_everyone()  # an earlier attempt may have been writing until now
     checkpoint = folder.newest_checkpoint()
 
     start_group(args)

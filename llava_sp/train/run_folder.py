@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from transformers.trainer_callback import TrainerState
 
 from llava_sp.train.arguments import RESERVED_KEY
 from llava_sp.train.config_files import UsageError
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.yaml"
 FINISHED_FILE = "finished.json"
@@ -92,18 +96,23 @@ class RunFolder:
         ]
         return max(found)[1] if found else None
 
-    def open(self, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
-        """Take the folder for this process, clear what a killed save left, and write run.yaml."""
+    def open(self, settings: Mapping[str, Any], provenance: Mapping[str, Any], patience: float = 60.0) -> None:
+        """Take the folder for this process, clear what a killed save left, and write run.yaml.
+
+        Another process that is still ending gets `patience` seconds for it. Raises UsageError if it stays.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (held until the process ends)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        end = time.monotonic() + patience
+        while not self._locked():
             self._lock.seek(0)
-            raise UsageError(
-                f"output_dir = {self.path} is in use by process {self._lock.read().strip() or '?'}; "
-                "wait for it to end, or end it."
-            ) from error
+            holder = self._lock.read().strip() or "?"
+            if time.monotonic() > end:
+                raise UsageError(
+                    f"output_dir = {self.path} is in use by process {holder}; wait for it to end, or end it."
+                )
+            logger.info("%s is in use by process %s; waiting for it to end.", self.path, holder)
+            time.sleep(min(5.0, patience))
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
@@ -112,6 +121,13 @@ class RunFolder:
             text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
             text += yaml.safe_dump({RESERVED_KEY: dict(provenance)}, sort_keys=False, allow_unicode=True)
             write_atomically(self.path / RUN_FILE, text)
+
+    def _locked(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     def publish(self, staged: Path) -> Path:
         """Give a completely written checkpoint its name; it is on the disk before it has one."""

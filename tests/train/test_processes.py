@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +71,19 @@ def test_resumes_after_sigkill_of_one_of_two(one, tmp_path, stage):
     assert process.wait(120) != 0
     text = finish(start(command, tmp_path), tmp_path)
     assert "Going on from" in text and "gives the same logits" in text
+    compare(log(tmp_path / "out"), one)
+
+
+@pytest.mark.slow
+def test_resumes_after_sigkill_of_the_launcher(one, tmp_path):
+    """Its processes stop by themselves; the next attempt waits for them and goes on from what they saved."""
+    command = [*LAUNCHERS["deepspeed"], "--config", str(config(tmp_path, deepspeed=DEEPSPEED[2], **SETTINGS))]
+    process = start(command, tmp_path)
+    wait_for_step(process, tmp_path, 1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    text = finish(start(command, tmp_path), tmp_path)
+    assert "The launcher of this process is gone" in text and text.count("gives the same logits") == 1
     compare(log(tmp_path / "out"), one)
 
 

@@ -119,7 +119,7 @@ def test_one_run_at_a_time(tmp_path):
     first, second = RunFolder(tmp_path / "out"), RunFolder(tmp_path / "out")
     first.open({}, {})
     with pytest.raises(UsageError, match=f"in use by process {os.getpid()}"):
-        second.open({}, {})
+        second.open({}, {}, patience=0)
 
 
 def test_full_disk_while_saving(tmp_path, monkeypatch):
