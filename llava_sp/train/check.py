@@ -83,7 +83,7 @@ def _projector(model: ModelArguments, args: TrainArguments) -> Iterator[str]:
 
 
 def _data(data: DataArguments) -> Iterator[str]:
-    source = f" Get it from {data.data_source}." if data.data_source else ""
+    source = f"\n  The data comes from {data.data_source}." if data.data_source else ""
     if data.mixture and data.data_path:
         yield "mixture and data_path are both set; leave one out (--data_path null)."
     elif data.mixture:
@@ -91,10 +91,14 @@ def _data(data: DataArguments) -> Iterator[str]:
     elif data.data_path is None:
         yield "data_path is not set: a LLaVA JSON or JSONL file (or mixture, a YAML file that lists several)."
     else:
+        missing = []
         if not Path(data.data_path).is_file():
-            yield f"{_named('data_path', data.data_path)}: there is no such file.{source}"
+            missing.append(f"{_named('data_path', data.data_path)}: there is no such file.")
         if data.image_folder is not None and not Path(data.image_folder).is_dir():
-            yield f"{_named('image_folder', data.image_folder)}: there is no such folder.{source}"
+            missing.append(f"{_named('image_folder', data.image_folder)}: there is no such folder.")
+        if missing:
+            missing[-1] += source
+        yield from missing
     if data.eval_data_path and not Path(data.eval_data_path).is_file():
         yield f"eval_data_path = {data.eval_data_path}: there is no such file."
     if data.eval_data_path and data.validation_fraction:
