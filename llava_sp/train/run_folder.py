@@ -56,7 +56,10 @@ class RunFolder:
         self._lock: Any = None
 
     def check(self, settings: Mapping[str, Any], processes: int) -> None:
-        """Raise UsageError if the folder holds another run, or something that is no run."""
+        """Raise UsageError if the folder holds another run, or something that is no run.
+
+        A run that left neither checkpoint nor model (its data could not be read, say) has no claim to the folder.
+        """
         if not (self.path / RUN_FILE).is_file():
             strange = [entry.name for entry in self._entries() if entry.suffix in (".safetensors", ".bin")]
             strange += [entry.name for entry in self._entries() if CHECKPOINT.fullmatch(entry.name)]
@@ -65,6 +68,8 @@ class RunFolder:
                     f"output_dir = {self.path} holds {', '.join(sorted(strange))} but no {RUN_FILE}: it is not the folder "
                     "of a run. Choose another output_dir."
                 )
+            return
+        if not self.is_finished and self.newest_checkpoint() is None:
             return
         recorded = yaml.safe_load((self.path / RUN_FILE).read_text(encoding="utf-8"))
         facts = recorded.pop(RESERVED_KEY, {})
@@ -117,7 +122,7 @@ class RunFolder:
         self._lock.write(str(os.getpid()))
         self._lock.flush()
         shutil.rmtree(self.path / STAGING, ignore_errors=True)
-        if not (self.path / RUN_FILE).is_file():
+        if not (self.path / RUN_FILE).is_file() or self.newest_checkpoint() is None:
             text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
             text += yaml.safe_dump({RESERVED_KEY: dict(provenance)}, sort_keys=False, allow_unicode=True)
             write_atomically(self.path / RUN_FILE, text)

@@ -216,6 +216,9 @@ def test_bad_data_is_told_without_a_traceback(tmp_path, capsys):
         with pytest.raises(SystemExit):
             main(["--config", str(config(tmp_path)), "--data_path", str(broken)])
         assert "broken.json" in capsys.readouterr().err
+    main(["--config", str(config(tmp_path)), "--max_steps", "1"])  # the same folder, with good data
+    assert (tmp_path / "out" / "finished.json").is_file()
+    assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["data_path"].endswith("data.json")
 
 
 def test_command_line_of_a_plain_process(tmp_path):
