@@ -13,10 +13,16 @@ exec python3 "$0" "$@"
 : <<'# end'
 ":"""
 
+import importlib.util
+import sys
 from pathlib import Path
 
-from llava_sp.train.run import main
+root = Path(__file__).resolve().parent.parent
 
 if __name__ == "__main__":
-    main(default_config=Path(__file__).resolve().parent.parent / "configs" / "pretrain_7b_cropping.yaml")
+    if importlib.util.find_spec("llava_sp") is None:
+        sys.exit(f"error: {sys.executable} has no llava_sp: run `pip install -e {root}`, or activate the environment that has it")
+    from llava_sp.train.run import main
+
+    main(default_config=root / "configs" / "pretrain_7b_cropping.yaml")
 # end

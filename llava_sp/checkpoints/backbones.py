@@ -85,6 +85,7 @@ def from_backbones(
 
     if config is None:
         text_config = language.config
+        text_config.pad_token_id = pad_token_id
         config = LlavaSPConfig(
             text_config=text_config,
             vision_config=tower.config,

@@ -20,6 +20,7 @@ from typing import Any
 from transformers import IntervalStrategy, set_seed
 
 from llava_sp.data.collator import Collator
+from llava_sp.data.records import BadSample
 from llava_sp.train.arguments import DataArguments, TrainArguments, load_config, settings_of
 from llava_sp.train.build import build_datasets, build_model, build_processor
 from llava_sp.train.check import check_inputs
@@ -52,6 +53,9 @@ def main(words: Sequence[str] | None = None, default_config: str | Path | None =
     except UsageError as error:
         if is_first():
             print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+    except BadSample as error:  # met while training, on the process whose turn it was
+        print(f"error: {error}\non_bad_sample: skip leaves such samples out.", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
 
 

@@ -221,6 +221,20 @@ def test_bad_data_is_told_without_a_traceback(tmp_path, capsys):
     assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["data_path"].endswith("data.json")
 
 
+def test_a_bad_sample_met_while_training_is_told_without_a_traceback(tmp_path, capsys):
+    data = tmp_path / "data.json"
+    record = {
+        "image": "gone.png",
+        "conversations": [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Yes."}],
+    }
+    data.write_text(json.dumps([record, record]))
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", str(config(tmp_path)), "--data_path", str(data)])
+    told = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "data.json" in told and "gone.png" in told and "on_bad_sample: skip" in told
+
+
 def test_command_line_of_a_plain_process(tmp_path):
     """`python -m llava_sp.train` in an environment without any launcher's variables."""
     path = config(tmp_path, max_steps=1)
