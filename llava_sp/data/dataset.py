@@ -90,7 +90,7 @@ class ConversationDataset(Dataset):
                 return self._sample(place)
             except BadSample as error:
                 if self.on_bad_sample == "fail":
-                    raise ValueError(f"{self.where(place)}: {error}") from error
+                    raise BadSample(f"{self.where(place)}: {error}") from error
                 self.report.add("skipped", *self.origin(place), reason=str(error))
         raise ValueError(
             f"{min(MAX_SKIPS, len(self))} bad samples in a row from {self.where(index)} on; "

@@ -55,7 +55,8 @@ def main(words: Sequence[str] | None = None, default_config: str | Path | None =
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
     except BadSample as error:  # met while training, on the process whose turn it was
-        print(f"error: {error}\non_bad_sample: skip leaves such samples out.", file=sys.stderr, flush=True)
+        reason = str(error).strip().splitlines()[-1]  # a loader's worker puts its whole traceback before it
+        print(f"error: {reason}\non_bad_sample: skip leaves such samples out.", file=sys.stderr, flush=True)
         raise SystemExit(2) from error
 
 
