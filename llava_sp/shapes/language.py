@@ -56,13 +56,15 @@ def _phrase(thing: Thing) -> str:
 
 
 def description(scene: Scene, rng: np.random.Generator) -> str:
-    """The scene told in words, in one of three ways: what a text-only conversation speaks about."""
+    """The scene told in words, in one of four ways: what a text-only conversation speaks about."""
     things = [scene.things[i] for i in rng.permutation(len(scene.things))]
-    style = rng.integers(3)
+    style = rng.integers(4)
     if style == 0:
         return caption(scene)
     if style == 1:
         return " ".join(f"{thing.place}: {thing.label}." for thing in things)
+    if style == 2:
+        return " ".join(f"{thing.label} {thing.place}" for thing in things for _ in range(2))
     return f"{', '.join(f'{thing.label} {thing.place}' for thing in things)}."
 
 

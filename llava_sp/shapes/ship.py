@@ -17,7 +17,7 @@ import torch
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints import save_adapter
 from llava_sp.shapes.make import JPEG
-from llava_sp.shapes.world import Scene, draw, sample_scene
+from llava_sp.shapes.world import SHAPES, Scene, draw, sample_scene
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "model"
 README = """# A trained model of the shapes world
@@ -29,12 +29,12 @@ projector only: it is opened on `../backbones`. VQA accuracy of the run on {ques
 
 
 def example_scene(seed: int = 7) -> Scene:
-    """The first held-out scene of this seed with five things, one of them a digit, all told apart by their names."""
+    """The first held-out scene of this seed that shows each of the four shapes and a digit once."""
     rng = np.random.default_rng(seed)
     while True:
         scene = sample_scene(rng, "val")
-        names = [thing.name for thing in scene.things]
-        if len(names) == 5 and len(set(names)) == 5 and names.count("digit") == 1:
+        kinds = [thing.kind for thing in scene.things]
+        if sorted(kinds) == sorted((*SHAPES, "digit")):
             return scene
 
 

@@ -44,29 +44,34 @@ Segments = list[tuple[str, bool]]  # (text, is it the assistant's?); an assistan
 
 @dataclass(frozen=True)
 class Cycle:
-    """One cycle of training: its steps, its highest rate, and the share of texts that are only to be said again."""
+    """One cycle of training: its steps, its highest rate, the share of texts that are only to be said again, and that of
+    captions (the rest are conversations), which stand alone or behind a description."""
 
     steps: int
     rate: float
     repeated: float
+    captions: float = 0.125
+    described: bool = False
 
 
-# First it learns to read back what stands before it, then mostly to answer.
-CYCLES = (Cycle(2500, 2e-3, 0.2), Cycle(2000, 1.5e-3, 0.05))
+# First it learns to read back what stands before it, then mostly to answer, then also to caption what stands before it, which
+# the first stage of LLaVA's training asks of a language model that does not learn any more.
+CYCLES = (Cycle(2500, 2e-3, 0.2), Cycle(2000, 1.5e-3, 0.05), Cycle(700, 1.5e-3, 0.05, captions=0.35, described=True))
 
 
-def document(rng: np.random.Generator, interviewer: Interviewer, repeated: float) -> Segments:
+def document(rng: np.random.Generator, interviewer: Interviewer, cycle: Cycle) -> Segments:
     """One training text: words to say again, a caption alone, or a conversation about a scene described in words, some
     of them behind Vicuna's system sentence."""
-    if rng.random() < repeated:
+    if rng.random() < cycle.repeated:
         words = " ".join(rng.choice(all_words(), size=rng.integers(6, 25)))
         return [(f"USER: {words}\nSay it again. ASSISTANT:", False), (words, True)]
     scene, kind = sample_scene(rng, "train"), rng.random()
-    if kind < 0.125:
-        return [(caption(scene), True)]
+    if kind < cycle.captions:
+        before = [(description(scene, rng), False)] if cycle.described else []
+        return [*before, (caption(scene), True)]
     opening = f"{SYSTEM} " if rng.random() < 0.3 else ""
     opening += f"USER: {description(scene, rng)}\n"
-    if kind < 0.25:
+    if kind < cycle.captions + 0.125:
         request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
         return [(f"{opening}{request} ASSISTANT:", False), (caption(scene), True)]
     segments: Segments = []
@@ -134,7 +139,7 @@ def start(seed: int, path: Path) -> LlamaForCausalLM:
     rng = np.random.default_rng([seed, 3])
     interviewer = Interviewer(rng)
     torch.manual_seed(seed)
-    corpus = [text for _ in range(3000) for text, _ in document(rng, interviewer, CYCLES[0].repeated)]
+    corpus = [text for _ in range(3000) for text, _ in document(rng, interviewer, CYCLES[0])]
     tokenizer = train_tokenizer(corpus, path)
     special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0}
     return LlamaForCausalLM(LlamaConfig(**LLAMA, **special, vocab_size=len(tokenizer), tie_word_embeddings=False))
@@ -148,7 +153,7 @@ def train(model: LlamaForCausalLM, path: Path, seed: int, number: int, steps: in
     interviewer = Interviewer(rng)
 
     def batch(size: int) -> list[tuple[list[int], list[float]]]:
-        return [encode(tokenizer, document(rng, interviewer, cycle.repeated)) for _ in range(size)]
+        return [encode(tokenizer, document(rng, interviewer, cycle)) for _ in range(size)]
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=cycle.rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=cycle.rate, total_steps=steps, pct_start=0.05)
