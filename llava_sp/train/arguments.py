@@ -103,8 +103,12 @@ class TrainArguments(TrainingArguments):
         if self.data_seed is None:
             self.data_seed = self.seed
         if self.global_batch_size is not None:
+            world_size = int(os.environ.get("WORLD_SIZE", "1"))
+            share, rest = divmod(self.global_batch_size, world_size)
+            if rest == 0 and 0 < share < self.per_device_train_batch_size:
+                self.per_device_train_batch_size = share  # more processes than the batch needs at this size
             self.gradient_accumulation_steps = accumulation_steps(
-                self.global_batch_size, self.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
+                self.global_batch_size, self.per_device_train_batch_size, world_size
             )
         super().__post_init__()
 

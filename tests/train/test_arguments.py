@@ -126,6 +126,13 @@ def test_accumulation_follows_from_the_global_batch(processes, steps, monkeypatc
         accumulation_steps(128, 16, 3)
 
 
+@pytest.mark.parametrize(("processes", "per_device", "steps"), [(1, 16, 1), (2, 8, 1), (4, 4, 1), (16, 1, 1)])
+def test_many_processes_share_a_small_global_batch(tmp_path, monkeypatch, processes, per_device, steps):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    args = load_config(write(tmp_path, global_batch_size=16, per_device_train_batch_size=16))[2]
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (per_device, steps)
+
+
 def test_resolved_settings_are_a_configuration(tmp_path):
     first = load_config(CONFIGS / "finetune_lora_7b_pooling.yaml", ["--max_steps", "10"])
     settings = settings_of(*first)
