@@ -70,7 +70,7 @@ def test_clip_matches_held_out_pictures_and_captions():
     assert (logits.argmax(1) == torch.arange(len(scenes))).float().mean() > 0.8
 
 
-@pytest.mark.parametrize(("family", "at_least"), [("place", 0.8), ("color", 0.8), ("digit", 0.7)])
+@pytest.mark.parametrize(("family", "at_least"), [("existence", 0.8), ("count", 0.6), ("digit", 0.75)])
 def test_llama_answers_about_what_it_is_told(family, at_least):
     rng = np.random.default_rng(2)
     model = LlamaForCausalLM.from_pretrained(LLAMA, dtype=torch.float32).eval()
@@ -78,7 +78,8 @@ def test_llama_answers_about_what_it_is_told(family, at_least):
     right = []
     while len(right) < 30:
         scene = sample_scene(rng, "val")
-        for question in questions(scene, family)[:1]:
+        found = questions(scene, family)
+        for question in found and [found[rng.integers(len(found))]]:
             prompt = f"{tiny_llama.SYSTEM} USER: {description(scene, rng)}\n{question.text}{SUFFIX} ASSISTANT:"
             ids = tokenizer(prompt, return_tensors="pt").input_ids
             with torch.no_grad():
@@ -91,7 +92,7 @@ def test_llama_answers_about_what_it_is_told(family, at_least):
 def test_training_command_writes_what_is_shipped(tmp_path):
     from llava_sp.shapes.train_backbones import main
 
-    assert main(["--output", str(tmp_path), "--clip-steps", "4", "--llama-steps", "1", "--threads", "1"]) == 0
+    assert main(["--output", str(tmp_path), "--max-steps", "4", "--threads", "1"]) == 0
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {
         str(path.relative_to(DEFAULT_OUTPUT)) for path in Path(DEFAULT_OUTPUT).rglob("*") if path.is_file()
