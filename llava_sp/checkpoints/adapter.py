@@ -190,7 +190,8 @@ def open_adapter(
     dtype = load_kwargs.pop("torch_dtype", dtype)  # its name in older code
     if dtype == "auto" and config.dtype is not None:
         dtype = config.dtype
-    for name in ("adapter_kwargs", "trust_remote_code", "_from_auto", "_commit_hash"):  # the Auto classes' own
+    # The Auto classes' own keywords, and those that are about the adapter, not about its bases.
+    for name in ("adapter_kwargs", "trust_remote_code", "_from_auto", "_commit_hash", "revision", "force_download"):
         load_kwargs.pop(name, None)
     model = from_backbones(cls, language, tower, config=config, dtype=dtype, **load_kwargs)
     if check_base:

@@ -54,6 +54,8 @@ def from_backbones(
     vision_feature_layer: int | list[int] = -2,
     dtype: torch.dtype | str = "auto",
     seed: int = 0,
+    language_model_revision: str | None = None,
+    vision_tower_revision: str | None = None,
     **load_kwargs,
 ):
     """Assemble a model with a fresh projector; `LlavaSPForCausalLM.from_backbones` calls this.
@@ -64,6 +66,7 @@ def from_backbones(
         spatial_variant, ...: see `LlavaSPConfig`.
         dtype: of all weights; `"auto"` is the language model's own.
         seed: of the projector's fresh weights.
+        language_model_revision, vision_tower_revision: of hub models; what was loaded is recorded by its fingerprint.
         load_kwargs: passed to both backbones' `from_pretrained` (`device_map`, `attn_implementation`, `cache_dir`,
             ...); `quantization_config` goes to the language model alone.
 
@@ -71,7 +74,13 @@ def from_backbones(
         ValueError: a backbone lacks weights, the tower has no square grid, or a spatial argument does not fit.
         OSError: a backbone is not there (transformers' message names the path).
     """
+    if "revision" in load_kwargs:
+        raise ValueError("revision= would mean both backbones; use language_model_revision= and vision_tower_revision=")
     tower_kwargs = {name: value for name, value in load_kwargs.items() if name != "quantization_config"}
+    if vision_tower_revision is not None:
+        tower_kwargs["revision"] = vision_tower_revision
+    if language_model_revision is not None:
+        load_kwargs["revision"] = language_model_revision
     tower = load_vision_tower(vision_tower, dtype=dtype, **tower_kwargs)
     language = _load_complete(AutoModelForCausalLM, language_model, dtype=dtype, **load_kwargs)
     tokenizer = AutoTokenizer.from_pretrained(language_model, **_hub_kwargs(load_kwargs))
@@ -107,7 +116,7 @@ def from_backbones(
         )
     config.base_language_model, config.base_vision_tower = _recorded(language_model), _recorded(vision_tower)
     config.base_language_model_hash = weights_fingerprint(language_model, **_hub_kwargs(load_kwargs))
-    config.base_vision_tower_hash = weights_fingerprint(vision_tower, **_hub_kwargs(load_kwargs))
+    config.base_vision_tower_hash = weights_fingerprint(vision_tower, **_hub_kwargs(tower_kwargs))
     model = _assemble(cls, config, language, tower, fresh_projector(config, dtype, seed))
     model.generation_config = _generation_config(language, tokenizer, pad_token_id)
     return model.eval()

@@ -67,6 +67,16 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         tokens = self.multi_modal_projector(patches.to(dtype))
         return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=list(tokens))
 
+    def check_counts(self, placeholders: int, images: int) -> None:
+        """Raise ValueError, with both numbers, if so many placeholders are not so many images."""
+        per_image = self.config.num_image_tokens
+        if placeholders != images * per_image:
+            raise ValueError(
+                f"input_ids hold {placeholders} image placeholders ({placeholders / per_image:g} images of {per_image} "
+                f"tokens each), but pixel_values hold {images} images ({images * per_image} tokens). Make both with one "
+                "call of LlavaSPProcessor, and let every <image> mark have its image."
+            )
+
     def place_image_tokens(self, embeds_BLD: Tensor, placeholders_BL: Tensor, tokens: Tensor | None) -> Tensor:
         """Put the image tokens [images, num_image_tokens, D] where the placeholders are.
 
@@ -74,14 +84,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
             ValueError: the number of placeholders is not that of the image tokens.
         """
         if not torch.compiler.is_compiling():
-            per_image, images = self.config.num_image_tokens, 0 if tokens is None else tokens.shape[0]
-            placeholders = int(placeholders_BL.sum())
-            if placeholders != images * per_image:
-                raise ValueError(
-                    f"input_ids hold {placeholders} image placeholders ({placeholders / per_image:g} images of "
-                    f"{per_image} tokens each), but pixel_values hold {images} images ({images * per_image} tokens). "
-                    "Make both with one call of LlavaSPProcessor, and let every <image> mark have its image."
-                )
+            self.check_counts(int(placeholders_BL.sum()), 0 if tokens is None else tokens.shape[0])
         if tokens is None:
             return embeds_BLD
         mask = placeholders_BL.unsqueeze(-1).to(embeds_BLD.device)
@@ -94,7 +97,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         """
         side, channels = self.config.image_size, getattr(self.config.vision_config, "num_channels", 3)
         blank = torch.zeros(1, channels, side, side, device=self.vision_tower.device)
-        return 0.0 * self.get_image_features(blank).pooler_output[0].sum()
+        return (0.0 * self.get_image_features(blank).pooler_output[0]).sum()
 
     def forward(
         self,
@@ -111,6 +114,8 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         """See `LlavaSPForCausalLM.forward`; `blank_image` runs an empty image when the batch has none."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
+        if input_ids is None and pixel_values is not None:
+            raise ValueError("pixel_values need input_ids, whose placeholders say where the images belong")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -190,8 +195,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         logits = None
         if labels is None or logits_to_keep is not None:
             kept = slice(-(logits_to_keep or 0), None) if not isinstance(logits_to_keep, Tensor) else logits_to_keep
-            logits = self.lm_head(hidden_BLD[:, kept])
-            logits[..., self.config.image_token_id :] = torch.finfo(logits.dtype).min
+            logits = self.silence(self.lm_head(hidden_BLD[:, kept]))
         return LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -201,22 +205,50 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             image_hidden_states=outputs.image_hidden_states,
         )
 
-    def supervised_loss(self, hidden_BLD: Tensor, labels_BL: Tensor, num_items_in_batch=None) -> Tensor:
-        """Next-token cross-entropy; the [B, L, V] logits are never made.
+    def silence(self, logits: Tensor) -> Tensor:
+        """Make what is no word impossible, in place: placeholder, filler rows, padding (unless it also ends answers)."""
+        lowest = torch.finfo(logits.dtype).min
+        logits[..., self.config.image_token_id :] = lowest
+        pad, ends = self.config.pad_token_id, self.generation_config.eos_token_id
+        if pad is not None and pad not in (ends if isinstance(ends, list) else [ends]):
+            logits[..., pad] = lowest
+        return logits
 
-        Ids from the image placeholder on (placeholder, padding, filler rows) take no part, neither as targets nor in
-        the softmax: they are not words.
+    def supervised_loss(self, hidden_BLD: Tensor, labels_BL: Tensor, num_items_in_batch=None) -> Tensor:
+        """Next-token cross-entropy over words; the [B, L, V] logits are never made.
+
+        What `silence` makes impossible takes no part, neither as target nor in the softmax.
         """
         targets_BL = labels_BL[:, 1:].to(hidden_BLD.device)
-        words = self.config.image_token_id
-        learned_BL = (targets_BL != IGNORE_INDEX) & (targets_BL < words)
-        logits_MV = self.lm_head(hidden_BLD[:, :-1][learned_BL])[:, :words]
-        loss = F.cross_entropy(logits_MV.float(), targets_BL[learned_BL], reduction="sum")
+        learned_BL = (targets_BL != IGNORE_INDEX) & (targets_BL < self.config.image_token_id)
+        logits_MV = self.silence(self.lm_head(hidden_BLD[:, :-1][learned_BL]).float())
+        loss = F.cross_entropy(logits_MV, targets_BL[learned_BL], reduction="sum")
         if num_items_in_batch is None:
             num_items_in_batch = learned_BL.sum().clamp(min=1)
         elif isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(loss.device)
         return loss / num_items_in_batch
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Several beams or answers per prompt: the images of a prompt are repeated as a group, [a, b] -> [a, b, a, b].
+
+        Newer transformers encode the images first and do this themselves; older ones would give [a, a, b, b].
+        """
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        images = pixel_values if encoded is None else encoded.pooler_output
+        if images is not None:
+            placeholders = (input_ids == self.config.image_token_id).sum(dim=1)
+            self.model.check_counts(int(placeholders.sum()), len(images))
+        if pixel_values is not None and encoded is None:
+            groups = pixel_values.split((placeholders // self.config.num_image_tokens).tolist())
+            pixel_values = torch.cat([group.repeat(expand_size, 1, 1, 1) for group in groups])
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "LlavaSPForCausalLM":
@@ -237,6 +269,11 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
                 f"{pretrained_model_name_or_path} is an adapter checkpoint (LoRA and projector); opening it on its "
                 "base models needs the package: pip install llava_sp"
             )
+        for keyword in ("base_model", "vision_tower"):
+            if keyword in kwargs:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is a full checkpoint, with its own base: drop {keyword}="
+                )
         quantization = kwargs.get("quantization_config")
         if getattr(quantization, "llm_int8_skip_modules", FULL_PRECISION) is None:
             quantization.llm_int8_skip_modules = FULL_PRECISION  # the language model is what is large
@@ -259,7 +296,10 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             package = _checkpoints_package()
             if package is None:
                 raise ImportError("saving LoRA together with its projector needs the package: pip install llava_sp")
-            package.save_adapter(self, None, save_directory)
+            write = kwargs.pop("is_main_process", True)
+            if args or kwargs:
+                raise ValueError(f"saving LoRA and projector takes no {', '.join(map(str, [*args, *kwargs]))}")
+            package.save_adapter(self, None, save_directory, write=write)
         else:
             super().save_pretrained(save_directory, *args, **kwargs)
 

@@ -100,6 +100,8 @@ class SpatialBranch(nn.Module):
         if config.spatial_variant not in SPATIAL_VARIANTS:
             known = ", ".join(["none", *SPATIAL_VARIANTS])
             raise ValueError(f"spatial_variant is {config.spatial_variant!r}; it must be one of: {known}")
+        if config.spatial_scales is None:
+            raise ValueError('spatial_variant was changed from "none" after the configuration was made: make a new one')
         self.extractor = SPATIAL_VARIANTS[config.spatial_variant](config)
         if self.extractor.num_tokens != config.num_spatial_tokens:
             raise ValueError(

@@ -239,10 +239,23 @@ def test_generation_modes_never_make_placeholders(model, processor, images, sett
         assert processor.pad_token_id not in row or 2 in row[: row.index(processor.pad_token_id)]
 
 
-def test_beams_with_several_images_equal_each_prompt_alone(model, processor, images):
-    batch = new_tokens(model, processor(text=PROMPTS, images=images, padding=True), num_beams=2)
-    alone = new_tokens(model, processor(text=PROMPTS[2], images=images[1:]), num_beams=2)[0]
-    assert batch[2, : len(alone)].tolist() == alone.tolist()
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 3}])
+def test_every_beam_sees_the_images_of_its_prompt(model, processor, images, settings):
+    """What the decoder is given for the copies of a prompt is what it is given for the prompt itself."""
+    seen = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].clone()), with_kwargs=True
+    )
+    try:
+        inputs = processor(text=PROMPTS, images=images, padding=True)
+        new_tokens(model, inputs)
+        plain = seen[0]
+        seen.clear()
+        new_tokens(model, inputs, **settings)
+    finally:
+        hook.remove()
+    copies = settings.get("num_beams", settings.get("num_return_sequences"))
+    torch.testing.assert_close(seen[0], plain.repeat_interleave(copies, dim=0))
 
 
 def test_streaming(model, processor, images):
@@ -257,6 +270,17 @@ def test_streaming(model, processor, images):
     inputs = processor(text=PROMPTS[0], images=images[:1])
     tokens = new_tokens(model, inputs, streamer=Collect(processor.tokenizer, skip_prompt=True))
     assert "".join(pieces) == processor.decode(tokens[0])
+
+
+def test_a_padding_token_among_the_words_is_not_generated(model, processor, images, monkeypatch):
+    """Some tokenizers have a padding token of their own, below the placeholder; unless it ends answers, it is no word."""
+    inputs = processor(text=PROMPTS[0], images=images[:1])
+    favourite = new_tokens(model, inputs)[0, 0].item()
+    monkeypatch.setattr(model.config, "pad_token_id", favourite)
+    with torch.no_grad():
+        assert model(**inputs).logits[0, -1].argmax() != favourite
+        monkeypatch.setattr(model.generation_config, "eos_token_id", [2, favourite])
+        assert model(**inputs).logits[0, -1].argmax() == favourite
 
 
 def test_unused_ids_are_least_likely_everywhere(model, processor, images):
@@ -401,6 +425,31 @@ def test_counts_that_do_not_fit(model, processor, images):
         model(input_ids=one)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
+    with pytest.raises(ValueError, match="pixel_values need input_ids"):
+        model(inputs_embeds=torch.zeros(1, 584, 96), pixel_values=pixels[:1])
+    with pytest.raises(ValueError, match="pixel_values hold 2 images"):
+        model.generate(input_ids=one, pixel_values=pixels, num_beams=2, max_new_tokens=1)
+
+
+def test_keywords_that_do_not_fit_the_checkpoint(saved, golden, model, tmp_path):
+    with pytest.raises(ValueError, match="is a full checkpoint, with its own base: drop base_model="):
+        LlavaSPForCausalLM.from_pretrained(saved, base_model=golden / "base")
+    with pytest.raises(ValueError, match="language_model_revision= and vision_tower_revision="):
+        LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", revision="v2")
+    llava = LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", spatial_variant="none")
+    llava.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='changed from "none" after the configuration was made'):
+        LlavaSPForCausalLM.from_pretrained(tmp_path, spatial_variant="cropping")
+
+
+def test_half_precision_keeps_a_text_only_batch_finite(golden, processor):
+    model = LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.model.multi_modal_projector.parameters():
+            parameter.mul_(30.0)
+    model.model.vision_tower.half()
+    model.model.multi_modal_projector.half()
+    assert model.model.blank_image_edge() == 0.0
 
 
 @pytest.mark.parametrize("path", ["runs/no/such/folder", "./nothing", "/nothing/here"])
