@@ -149,6 +149,17 @@ class ConversationDataset(Dataset):
         folder = self.sources[self._table[index][0]].images
         return [load_image(folder, name) for name in conversation.images]
 
+    def first_good(self, tries: int = 100) -> dict[str, torch.Tensor] | None:
+        """The first good sample that has an image, else the first good one; None if so many of each are bad."""
+        with_image = np.array(self.modality_lengths) > 0
+        for places in (np.flatnonzero(with_image), np.flatnonzero(~with_image)):
+            for place in places[:tries]:
+                try:
+                    return self._sample(int(place))
+                except BadSample:
+                    continue
+        return None
+
     def where(self, index: int) -> str:
         """File and record of sample `index`, for messages."""
         file, record = self.origin(index)

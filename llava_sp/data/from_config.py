@@ -1,17 +1,70 @@
-"""Processor and dataset of a training YAML without its weights: what `preview` and `check` look at."""
+"""Processor and datasets of a run from its configuration, without the weights of its backbones.
+
+A run builds these before its model, so that what is wrong with them is told at once; `preview` and `check` look at them.
+`model`, `data` and `args` are the three parts that `llava_sp.train.arguments.load_config` gives.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import AutoConfig, AutoModel
+import torch
+from transformers import AutoConfig
 
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.processing_llava_sp import LlavaSPProcessor
+from ..model.projector import SPATIAL_VARIANTS
 from .dataset import ConversationDataset
-from .mixture import load_mixture
+from .mixture import Source, load_mixture
+from .report import SampleReport
+
+if TYPE_CHECKING:
+    from llava_sp.train.arguments import DataArguments, ModelArguments, TrainArguments
+
+
+def build_processor(model: ModelArguments, data: DataArguments) -> LlavaSPProcessor:
+    """The run's processor. Raises ValueError for a model, template or image mode that does not fit."""
+    return LlavaSPProcessor.from_backbones(
+        geometry(model),
+        language_model=model.language_model,
+        vision_tower=model.vision_tower,
+        image_aspect_ratio=data.image_aspect_ratio,
+        conversation_template=data.template,
+    )
+
+
+def build_datasets(
+    processor: LlavaSPProcessor, data: DataArguments, args: TrainArguments
+) -> tuple[ConversationDataset, ConversationDataset | None]:
+    """Training data and, if asked for, validation data (a file of its own, or a fixed random share)."""
+
+    def dataset(sources: list[Source], name: str) -> ConversationDataset:
+        return ConversationDataset(
+            sources,
+            processor,
+            template=data.template,
+            model_max_length=data.model_max_length,
+            on_bad_sample=data.on_bad_sample,
+            skipped_path=Path(args.output_dir or ".") / f"skipped_{name}.jsonl",
+            seed=args.data_seed,
+        )
+
+    train = dataset(training_sources(data), "train")
+    if data.eval_data_path:
+        images = data.eval_image_folder or data.image_folder
+        return train, dataset(load_mixture([{"annotations": data.eval_data_path, "images": images}]), "eval")
+    if data.validation_fraction:
+        return train.split(data.validation_fraction, seed=args.data_seed)
+    return train, None
+
+
+def training_sources(data: DataArguments) -> list[Source]:
+    """The annotation files of a run: those of its mixture, or its one data_path."""
+    return load_mixture(data.mixture or [{"annotations": data.data_path, "images": data.image_folder}])
 
 
 def dataset_of_config(path: str | PathLike, overrides: Sequence[str] = ()) -> ConversationDataset:
@@ -26,7 +79,7 @@ def dataset_of_config(path: str | PathLike, overrides: Sequence[str] = ()) -> Co
     """
     from llava_sp.train.arguments import load_config  # here alone: data is below train
 
-    model, data, training = load_config(path, list(overrides))
+    model, data, args = load_config(path, list(overrides))
     for key in ("language_model", "vision_tower"):
         if getattr(model, key) is None:
             raise ValueError(f"{path} sets no {key}")
@@ -34,36 +87,45 @@ def dataset_of_config(path: str | PathLike, overrides: Sequence[str] = ()) -> Co
             raise ValueError(f"{key}: there is no folder {getattr(model, key)}")
     if data.mixture is None and data.data_path is None:
         raise ValueError(f"{path} sets neither mixture nor data_path")
-    processor = LlavaSPProcessor.from_backbones(
-        _geometry(model),
-        model.language_model,
-        model.vision_tower,
-        image_aspect_ratio=data.image_aspect_ratio,
-        conversation_template=data.template,
-    )
-    sources = data.mixture or [{"annotations": data.data_path, "images": data.image_folder}]
-    return ConversationDataset(
-        load_mixture(sources),
-        processor,
-        template=data.template,
-        model_max_length=data.model_max_length,
-        seed=training.seed if training.data_seed is None else training.data_seed,
-    )
+    dataset, _ = build_datasets(build_processor(model, data), data, args)
+    dataset.on_bad_sample, dataset.report = "fail", SampleReport(None)  # looking writes nothing
+    return dataset
 
 
-def _geometry(model) -> LlavaSPConfig:
-    """A configuration with the run's token counts, from the backbones' own configurations."""
+def geometry(model: ModelArguments) -> LlavaSPConfig:
+    """A configuration with the run's token counts, from the backbones' own configurations.
+
+    Raises ValueError for an unknown variant and for scales or windows that do not fit in the patch grid.
+    """
+    if model.spatial_variant not in ("none", *SPATIAL_VARIANTS):
+        known = ", ".join(["none", *SPATIAL_VARIANTS])
+        raise ValueError(f"spatial_variant is {model.spatial_variant!r}; it must be one of: {known}")
     vision = AutoConfig.from_pretrained(model.vision_tower)
     vision = getattr(vision, "vision_config", vision)
-    if vision.model_type == "timm_wrapper":  # only the built network knows
-        network = AutoModel.from_config(vision).timm_model
+    if vision.model_type == "timm_wrapper":  # only the network knows; built without weights
+        import timm
+
+        with torch.device("meta"):
+            network = timm.create_model(vision.architecture, num_classes=0, **(vision.model_args or {}))
+        if getattr(network, "patch_embed", None) is None:
+            raise ValueError(f"vision_tower = {model.vision_tower}: {vision.architecture} is no ViT with patches")
         vision.hidden_size = network.embed_dim
         vision.image_size, vision.patch_size = list(network.patch_embed.img_size), list(network.patch_embed.patch_size)
     return LlavaSPConfig(
-        text_config=AutoConfig.from_pretrained(model.language_model),
-        vision_config=vision,
-        spatial_variant=model.spatial_variant,
-        spatial_scales=model.spatial_scales,
-        spatial_width=model.spatial_width,
-        spatial_fusion=model.spatial_fusion,
+        text_config=AutoConfig.from_pretrained(model.language_model), vision_config=vision, **spatial_settings(model)
     )
+
+
+def spatial_settings(model: ModelArguments) -> dict:
+    """The run's keys of the projector, as `LlavaSPConfig` and `from_backbones` take them."""
+    layers = model.vision_feature_layer
+    return {
+        "spatial_variant": model.spatial_variant,
+        "spatial_scales": model.spatial_scales,
+        "spatial_width": model.spatial_width,
+        "spatial_fusion": model.spatial_fusion,
+        "spatial_projection_bias": model.spatial_projection_bias,
+        "fusion_kernel": model.fusion_kernel,
+        "fusion_stride": model.fusion_stride,
+        "vision_feature_layer": layers[0] if len(layers) == 1 else list(layers),
+    }

@@ -34,6 +34,14 @@ class ModelArguments:
     spatial_scales: list[int] | None = field(default=None, metadata={"help": "Scales; default six up to the grid."})
     spatial_width: int | None = field(default=None, metadata={"help": "Width of the spatial feature extractor."})
     spatial_fusion: bool = field(default=True, metadata={"help": "Detail feature integrator on or off."})
+    spatial_projection_bias: bool | None = field(
+        default=None, metadata={"help": "Bias behind the integrator; default: cropping has one."}
+    )
+    fusion_kernel: int | None = field(default=None, metadata={"help": "Side of the integrator's windows in patches."})
+    fusion_stride: int | None = field(default=None, metadata={"help": "Step from one such window to the next."})
+    vision_feature_layer: list[int] = field(
+        default_factory=lambda: [-2], metadata={"help": "Layers of the tower that are looked at, side by side."}
+    )
     projector_checkpoint: str | None = field(
         default=None,
         metadata={"help": "Output of stage 1, for stage 2. 'scratch' starts the projector from random weights."},
@@ -94,6 +102,8 @@ class TrainArguments(TrainingArguments):
             raise ValueError("fsdp is not supported here; use deepspeed (configs/deepspeed/zero2.json or zero3.json).")
         if self.load_best_model_at_end:
             raise ValueError("load_best_model_at_end is not supported; the checkpoints and log.jsonl let you choose.")
+        if self.save_only_model:
+            raise ValueError("save_only_model is not supported: a run could not go on from such a checkpoint.")
         if self.tf32 and not is_torch_tf32_available():
             self.tf32 = None
         if self.ddp_find_unused_parameters is None:
@@ -103,24 +113,27 @@ class TrainArguments(TrainingArguments):
         if self.data_seed is None:
             self.data_seed = self.seed
         if self.global_batch_size is not None:
-            world_size = int(os.environ.get("WORLD_SIZE", "1"))
-            share, rest = divmod(self.global_batch_size, world_size)
-            if rest == 0 and 0 < share < self.per_device_train_batch_size:
-                self.per_device_train_batch_size = share  # more processes than the batch needs at this size
-            self.gradient_accumulation_steps = accumulation_steps(
-                self.global_batch_size, self.per_device_train_batch_size, world_size
+            self.per_device_train_batch_size, self.gradient_accumulation_steps = split_global_batch(
+                self.global_batch_size, self.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
             )
         super().__post_init__()
 
 
-def accumulation_steps(global_batch_size: int, per_device: int, world_size: int) -> int:
-    """Micro batches per optimizer step. Raises ValueError when the global batch cannot be divided so."""
+def split_global_batch(global_batch_size: int, per_device: int, world_size: int) -> tuple[int, int]:
+    """(batch per device, micro batches per optimizer step); the batch per device is `per_device` or, where the processes
+    need less, their share.
+
+    Raises:
+        ValueError: the global batch cannot be divided so; the message has the numbers and what would do.
+    """
     if min(global_batch_size, per_device) < 1:
         raise ValueError(
             f"global_batch_size = {global_batch_size} and per_device_train_batch_size = {per_device} must be positive."
         )
+    if global_batch_size % world_size == 0:
+        per_device = min(per_device, global_batch_size // world_size)
     if global_batch_size % (per_device * world_size) == 0:
-        return global_batch_size // (per_device * world_size)
+        return per_device, global_batch_size // (per_device * world_size)
     share = global_batch_size // world_size
     fits = [size for size in range(1, share + 1) if global_batch_size % (size * world_size) == 0]
     cure = (

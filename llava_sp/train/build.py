@@ -1,21 +1,19 @@
-"""Model, processor and data of a run, from its arguments."""
+"""The model of a run, from its arguments; processor and data come from `llava_sp.data.from_config`."""
 
 from __future__ import annotations
 
 import logging
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from torch import nn
 
-from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp import LlavaSPForCausalLM
 from llava_sp.checkpoints import load_projector
-from llava_sp.data.dataset import ConversationDataset
-from llava_sp.data.mixture import load_mixture
-from llava_sp.train.arguments import DataArguments, ModelArguments, TrainArguments
+from llava_sp.data.from_config import spatial_settings
+from llava_sp.train.arguments import ModelArguments, TrainArguments
 from llava_sp.train.stages import STAGES, apply_stage, table
 from llava_sp.train.trainer import rates_of
 
@@ -29,10 +27,7 @@ def build_model(arguments: ModelArguments, args: TrainArguments) -> LlavaSPForCa
     model = LlavaSPForCausalLM.from_backbones(
         language_model=arguments.language_model,
         vision_tower=arguments.vision_tower,
-        spatial_variant=arguments.spatial_variant,
-        spatial_scales=arguments.spatial_scales,
-        spatial_width=arguments.spatial_width,
-        spatial_fusion=arguments.spatial_fusion,
+        **spatial_settings(arguments),
         dtype=torch.bfloat16 if args.bf16 else torch.float32,
         seed=args.seed,
         **options,
@@ -94,44 +89,3 @@ def _keep_evaluating(module: nn.Module, _inputs: Any) -> None:
     """A frozen tower has no dropout, whatever `model.train()` says."""
     if module.training:
         module.eval()
-
-
-def build_processor(model: LlavaSPForCausalLM, model_args: ModelArguments, data: DataArguments) -> LlavaSPProcessor:
-    return LlavaSPProcessor.from_backbones(
-        model.config,
-        language_model=model_args.language_model,
-        vision_tower=model_args.vision_tower,
-        image_aspect_ratio=data.image_aspect_ratio,
-        conversation_template=data.template,
-    )
-
-
-def build_datasets(
-    processor: LlavaSPProcessor, data: DataArguments, args: TrainArguments
-) -> tuple[ConversationDataset, ConversationDataset | None]:
-    """Training data and, if asked for, validation data (a file of its own, or a fixed random share)."""
-
-    def dataset(sources: Any, name: str) -> ConversationDataset:
-        return ConversationDataset(
-            sources,
-            processor,
-            template=data.template,
-            model_max_length=data.model_max_length,
-            on_bad_sample=data.on_bad_sample,
-            skipped_path=Path(args.output_dir) / f"skipped_{name}.jsonl",
-            seed=args.data_seed,
-        )
-
-    train = dataset(training_sources(data), "train")
-    if data.eval_data_path:
-        images = data.eval_image_folder or data.image_folder
-        return train, dataset(load_mixture([{"annotations": data.eval_data_path, "images": images}]), "eval")
-    if data.validation_fraction:
-        return train.split(data.validation_fraction, seed=args.data_seed)
-    return train, None
-
-
-def training_sources(data: DataArguments) -> Any:
-    if data.mixture:
-        return load_mixture(data.mixture)
-    return load_mixture([{"annotations": data.data_path, "images": data.image_folder}])

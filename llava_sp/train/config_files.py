@@ -20,6 +20,10 @@ class UsageError(ValueError):
     """Something the user can put right; its message needs no traceback."""
 
 
+class FailedHere(UsageError):
+    """A UsageError that one process meets while the others may be well, so that it has to be told by that process."""
+
+
 def read_yaml(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
     """The file and the files it builds on, as (file, its keys), the most basic one first.
 

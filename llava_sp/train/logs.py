@@ -8,7 +8,6 @@ import os
 import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from llava_sp.train.run_folder import write_atomically
+from llava_sp.train.run_folder import LOG_FILE, RunFolder, write_atomically
 
 GIB = 2**30
 
@@ -73,19 +72,20 @@ def peak_memory() -> int:
 class JsonLines(TrainerCallback):
     """Appends every log to a file. A resumed run first drops the lines after the step that it resumes from."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, folder: RunFolder):
+        self.folder, self.path = folder, folder.path / LOG_FILE
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and self.path.is_file():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step(line) <= state.global_step and state.global_step > 0]
-            write_atomically(self.path, "".join(line + "\n" for line in kept))
+            with self.folder.writing(LOG_FILE):
+                write_atomically(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
             record = {"step": state.global_step, "time": round(time.time(), 3), **(logs or {})}
-            with open(self.path, "a", encoding="utf-8") as file:
+            with self.folder.writing(LOG_FILE), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
 

@@ -35,6 +35,16 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def is_first_of_machine() -> bool:
+    """True in one process of each machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def process_name() -> str:
+    """What its messages begin with: nothing for the first process, `process 3: ` for that of rank 3."""
+    return "" if is_first() else f"process {os.environ['RANK']}: "
+
+
 def start_group(args: TrainingArguments) -> None:
     """Start the process group that DeepSpeed uses, where there is none yet: ZeRO-3 needs it to build the model."""
     if not args.deepspeed:

@@ -9,27 +9,37 @@ The same command again goes on where the run was; a finished run says so.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import IntervalStrategy, set_seed
 
 from llava_sp.data.collator import Collator
+from llava_sp.data.from_config import build_datasets, build_processor
 from llava_sp.data.records import BadSample
 from llava_sp.train.arguments import DataArguments, TrainArguments, load_config, settings_of
-from llava_sp.train.build import build_datasets, build_model, build_processor
+from llava_sp.train.build import build_model
 from llava_sp.train.check import check_inputs
-from llava_sp.train.config_files import UsageError
-from llava_sp.train.processes import become_a_group_of_one, end_group, is_first, is_launched, start_group
+from llava_sp.train.config_files import FailedHere, UsageError
+from llava_sp.train.processes import (
+    become_a_group_of_one,
+    end_group,
+    is_first,
+    is_first_of_machine,
+    is_launched,
+    process_name,
+    start_group,
+)
 from llava_sp.train.provenance import collect
 from llava_sp.train.run_folder import RunFolder, log_position
 from llava_sp.train.trainer import LlavaSPTrainer
-from llava_sp.train.verify import verify_saved
+from llava_sp.train.verify import told, verify_saved
 
 logger = logging.getLogger("llava_sp.train")
 
@@ -50,14 +60,20 @@ def main(words: Sequence[str] | None = None, default_config: str | Path | None =
         return
     try:
         train(*_split(words, default_config))
-    except UsageError as error:
-        if is_first():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    except FailedHere as error:  # perhaps on this process alone
+        _complain(error)
+    except UsageError as error:  # on all processes alike, or on all of a machine that lacks a file
+        if is_first_of_machine():
+            _complain(error)
         raise SystemExit(2) from error
     except BadSample as error:  # met while training, on the process whose turn it was
         reason = str(error).strip().splitlines()[-1]  # a loader's worker puts its whole traceback before it
-        print(f"error: {reason}\non_bad_sample: skip leaves such samples out.", file=sys.stderr, flush=True)
-        raise SystemExit(2) from error
+        _complain(error, f"{reason}\non_bad_sample: skip leaves such samples out.")
+
+
+def _complain(error: Exception, text: str | None = None) -> NoReturn:
+    print(f"{process_name()}error: {text or error}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from error
 
 
 def train(config: str | Path | None, words: Sequence[str]) -> dict[str, Any]:
@@ -81,30 +97,39 @@ def train(config: str | Path | None, words: Sequence[str]) -> dict[str, Any]:
     args.distributed_state.wait_for_everyone()  # an earlier attempt may have been writing until now
     checkpoint = folder.newest_checkpoint()
 
+    with _explained():  # what is cheap to find comes before the weights
+        processor = build_processor(model_args, data_args)
+        train_data, eval_data = build_datasets(processor, data_args, args)
     start_group(args)
     set_seed(args.seed)
-    try:
+    with _explained():
         model = build_model(model_args, args)
-        processor = build_processor(model, model_args, data_args)
-        train_data, eval_data = build_datasets(processor, data_args, args)
-    except ValueError as error:  # the ValueErrors of model, checkpoints and data are about what was given
-        raise UsageError(str(error)) from error
+    assert processor.num_image_tokens == model.config.num_image_tokens, "processor and model disagree"
+    assert processor.image_token_id == model.config.image_token_id, "processor and model disagree"
     trainer = make_trainer(model, processor, train_data, eval_data, data_args, args, folder, provenance, launched)
 
     _announce(args, len(train_data), eval_data, checkpoint)
     start = time.time()
     outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    trainer.save_model()
-    proof = verify_saved(trainer, folder.path, train_data[0])
+    with folder.writing("the trained model"):
+        trainer.save_model()
+    proof = verify_saved(trainer, folder.path, train_data.first_good())
     result = {**outcome.metrics, **proof, "steps": trainer.state.global_step, "seconds": round(time.time() - start, 1)}
     if is_first():
         folder.finish(result)
-    logger.info(
-        "Finished: %s holds the model; loaded back, it gives the same logits (%s).", folder.path, _figures(proof)
-    )
+    logger.info("Finished: %s holds the model; %s.", folder.path, told(proof))
     _report_skipped(train_data, eval_data)
     end_group()
     return result
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """The ValueErrors of model, checkpoints and data are about what was given; OSErrors about what cannot be read."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
 
 
 def make_trainer(
@@ -186,7 +211,3 @@ def _report_skipped(*datasets: Any) -> None:
             logger.info(
                 "%s bad samples skipped, %s cut to the length limit: %s", *map(facts.get, ("skipped", "cut", "file"))
             )
-
-
-def _figures(proof: dict[str, float]) -> str:
-    return f"relative difference {proof['relative_logit_error']:.1e}"

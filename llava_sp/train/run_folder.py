@@ -8,6 +8,8 @@ OUT/finished.json     the run is over; beside it the trained model itself (llava
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -15,15 +17,16 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 from transformers.trainer_callback import TrainerState
 
 from llava_sp.train.arguments import RESERVED_KEY
-from llava_sp.train.config_files import UsageError
+from llava_sp.train.config_files import FailedHere, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +36,15 @@ LOG_FILE = "log.jsonl"
 STAGING = ".saving"
 STATE_FILE = "trainer_state.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+REPLACED = re.compile(r"\.(checkpoint-\d+)\.replaced")
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # what file systems without locks answer
+WRITE_ERRORS = (OSError, SafetensorError)
 
 # Keys that change what is written, shown or how fast, but not what is learned.
 HARMLESS = (
     "output_dir", "report_to", "run_name", "project", "disable_tqdm", "use_cpu", "tf32", "data_source",
     "attn_implementation", "local_rank", "include_num_input_tokens_seen", "skip_memory_metrics", "push_to_hub",
-    "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns", "torch_empty_cache_steps",
+    "on_bad_sample", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns", "torch_empty_cache_steps",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
     "activation_checkpointing_kwargs", "per_device_eval_batch_size", "prediction_loss_only",
 )  # fmt: skip
@@ -104,10 +110,24 @@ class RunFolder:
     def open(self, settings: Mapping[str, Any], provenance: Mapping[str, Any], patience: float = 60.0) -> None:
         """Take the folder for this process, clear what a killed save left, and write run.yaml.
 
-        Another process that is still ending gets `patience` seconds for it. Raises UsageError if it stays.
+        Another process that is still ending gets `patience` seconds for it. Raises UsageError if it stays, or if nothing
+        can be written here.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (held until the process ends)
+        with self.writing("the folder of the run"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (held until the process ends)
+            self._wait_for_lock(patience)
+        with self.writing(RUN_FILE):
+            self._lock.truncate(0)
+            self._lock.write(str(os.getpid()))
+            self._lock.flush()
+            self._clear_interrupted_saves()
+            if not (self.path / RUN_FILE).is_file() or self.newest_checkpoint() is None:
+                text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+                text += yaml.safe_dump({RESERVED_KEY: dict(provenance)}, sort_keys=False, allow_unicode=True)
+                write_atomically(self.path / RUN_FILE, text)
+
+    def _wait_for_lock(self, patience: float) -> None:
         end = time.monotonic() + patience
         while not self._locked():
             self._lock.seek(0)
@@ -118,31 +138,60 @@ class RunFolder:
                 )
             logger.info("%s is in use by process %s; waiting for it to end.", self.path, holder)
             time.sleep(min(5.0, patience))
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
-        shutil.rmtree(self.path / STAGING, ignore_errors=True)
-        if not (self.path / RUN_FILE).is_file() or self.newest_checkpoint() is None:
-            text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-            text += yaml.safe_dump({RESERVED_KEY: dict(provenance)}, sort_keys=False, allow_unicode=True)
-            write_atomically(self.path / RUN_FILE, text)
 
     def _locked(self) -> bool:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logger.warning(
+                "%s is on a file system without locks (%s): see to it that only one run writes there.", self.path, error
+            )
         return True
 
+    def _clear_interrupted_saves(self) -> None:
+        for entry in self._entries():
+            match = REPLACED.fullmatch(entry.name)
+            if match and not (self.path / match.group(1)).exists():  # killed between the two renames of publish
+                os.rename(entry, self.path / match.group(1))
+            elif match:
+                shutil.rmtree(entry)
+        shutil.rmtree(self.path / STAGING, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def writing(self, name: str, errors: tuple[type[Exception], ...] = WRITE_ERRORS) -> Iterator[None]:
+        """Around writing `name`: a full disk, missing rights and the like become a UsageError that says what is left."""
+        try:
+            yield
+        except errors as error:
+            raise FailedHere(self._write_failure(name, error)) from error
+
+    def _write_failure(self, name: str, error: Exception) -> str:
+        there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        last = self.newest_checkpoint()
+        return (
+            f"{name} could not be written to {self.path} ({shutil.disk_usage(there).free / 2**30:.2f} GiB free there): "
+            f"{error}\nThe newest complete checkpoint is {last or 'none yet'}; nothing was lost but the steps since. "
+            "Make room (save_total_limit, output_dir) and give the same command again."
+        )
+
     def publish(self, staged: Path) -> Path:
-        """Give a completely written checkpoint its name; it is on the disk before it has one."""
-        final = self.path / staged.name
+        """Give a completely written checkpoint its name; it is on the disk before it has one.
+
+        One of that name (written by an earlier attempt at the same step) is deleted only when the new one is in place.
+        """
+        final, aside = self.path / staged.name, self.path / f".{staged.name}.replaced"
         sync(staged)
-        if final.exists():  # written by an earlier attempt at the same step
-            shutil.rmtree(final)
+        if final.exists():
+            os.rename(final, aside)
         os.rename(staged, final)
         staged.parent.rmdir()
         sync_folder(self.path)
+        if aside.exists():
+            shutil.rmtree(aside)
         return final
 
     def keep_newest(self, limit: int | None, protected: str | None = None) -> None:
@@ -156,7 +205,8 @@ class RunFolder:
                 shutil.rmtree(entry)
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        write_atomically(self.path / FINISHED_FILE, json.dumps(dict(result), indent=1) + "\n")
+        with self.writing(FINISHED_FILE):
+            write_atomically(self.path / FINISHED_FILE, json.dumps(dict(result), indent=1) + "\n")
 
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -178,11 +228,14 @@ def log_position(checkpoint: Path | None) -> int:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that it is seen whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync(folder: Path) -> None:

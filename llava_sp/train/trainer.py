@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DistributedSampler, Sampler
 from transformers import Trainer
@@ -23,7 +22,7 @@ from llava_sp.data.sampler import ModalityLengthSampler
 from llava_sp.train.arguments import TrainArguments
 from llava_sp.train.config_files import UsageError
 from llava_sp.train.logs import Console, EndWithLauncher, JsonLines, Meter
-from llava_sp.train.run_folder import LOG_FILE, STAGING, STATE_FILE, RunFolder
+from llava_sp.train.run_folder import STAGING, STATE_FILE, WRITE_ERRORS, RunFolder
 from llava_sp.train.stages import optimizer_groups, trained_names
 
 SCHEDULER_FILE = "scheduler.pt"
@@ -63,7 +62,7 @@ class LlavaSPTrainer(Trainer):
         self._staging: Path | None = None
         for unwanted in (ProgressCallback, PrinterCallback):
             self.remove_callback(unwanted)
-        for callback in (self.meter, JsonLines(folder.path / LOG_FILE), Console()):
+        for callback in (self.meter, JsonLines(folder), Console()):
             self.add_callback(callback)
         if launched:
             self.add_callback(EndWithLauncher())
@@ -134,30 +133,26 @@ class LlavaSPTrainer(Trainer):
         self._staging = self.folder.path / STAGING
         name = f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                best = self.state.best_model_checkpoint
-                if best is not None and Path(best).parent == self._staging:
-                    self.state.best_model_checkpoint = str(self.folder.path / name)
-                    self.state.save_to_json(str(self._staging / name / STATE_FILE))
-                self.folder.publish(self._staging / name)
-                self.folder.keep_newest(self.args.save_total_limit, self.state.best_model_checkpoint)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            raise UsageError(self._save_failure(name, error)) from error
+            with self.folder.writing(name, (*WRITE_ERRORS, RuntimeError)):  # torch.save's error is a RuntimeError
+                self._write_and_publish(name, model, trial)
+        except UsageError:
+            if self.args.should_save:  # the others' files go with it; they may still be writing theirs
+                shutil.rmtree(self._staging, ignore_errors=True)
+            raise
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
 
-    def _save_failure(self, name: str, error: Exception) -> str:
-        free = shutil.disk_usage(self.folder.path).free / 2**30
-        last = self.folder.newest_checkpoint()
-        return (
-            f"{name} could not be written to {self.folder.path} ({free:.2f} GiB free there): {error}\n"
-            f"The newest complete checkpoint is {last or 'none yet'}; nothing was lost but the steps since. "
-            "Make room (save_total_limit, output_dir) and give the same command again."
-        )
+    def _write_and_publish(self, name: str, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            if best is not None and Path(best).parent == self._staging:
+                self.state.best_model_checkpoint = str(self.folder.path / name)
+                self.state.save_to_json(str(self._staging / name / STATE_FILE))
+            self.folder.publish(self._staging / name)
+            self.folder.keep_newest(self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -18,35 +19,70 @@ TOLERANCE = 1e-3
 
 
 @torch.no_grad()
-def verify_saved(trainer: LlavaSPTrainer, path: str | Path, sample: dict[str, Tensor]) -> dict[str, float]:
+def verify_saved(trainer: LlavaSPTrainer, path: str | Path, sample: dict[str, Tensor] | None) -> dict[str, float]:
     """Forget what was trained, load it from `path`, and compare the logits of one sample.
 
-    Every process must call this. Raises RuntimeError when forgetting changes nothing (then the comparison would prove
-    nothing) or when the logits do not come back.
+    Where forgetting leaves the logits as they were (a sample of text alone, LoRA after its first step) or there is no
+    sample, they would prove nothing: the tensors themselves are compared then, bit for bit.
+
+    Every process must call this. Returns the figures for `finished.json`. Raises RuntimeError if something differs.
     """
-    before = logits_of(trainer, sample)
-    forget(trainer.model)
+    model = trainer.model
+    before, kept = logits_of(trainer, sample), digests(model)
+    forget(model)
     emptied = logits_of(trainer, sample)
-    load_adapter(trainer.model, path)
+    load_adapter(model, path)
     after = logits_of(trainer, sample)
 
-    scale = before.abs().max().item()
-    moved = (emptied - before).abs().max().item() / scale
-    error = (after - before).abs().max().item() / scale
-    if not moved > TOLERANCE:
-        raise RuntimeError(
-            "The check of the saved weights is void: zeroing what was trained left the logits as they were."
-        )
+    moved, error = relative_change(before, emptied), relative_change(before, after)
     if not error <= TOLERANCE:
         raise RuntimeError(
             f"The weights written to {path} do not give the trained model back: logits differ by {error:.2e} of their "
-            f"largest value ({scale:.3g}), {TOLERANCE:g} is allowed. The checkpoints in the run's folder are untouched."
+            f"largest value, {TOLERANCE:g} is allowed. The checkpoints in the run's folder are untouched."
         )
-    return {"relative_logit_error": error, "relative_change_when_forgotten": moved}
+    result = {"relative_logit_error": error, "relative_change_when_forgotten": moved}
+    if moved > TOLERANCE:
+        return result
+    loaded = digests(model)
+    changed = [name for name in kept if loaded[name] != kept[name]]
+    if changed:
+        raise RuntimeError(
+            f"The weights written to {path} do not give the trained model back: {len(changed)} of {len(kept)} tensors "
+            f"differ, such as {changed[0]}. The checkpoints in the run's folder are untouched."
+        )
+    return {**result, "tensors_compared": len(kept)}
 
 
-def logits_of(trainer: LlavaSPTrainer, sample: dict[str, Tensor]) -> Tensor:
+def told(proof: dict[str, float]) -> str:
+    """The outcome in words."""
+    if "tensors_compared" in proof:
+        return f"loaded back, its {proof['tensors_compared']} trained tensors are the same bit for bit"
+    return f"loaded back, it gives the same logits (relative difference {proof['relative_logit_error']:.1e})"
+
+
+def relative_change(before: Tensor | None, now: Tensor | None) -> float:
+    """Largest difference, in units of the largest logit; 0 without logits."""
+    if before is None or now is None:
+        return 0.0
+    return (now - before).abs().max().item() / max(before.abs().max().item(), torch.finfo(torch.float32).tiny)
+
+
+def digests(model: nn.Module) -> dict[str, str]:
+    """A hash of every trained tensor. Every process must call this: ZeRO-3 gathers."""
+    trained = trained_names(model)
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            with gathered([parameter]):
+                data = parameter.detach().cpu().reshape(-1).view(torch.uint8)
+                found[name] = hashlib.sha256(data.numpy()).hexdigest()
+    return found
+
+
+def logits_of(trainer: LlavaSPTrainer, sample: dict[str, Tensor] | None) -> Tensor | None:
     """Logits [L, words] of one sample at all positions, in float32, without those of ids that are no words."""
+    if sample is None:
+        return None
     model = trainer.model_wrapped
     model.eval()
     inputs: dict[str, Any] = trainer.data_collator([sample])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llava_sp.train.arguments import load_config, settings_of
+from llava_sp.train.arguments import load_config, settings_of, split_global_batch
 from llava_sp.train.check import check_inputs
 from llava_sp.train.config_files import UsageError
 
@@ -114,23 +114,19 @@ def test_files_that_are_no_configuration(tmp_path):
             load_config(tmp_path / "c.yaml")
 
 
-@pytest.mark.parametrize(("processes", "steps"), [(1, 8), (2, 4), (8, 1)])
-def test_accumulation_follows_from_the_global_batch(processes, steps, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    from llava_sp.train.arguments import accumulation_steps
+@pytest.mark.parametrize(
+    ("batch", "processes", "per_device", "steps"),
+    [(128, 1, 16, 8), (128, 2, 16, 4), (128, 8, 16, 1), (128, 16, 8, 1), (16, 2, 8, 1), (16, 16, 1, 1)],
+)
+def test_the_global_batch_is_split(batch, processes, per_device, steps):
+    assert split_global_batch(batch, 16, processes) == (per_device, steps)
 
-    assert accumulation_steps(128, 16, processes) == steps
-    with pytest.raises(ValueError, match="per_device_train_batch_size = 8 would do"):
-        accumulation_steps(128, 16, 16)
+
+def test_a_global_batch_that_cannot_be_split():
+    with pytest.raises(ValueError, match="per_device_train_batch_size = 12 would do"):
+        split_global_batch(24, 16, 1)
     with pytest.raises(ValueError, match="choose a global_batch_size that 3 processes divide"):
-        accumulation_steps(128, 16, 3)
-
-
-@pytest.mark.parametrize(("processes", "per_device", "steps"), [(1, 16, 1), (2, 8, 1), (4, 4, 1), (16, 1, 1)])
-def test_many_processes_share_a_small_global_batch(tmp_path, monkeypatch, processes, per_device, steps):
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    args = load_config(write(tmp_path, global_batch_size=16, per_device_train_batch_size=16))[2]
-    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (per_device, steps)
+        split_global_batch(128, 16, 3)
 
 
 def test_resolved_settings_are_a_configuration(tmp_path):
