@@ -40,7 +40,22 @@ def load_mixture(mixture: str | os.PathLike | Sequence[Source | Mapping[str, Any
     """The sources of a mixture: a YAML file, or a list of sources or of their keys (paths relative to here then).
 
     Raises:
-        ValueError: no such file, not a list, an unknown key, a weight that is not a positive number, missing paths.
+        ValueError: as `parse_mixture`, and for annotations that are not there.
+    """
+    sources = parse_mixture(mixture)
+    name = "the mixture" if not isinstance(mixture, (str, os.PathLike)) else str(mixture)
+    for index, source in enumerate(sources):
+        if not source.annotations.is_file():
+            raise ValueError(f"{name}, entry {index}: there is no annotation file {source.annotations}")
+    return sources
+
+
+def parse_mixture(mixture: str | os.PathLike | Sequence[Source | Mapping[str, Any]]) -> list[Source]:
+    """As `load_mixture`, without looking whether annotations and images are there.
+
+    Raises:
+        ValueError: no such file, no YAML, not a list, an unknown key, a value of the wrong type, a weight that is not a
+            positive number.
     """
     if isinstance(mixture, (str, os.PathLike)):
         path = Path(mixture)
@@ -60,7 +75,7 @@ def _read(path: Path) -> Any:
         raise ValueError(f"there is no mixture file {path}")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
 
 
@@ -74,13 +89,14 @@ def _source(entry: Any, folder: Path, place: str) -> Source:
             raise ValueError(f"{place}: unknown key {key!r}; did you mean {close[0]!r}?")
     if not entry.get("annotations"):
         raise ValueError(f"{place} names no annotations file")
+    for key in ("annotations", "images"):
+        if not isinstance(entry.get(key) or "", (str, os.PathLike)):
+            raise ValueError(f"{place}: {key} is {entry[key]!r}; a path is needed")
     weight = entry.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not (0 < weight < math.inf):
         raise ValueError(f"{place}: weight is {weight!r}; a number above 0 is needed")
     annotations = _path(folder, entry["annotations"])
     images = _path(folder, entry["images"]) if entry.get("images") else annotations.parent
-    if not annotations.is_file():
-        raise ValueError(f"{place}: there is no annotation file {annotations}")
     return Source(annotations, images, float(weight))
 
 

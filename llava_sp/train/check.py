@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
+from llava_sp.data.mixture import parse_mixture
 from llava_sp.train.arguments import DataArguments, ModelArguments, TrainArguments, is_local_path
 from llava_sp.train.build import SCRATCH
 from llava_sp.train.config_files import UsageError
@@ -52,11 +52,32 @@ def _models(model: ModelArguments) -> Iterator[str]:
         elif is_local_path(name):
             if not (Path(name) / "config.json").is_file():
                 yield f"{_named(key, name)}: there is no model (no config.json) in this folder; give {source}."
-        elif constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            yield (
-                f"{_named(key, name)}: HF_HUB_OFFLINE is set and this model is not in the cache "
-                f"({constants.HF_HUB_CACHE}); download it first (hf download {name}), or give {source}."
+        elif reason := _unreachable(name):
+            yield f"{_named(key, name)}: {reason}; give {source}."
+
+
+def _unreachable(name: str) -> str | None:
+    """Why a hub model cannot be had, asking the hub once and only for a model that is not in the cache; else None."""
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return None
+        if constants.HF_HUB_OFFLINE:
+            return (
+                f"HF_HUB_OFFLINE is set and this model is not in the cache ({constants.HF_HUB_CACHE}); download it first "
+                f"(hf download {name})"
             )
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
+    except HFValidationError:
+        return "this is neither a folder nor a model's name"
+    except HfHubHTTPError as error:
+        return f"there is no such folder, and {constants.ENDPOINT} does not give a model of this name ({_short(error)})"
+    except HTTPError as error:
+        return f"this model is not in the cache ({constants.HF_HUB_CACHE}), and {constants.ENDPOINT} cannot be reached ({error})"
+    return None
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _projector(model: ModelArguments, args: TrainArguments) -> Iterator[str]:
@@ -108,15 +129,16 @@ def _data(data: DataArguments) -> Iterator[str]:
 
 
 def _mixture(file: Path) -> Iterator[str]:
-    if not file.is_file():
-        yield f"mixture = {file}: there is no such file."
+    try:
+        sources = parse_mixture(file)
+    except ValueError as error:
+        yield f"mixture = {file}: {error}."
         return
-    entries = yaml.safe_load(file.read_text(encoding="utf-8"))
-    for entry in entries if isinstance(entries, list) else []:  # what else may be wrong, load_mixture says
-        for key in ("annotations", "images"):
-            place = entry.get(key) if isinstance(entry, dict) else None
-            if isinstance(place, str) and not (file.parent / os.path.expanduser(os.path.expandvars(place))).exists():
-                yield f"mixture = {file}: {key}: {place} is not there."
+    for source in sources:
+        if not source.annotations.is_file():
+            yield f"mixture = {file}: annotations: {source.annotations} is not there."
+        if not source.images.is_dir():
+            yield f"mixture = {file}: images: {source.images} is not there."
 
 
 def _output(args: TrainArguments) -> Iterator[str]:

@@ -160,7 +160,8 @@ def test_missing_parts_of_a_mixture(tmp_path):
     with pytest.raises(UsageError) as caught:
         check_inputs(*load_config(path))
     message = str(caught.value)
-    assert "annotations: a.json is not there" in message and "images: b is not there" in message
+    assert f"annotations: {tmp_path}/a.json is not there" in message
+    assert f"images: {tmp_path}/b is not there" in message
     assert "c.json" not in message and "vision_tower is not set" in message and "no config.json" in message
 
 

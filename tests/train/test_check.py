@@ -1,0 +1,124 @@
+"""What is told before anything is loaded: models that cannot be had, broken mixtures, settings that do not fit."""
+
+from __future__ import annotations
+
+import pytest
+
+from llava_sp.train import check
+from llava_sp.train.arguments import load_config
+from llava_sp.train.config_files import UsageError
+from llava_sp.train.run import main
+from tests.train.runs import config
+
+
+def told(path, words=()) -> str:
+    with pytest.raises(UsageError) as caught:
+        check.check_inputs(*load_config(path, words))
+    return str(caught.value)
+
+
+class Refused(check.HTTPError):
+    def __init__(self, message: str):
+        Exception.__init__(self, message)
+
+
+class Unknown(check.HfHubHTTPError):
+    def __init__(self, message: str):
+        Exception.__init__(self, message)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that is online and answers with `hub.error`; `hub.asked` lists the questions."""
+
+    class Hub:
+        error: Exception | None = None
+        asked: list[str]
+
+    def answer(url, **_):
+        Hub.asked.append(url)
+        if Hub.error is not None:
+            raise Hub.error
+
+    Hub.asked = []
+    monkeypatch.setattr(check.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(check, "get_hf_file_metadata", answer)
+    return Hub
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (Refused("Connection refused"), ("cannot be reached (Connection refused)", "not in the cache")),
+        (Unknown("404 Client Error"), ("does not give a model of this name (404 Client Error)", "no such folder")),
+    ],
+)
+def test_a_hub_model_that_cannot_be_had(tmp_path, hub, error, words):
+    hub.error = error
+    message = told(config(tmp_path), ["--language_model", "someone/vicunna-7b", "--data_path", "gone.json"])
+    for word in (
+        "language_model = someone/vicunna-7b",
+        "LLAVA_SP_LANGUAGE_MODEL",
+        "give a hub id such as lmsys/",
+        *words,
+    ):
+        assert word in message
+    assert "gone.json" in message and "vision_tower" not in message
+    assert len(hub.asked) == 1 and hub.asked[0].endswith("someone/vicunna-7b/resolve/main/config.json")
+
+
+def test_what_is_no_models_name(tmp_path, hub):
+    assert "neither a folder nor a model's name" in told(config(tmp_path), ["--vision_tower", "my tower"])
+
+
+def test_a_hub_model_that_is_there(tmp_path, hub):
+    check.check_inputs(*load_config(config(tmp_path), ["--language_model", "someone/vicuna"]))
+    assert len(hub.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("- {annotations: [", "is not valid YAML"),
+        ("annotations: a.json", "must be a list"),
+        ("- a.json", "a mapping with the keys"),
+        ("- annotations: 5", "annotations is 5; a path is needed"),
+        ("- {annotations: a.json, images: [b]}", "images is ['b']; a path is needed"),
+        ("- {annotations: a.json, wight: 2}", "did you mean 'weight'"),
+        ("- {annotations: a.json, weight: no}", "weight is False"),
+        ("\x00", "is not valid YAML"),
+    ],
+)
+def test_broken_mixtures(tmp_path, text, word):
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(text)
+    message = told(config(tmp_path, data_path=None, mixture=str(mixture)))
+    assert f"mixture = {mixture}: " in message and word in message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--template", "vicunna"], "vicunna"),
+        (["--image_aspect_ratio", "squash"], "squash"),
+        (["--on_bad_sample", "ignore"], "on_bad_sample is 'ignore'"),
+        (["--spatial_variant", "crop"], "spatial_variant is 'crop'; it must be one of: none, cropping, pooling"),
+        (["--spatial_scales", "4", "25"], "spatial_scales holds 25, but the patch grid is 24 x 24"),
+        (["--fusion_kernel", "30"], "fusion_kernel is 30"),
+    ],
+)
+def test_cheap_mistakes_are_told_before_the_weights_are_loaded(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.setattr("llava_sp.train.run.build_model", lambda *_: pytest.fail("a model was built"))
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", str(config(tmp_path)), *words])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_weights_that_cannot_be_read(tmp_path, monkeypatch, capsys):
+    def gone(*_):
+        raise OSError("pytorch_model.bin is not there")
+
+    monkeypatch.setattr("llava_sp.train.run.build_model", gone)
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", str(config(tmp_path))])
+    assert stop.value.code == 2 and "error: pytorch_model.bin is not there" in capsys.readouterr().err
