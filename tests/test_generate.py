@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp import LlavaSPConfig, LlavaSPForCausalLM, LlavaSPProcessor  # noqa: F401 - one in a message's code
+from llava_sp.checkpoints import save_adapter
 from llava_sp.generate import main, place_images
 
 
@@ -93,6 +95,41 @@ def test_errors_are_one_clear_line(checkpoint, capsys, flags, message):
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert f"error: {message}" in err and "Traceback" not in err
+
+
+def one_error(capsys, *arguments: object) -> str:
+    status, _, err = run(capsys, "--prompt", "What?", *arguments)
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and err.endswith(line + "\n") and "Traceback" not in err
+    return line
+
+
+def test_folder_without_processor(checkpoint, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model, ignore=shutil.ignore_patterns("processor_config.json", "tokenizer*"))
+    line = one_error(capsys, "--model", model)
+    assert f"--model {model} has a model but not its whole processor" in line
+    assert "(processor_config.json and tokenizer.json missing): copy" in line
+    exec(line[line.index("LlavaSPProcessor.from_backbones") :])  # what the message says to do
+    assert run(capsys, "--model", model, "--prompt", "What?", "--max-new-tokens", 2)[0] == 0
+
+
+def test_other_kinds_of_model_are_named(golden, capsys):
+    for folder, kind in (("base", "llama"), ("clip", "clip")):
+        line = one_error(capsys, "--model", golden / folder)
+        assert f"is no LLaVA-SP checkpoint: the model_type in its config.json is '{kind}'" in line
+
+
+def test_wrong_backbones_are_one_short_line(checkpoint, golden, tmp_path, capsys):
+    model, processor = (kind.from_pretrained(checkpoint) for kind in (LlavaSPForCausalLM, LlavaSPProcessor))
+    save_adapter(model, processor, tmp_path / "adapter", run={})
+    clip, empty = golden / "clip", tmp_path / "empty"
+    empty.mkdir()
+    line = one_error(capsys, "--model", tmp_path / "adapter", "--base-model", clip)
+    assert f"--base-model {clip} cannot be used as a language model: Unrecognized" in line and len(line) < 400
+    for flag, what in (("--base-model", "language model"), ("--vision-tower", "vision tower")):
+        line = one_error(capsys, "--model", tmp_path / "adapter", flag, empty)
+        assert f"{flag} {empty} cannot be used as a {what}: Unrecognized model in" in line
 
 
 def test_broken_image_is_named(checkpoint, tmp_path, capsys):

@@ -7,17 +7,23 @@ what a killed process left behind the last one is dropped, on reading and, befor
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import sys
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_sp.eval.files import examples, parse_line, read_text
+from llava_sp.eval.files import decode, examples, parse_line, read_bytes
 
 if TYPE_CHECKING:
     from llava_sp.eval.base import Item
+
+_NO_LOCKS = frozenset((errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP))  # what flock says without support
 
 
 def read_answers(path: Path) -> tuple[list[dict[str, Any]], str | None]:
@@ -28,28 +34,41 @@ def read_answers(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     Raises:
         ValueError: naming the line, for broken JSON anywhere else or a line without `question_id` and text.
     """
-    text = read_text(path)
-    if text.lstrip().startswith("["):
+    content = read_bytes(path)
+    if content.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
         raise ValueError(
             f"{path} is a JSON list (a submission file?); needed is LLaVA's answers file, one object per line"
         )
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    note = None
-    if not text.endswith("\n"):
-        number, last = lines[-1]
-        try:
-            json.loads(last)
-        except json.JSONDecodeError:
-            note = f"{path}, line {number} is cut off (a process killed while writing?); it was left out: {last[:60]!r}"
-            lines.pop()
+    content, note = _without_half_line(content, path)
     records = []
-    for number, line in lines:
+    for number, line in enumerate(decode(content, path).split("\n"), 1):
+        if not line.strip():
+            continue
         where = f"{path}, line {number}"
         record = parse_line(line, where)
         if "question_id" not in record or not isinstance(record.get("text"), str):
             raise ValueError(f"{where} has no question_id or no text; it has {', '.join(sorted(record)) or 'nothing'}")
         records.append(record)
     return records, note
+
+
+def _without_half_line(content: bytes, path: Path) -> tuple[bytes, str | None]:
+    """Drops what stands behind the last line break unless it is a whole line; a cut may go through a character."""
+    end = content.rfind(b"\n") + 1
+    last = content[end:]
+    if not last.strip():
+        return content, None
+    try:
+        json.loads(last.decode("utf-8-sig"))
+        return content, None
+    except json.JSONDecodeError:
+        pass
+    except UnicodeDecodeError as error:
+        if error.reason != "unexpected end of data":  # not a cut, but another encoding: `decode` says where
+            return content, None
+    number, shown = content.count(b"\n") + 1, last.decode("utf-8-sig", errors="replace")[:60]
+    note = f"{path}, line {number} is cut off (a process killed while writing?); it was left out: {shown!r}"
+    return content[:end], note
 
 
 def match_by_question_id(items: Sequence[Item], records: Sequence[dict[str, Any]], what: str) -> list[str]:
@@ -77,6 +96,15 @@ def match_by_question_id(items: Sequence[Item], records: Sequence[dict[str, Any]
     return [texts[str(item.id)] for item in items]
 
 
+@cache  # once per folder
+def _say_no_locks(folder: Path, reason: str) -> None:
+    print(
+        f"note: the file system of {folder} has no file locks ({reason}); going on without: do not run the same command "
+        "twice at once",
+        file=sys.stderr,
+    )
+
+
 class AnswerLog:
     """The append-only file of one process. Use as a context manager.
 
@@ -91,15 +119,26 @@ class AnswerLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self.path.open("a+b", buffering=0)
         try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            self._lock()
+            self._repair()
+        except BaseException:
             self._stream.close()
-            raise ValueError(f"{self.path} is being written by another process: is the same command running?") from None
-        self._repair()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stream.close()
+
+    def _lock(self) -> None:
+        """Locks the file against a second process; where the file system knows no locks, says so and goes on."""
+        try:
+            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.path} is being written by another process: is the same command running?") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise OSError(f"cannot lock {self.path}: {error.strerror}") from error
+            _say_no_locks(self.path.parent, error.strerror)
 
     def _repair(self) -> None:
         self._stream.seek(0)
@@ -128,7 +167,7 @@ def read_logs(folder: Path) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("rank-*.jsonl")):
         content = path.read_bytes()
-        lines = content[: content.rfind(b"\n") + 1].decode().splitlines()
+        lines = decode(content[: content.rfind(b"\n") + 1], path).splitlines()
         for number, line in enumerate(lines, 1):
             record = parse_line(line, f"{path}, line {number}")
             found.setdefault(record["key"], record)

@@ -23,7 +23,8 @@ files), `runner` (generation) and `answers` (LLaVA's answer files); a benchmark 
 `python -m llava_sp.eval.colourqa --model M --data D --output O`, `--answers FILE`, resuming, several processes, provenance
 and the hash of every file read through `self.read_*` follow from that. What else can be overridden, each only where a
 benchmark needs it: `generation`, `conversation`, `image_mode`, `splits`, `protocols`, `add_arguments`, `record` (fields
-of an answer line), `match` (which answer belongs to which item; by default `question_id`), `submission`, `validate`.
+of an answer line), `match` (which answer belongs to which item; by default `question_id`), `summary` (lines printed below
+the headline), `submission`, `validate`.
 
 Neither torch nor transformers is imported here.
 """
@@ -154,6 +155,10 @@ class Benchmark(ABC):
     @abstractmethod
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:
         """Judges `answers`, which are in the order of the items, exactly one each."""
+
+    def summary(self, scores: Scores) -> list[str]:
+        """Lines to print under the headline figure, for a person; all figures are in `metrics.json` anyway."""
+        return []
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], output: Path) -> Path | None:
         """Writes the file that the evaluation server wants into folder `output`; None where there is no server."""

@@ -203,6 +203,8 @@ def _run_on_ranks(
     }
     answers = [record["text"] for record in records]
     _finish(benchmark, items, answers, output, provenance(benchmark, items, settings, **run))
+    if len(items) < len(all_items):
+        print(f"note: --limit: the first {len(items)} of {len(all_items)} questions; not comparable", file=sys.stderr)
     return 0
 
 
@@ -233,11 +235,18 @@ def _finish(
     submission = benchmark.submission(items, answers, output)
     if submission is not None:
         result["submission"] = str(submission)
-        print(f"submission file: {submission}")
     write_json(output / "metrics.json", result)
+    split = f", {benchmark.split}" if benchmark.split else ""
     if scores.score is not None:
-        print(f"{benchmark.title}: {scores.score} ({len(items)} questions)")
-    print(f"results: {output / 'metrics.json'}")
+        print(f"{benchmark.title}{split}: {scores.score} ({len(items)} questions)")
+        for line in benchmark.summary(scores):
+            print(f"  {line}")
+    else:
+        print(f"{benchmark.title}{split}: {len(items)} questions answered; only the server can score them")
+    if submission is not None:
+        print(f"to submit:    {submission}")
+    print(f"results:      {output / 'metrics.json'}")
+    print(f"each answer:  {output / 'per_item.jsonl'}")
 
 
 def check_images(items: Sequence[Item]) -> None:

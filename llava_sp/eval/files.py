@@ -5,21 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from codecs import BOM_UTF8
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 
-def read_text(path: Path) -> str:
+def read_bytes(path: Path) -> bytes:
+    """Raises ValueError if there is no such file or nothing in it."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    content = path.read_bytes()
+    if not content.removeprefix(BOM_UTF8).strip():
+        raise ValueError(f"{path} is empty")
+    return content
+
+
+def decode(content: bytes, path: Path) -> str:
+    """UTF-8, with or without a byte order mark. Raises ValueError naming the byte that is none."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
-    return text
+
+
+def read_text(path: Path) -> str:
+    return decode(read_bytes(path), path)
 
 
 def read_json(path: Path) -> Any:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp import LlavaSPConfig, LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints import checkpoint_hash
 from llava_sp.eval.answerer import ModelAnswerer, render_prompt
-from llava_sp.eval.files import checkpoints_hint
+from llava_sp.eval.files import checkpoints_hint, read_json
 
 __all__ = ["ModelAnswerer", "Source", "choose_device", "choose_dtype", "device_name", "load_processor", "render_prompt"]
+
+_PROCESSOR_FILES = (("processor_config.json",), ("tokenizer.json", "tokenizer.model", "vocab.json"))  # one of each
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,26 @@ class Source:
     def model(self, dtype: str, device: torch.device) -> Any:
         overrides = {"base_model": self.base_model, "vision_tower": self.vision_tower}
         overrides = {name: value for name, value in overrides.items() if value is not None}
-        model = LlavaSPForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, dtype), **overrides)
+        try:
+            model = LlavaSPForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, dtype), **overrides)
+        except ValueError as error:
+            raise ValueError(self._explained(str(error))) from error
         return merge_lora(model.to(device).eval())
+
+    def _explained(self, message: str) -> str:
+        """transformers' message about a model of the wrong kind without its list of all kinds, naming the argument."""
+        if not message.startswith("Unrecognized "):
+            return message
+        message = message.splitlines()[0]
+        if "configuration class" in message:  # Unrecognized configuration class <...> for this kind of AutoModel: ...
+            language = "AutoModelForCausalLM" in message
+        else:  # Unrecognized model in PATH. Should have ...
+            message = message.split(", or contain one of")[0]
+            language = self.base_model is not None and f" {self.base_model}." in message
+        flag, value = ("--base-model", self.base_model) if language else ("--vision-tower", self.vision_tower)
+        what = "language model" if language else "vision tower"
+        given = f"{flag} {value}" if value else f"the {what} that --model {self.path} records ({flag} names another)"
+        return f"{given} cannot be used as a {what}: {message}"
 
 
 def merge_lora(model: Any) -> Any:
@@ -71,10 +91,28 @@ def merge_lora(model: Any) -> Any:
 
 
 def load_processor(source: Source, image_mode: str | None = None) -> Any:
+    _check_processor_files(source)
     processor = LlavaSPProcessor.from_pretrained(source.folder)
     if image_mode is not None:
         processor.image_aspect_ratio = image_mode
     return processor
+
+
+def _check_processor_files(source: Source) -> None:
+    """Raises ValueError if the folder holds another kind of model, or a model without its processor."""
+    config = read_json(source.folder / "config.json")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != LlavaSPConfig.model_type:
+        raise ValueError(
+            f"--model {source.path} is no LLaVA-SP checkpoint: the model_type in its config.json is {kind!r}"
+        )
+    missing = [names[0] for names in _PROCESSOR_FILES if not any((source.folder / name).is_file() for name in names)]
+    if missing:
+        raise ValueError(
+            f"--model {source.path} has a model but not its whole processor ({' and '.join(missing)} missing): copy the "
+            "processor's files from the checkpoint the model comes from, or write them there with "
+            f'LlavaSPProcessor.from_backbones(LlavaSPConfig.from_pretrained("{source.path}")).save_pretrained("{source.path}")'
+        )
 
 
 def choose_device(wanted: str | None, local_rank: int = 0) -> torch.device:

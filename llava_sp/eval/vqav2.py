@@ -33,6 +33,9 @@ from llava_sp.eval.vqa_metrics import evalai_answer, score_vqa
 
 SUBTYPES = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015", "train": "train2014"}
 FULL_TEST = "test"
+ANSWER_TYPES = ("yes/no", "number", "other")  # in the order of the published tables
+_ANNOTATION = {"question_id": (int, str), "answers": list, "answer_type": str, "question_type": str}
+_KINDS = {int: "a whole number", str: "text", list: "a list"}
 
 
 class VQAv2(Benchmark):
@@ -78,6 +81,12 @@ class VQAv2(Benchmark):
         metrics["count_per_answer_type"] = dict(Counter(a["answer_type"] for a in annotations))
         metrics["count_per_question_type"] = dict(Counter(a["question_type"] for a in annotations))
         return Scores(score=scores.overall, metrics=metrics, per_item=per_item)
+
+    def summary(self, scores: Scores) -> list[str]:
+        values, counts = (scores.metrics.get(key, {}) for key in ("per_answer_type", "count_per_answer_type"))
+        kinds = [kind for kind in ANSWER_TYPES if kind in values] + sorted(set(values).difference(ANSWER_TYPES))
+        width = max(map(len, kinds), default=0)
+        return [f"{kind:{width}}  {values[kind]:6.2f}  ({counts[kind]} questions)" for kind in kinds]
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], output: Path) -> Path | None:
         if not self.split.startswith("test"):
@@ -129,8 +138,10 @@ class VQAv2(Benchmark):
         if not records:
             raise ValueError(f"{file} holds no questions")
         for number, record in enumerate(records):
+            where = f"{file}: question {number} (counted from 0)"
             if not isinstance(record, dict) or "question_id" not in record:
-                raise ValueError(f"{file}: question {number} (counted from 0) has no question_id: {str(record)[:80]}")
+                raise ValueError(f"{where} has no question_id: {str(record)[:80]}")
+            _expect(record, "question_id", (int, str), where)
         twice = [i for i, count in Counter(record["question_id"] for record in records).items() if count > 1]
         if twice:
             raise ValueError(f"{file}: {len(twice)} question ids occur more than once ({examples(twice)})")
@@ -159,11 +170,7 @@ class VQAv2(Benchmark):
             raise ValueError(f'{file} is not an official annotations file: it has no list "annotations"')
         by_id = {}
         for number, record in enumerate(content["annotations"]):
-            absent = [key for key in ("question_id", "answers", "answer_type", "question_type") if key not in record]
-            if absent or not record["answers"]:
-                raise ValueError(
-                    f"{file}: annotation {number} (counted from 0) has no {', '.join(absent or ['answers'])}"
-                )
+            _check_annotation(record, f"{file}: annotation {number} (counted from 0)")
             by_id[record["question_id"]] = record
         trouble = _compare(Counter(by_id.keys()), {item.id for item in items}, "annotation")
         if trouble:
@@ -175,17 +182,46 @@ def _item(record: dict[str, Any], folder: Path, split: str, file: Path) -> Item:
     """An item from a line of the official questions or of LLaVA's."""
     text_key, image_key = ("text", "image") if "text" in record else ("question", "image_id")
     absent = [key for key in (text_key, image_key) if key not in record]
+    where = f"{file}: question {record['question_id']}"
     if absent:
-        raise ValueError(f"{file}: question {record['question_id']} has no {', '.join(absent)}")
+        raise ValueError(f"{where} has no {', '.join(absent)}")
+    _expect(record, text_key, str, where)
+    _expect(record, image_key, str if image_key == "image" else int, where)
     if image_key == "image":
         image = folder / record["image"]
         if ".." in Path(record["image"]).parts or Path(record["image"]).is_absolute():
-            raise ValueError(f"{file}: question {record['question_id']}: image {record['image']!r} is outside {folder}")
+            raise ValueError(f"{where}: image {record['image']!r} is outside {folder}")
     else:
         name = "test2015" if split.startswith("test") else SUBTYPES[split]
-        image = folder / f"COCO_{name}_{int(record['image_id']):012d}.jpg"
+        image = folder / f"COCO_{name}_{record['image_id']:012d}.jpg"
     question = record[text_key].removesuffix(SHORT_ANSWER)
     return Item(record["question_id"], record[text_key], (image,), metadata={"question": question})
+
+
+def _expect(record: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> None:
+    """Raises ValueError if a field of a record is of another kind."""
+    if not isinstance(record[key], kind) or isinstance(record[key], bool):
+        kinds = " or ".join(_KINDS[k] for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"{where}: {key} is {str(record[key])[:60]!r}, not {kinds}")
+
+
+def _check_annotation(record: Any, where: str) -> None:
+    """Raises ValueError unless it is `{"question_id", "answer_type", "question_type", "answers": [{"answer": text}, ...]}`."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is {str(record)[:60]!r}, not an object with {', '.join(_ANNOTATION)}")
+    absent = [key for key in _ANNOTATION if key not in record]
+    if absent:
+        raise ValueError(f"{where} has no {', '.join(absent)}")
+    for key, kind in _ANNOTATION.items():
+        _expect(record, key, kind, where)
+    if not record["answers"]:
+        raise ValueError(f"{where} has no answers")
+    for number, answer in enumerate(record["answers"]):
+        if not isinstance(answer, dict) or not isinstance(answer.get("answer"), str):
+            raise ValueError(
+                f"{where}: answer {number} is {str(answer)[:60]!r}, not an annotator's record "
+                '{"answer": text, "answer_id": number, ...}'
+            )
 
 
 def _find(data: Path, *names: str) -> list[Path]:
@@ -214,7 +250,10 @@ def _compare(found: Counter, wanted: set, noun: str = "answer") -> str:
     problems = [
         (f"questions have more than one {noun}", [i for i, count in found.items() if count > 1]),
         (f"{noun}s are for questions that are not in the file", [i for i in found if i not in wanted]),
-        (f"questions have no {noun}", sorted(i for i in wanted if i not in found)),
+        (
+            f"questions have no {noun}",
+            sorted((i for i in wanted if i not in found), key=lambda i: (isinstance(i, str), i)),
+        ),
     ]
     return ", ".join(f"{len(ids)} {trouble} ({examples(ids)})" for trouble, ids in problems if ids)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import importlib.util
 import json
 import os
@@ -99,6 +101,26 @@ def test_half_line_of_a_process_that_no_longer_exists(tmp_path):
 
 def test_same_command_twice_at_once_is_refused(tmp_path):
     with AnswerLog(tmp_path / LOGS / "rank-00000.jsonl"), pytest.raises(ValueError, match="written by another process"):
+        run_all(tmp_path, 3)
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_file_system_without_locks(tmp_path, monkeypatch, capsys, reason):
+    def flock(*_):
+        raise OSError(reason, os.strerror(reason))
+
+    whole = run_all(tmp_path / "whole", 5)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert run_all(tmp_path / "out", 5, world=2) == whole
+    assert capsys.readouterr().err.count("has no file locks") == 1
+
+
+def test_lock_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match=r"cannot lock .*rank-00000.jsonl: Input/output error"):
         run_all(tmp_path, 3)
 
 

@@ -72,6 +72,10 @@ def test_answers_file_scores_as_the_official_code(tmp_path, data, answers, recor
     assert origin["protocol"] == protocol and origin["split"] == "val" and origin["count"] == 40
     assert origin["model_ids"] == ["synthetic-7b"] and len(origin["data_files"]) == 2
     assert f"{result['score']} (40 questions)" in out
+    kinds = [line.split() for line in out.splitlines() if line.startswith("  ")]
+    assert [kind[0] for kind in kinds] == ["yes/no", "number", "other"]
+    assert {kind[0]: float(kind[1]) for kind in kinds} == result["metrics"]["per_answer_type"]
+    assert str(output / "metrics.json") in out and str(output / "per_item.jsonl") in out
 
 
 def test_without_output_the_result_is_printed(data, answers, capsys):
@@ -177,6 +181,20 @@ def test_half_a_last_line_is_left_out_and_said(data, answers, capsys):
     assert run(capsys, "--answers", answers, "--data", data)[0] == 0
 
 
+def test_half_last_line_cut_inside_a_character(data, answers, capsys):
+    whole = answers.read_bytes()
+    answers.write_bytes(whole + '{"question_id": 7, "text": "caf\u00e9'.encode()[:-1])
+    status, out, err = run(capsys, "--answers", answers, "--data", data)
+    assert status == 0 and json.loads(out)["score"] == 70.25
+    assert "line 41 is cut off" in err
+    answers.write_bytes(b"\xef\xbb\xbf" + whole)  # a byte order mark is no harm
+    assert run(capsys, "--answers", answers, "--data", data)[0] == 0
+    for content in (b'{"text": "caf\xe9"}\n' + whole, whole + b'{"text": "caf\xe9"}', whole + b'{"text": "\xc3\n'):
+        answers.write_bytes(content)
+        status, _, err = run(capsys, "--answers", answers, "--data", data)
+        assert status == 2 and "merge.jsonl is not UTF-8 text" in err and "at byte" in err
+
+
 def test_broken_line_in_the_middle_is_named(data, answers, capsys):
     lines = answers.read_text().splitlines()
     lines[7] = lines[7][:-9]
@@ -208,6 +226,12 @@ def test_answers_file_of_another_kind(tmp_path, data, recorded, capsys):
     assert status == 2 and "none.jsonl does not exist" in err
 
 
+def annotation(**changes: object) -> str:
+    """An annotations file with one record, changed."""
+    record = {"question_id": 1, "answer_type": "other", "question_type": "what", "answers": [{"answer": "red"}]}
+    return json.dumps({"annotations": [record | changes]})
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -222,6 +246,32 @@ def test_answers_file_of_another_kind(tmp_path, data, recorded, capsys):
             ANNOTATIONS,
             '{"annotations": [{"question_id": 1}]}',
             "annotation 0 (counted from 0) has no answers, answer_type, question_type",
+        ),
+        (
+            ANNOTATIONS,
+            '{"annotations": [5]}',
+            "annotation 0 (counted from 0) is '5', not an object with question_id, answers",
+        ),
+        (ANNOTATIONS, annotation(answers="red"), "annotation 0 (counted from 0): answers is 'red', not a list"),
+        (ANNOTATIONS, annotation(answers=[]), "annotation 0 (counted from 0) has no answers"),
+        (ANNOTATIONS, annotation(answers=["x"]), "(counted from 0): answer 0 is 'x', not an annotator's record"),
+        (
+            ANNOTATIONS,
+            annotation(answers=[{"answer": "a"}, {"id": 1}]),
+            "answer 1 is \"{'id': 1}\", not an annotator's",
+        ),
+        (ANNOTATIONS, annotation(answer_type=["a"]), "answer_type is \"['a']\", not text"),
+        (ANNOTATIONS, annotation(question_id=None), "question_id is 'None', not a whole number or text"),
+        (QUESTIONS, '{"questions": [{"question_id": [1]}]}', "question_id is '[1]', not a whole number or text"),
+        (
+            QUESTIONS,
+            '{"questions": [{"question_id": 1, "question": 2, "image_id": 3}]}',
+            "question 1: question is '2', not",
+        ),
+        (
+            QUESTIONS,
+            '{"questions": [{"question_id": 1, "question": "?", "image_id": "x"}]}',
+            "image_id is 'x', not a whole",
         ),
     ],
 )
