@@ -23,7 +23,7 @@ from transformers import IntervalStrategy, set_seed
 from llava_sp.data.collator import Collator
 from llava_sp.data.from_config import build_datasets, build_processor
 from llava_sp.data.records import BadSample
-from llava_sp.train.arguments import DataArguments, TrainArguments, load_config, settings_of
+from llava_sp.train.arguments import DataArguments, ModelArguments, TrainArguments, load_config, settings_of
 from llava_sp.train.build import build_model
 from llava_sp.train.check import check_inputs
 from llava_sp.train.config_files import FailedHere, UsageError
@@ -84,7 +84,14 @@ def train(config: str | Path | None, words: Sequence[str]) -> dict[str, Any]:
         model_args, data_args, args = load_config(config, words)
     check_inputs(model_args, data_args, args)
 
-    folder = RunFolder(args.output_dir)
+    with contextlib.closing(RunFolder(args.output_dir)) as folder:
+        return _train_in(folder, model_args, data_args, args, launched)
+
+
+def _train_in(
+    folder: RunFolder, model_args: ModelArguments, data_args: DataArguments, args: TrainArguments, launched: bool
+) -> dict[str, Any]:
+    """The run itself: what is cheap to check comes first, then the weights, training, and the proof."""
     settings = settings_of(model_args, data_args, args)
     folder.check(settings, args.world_size)
     if folder.is_finished:
@@ -97,7 +104,7 @@ def train(config: str | Path | None, words: Sequence[str]) -> dict[str, Any]:
     args.distributed_state.wait_for_everyone()  # an earlier attempt may have been writing until now
     checkpoint = folder.newest_checkpoint()
 
-    with _explained():  # what is cheap to find comes before the weights
+    with _explained():
         processor = build_processor(model_args, data_args)
         train_data, eval_data = build_datasets(processor, data_args, args)
     start_group(args)

@@ -115,7 +115,7 @@ class RunFolder:
         """
         with self.writing("the folder of the run"):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (held until the process ends)
+            self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115  (held until close)
             self._wait_for_lock(patience)
         with self.writing(RUN_FILE):
             self._lock.truncate(0)
@@ -126,6 +126,12 @@ class RunFolder:
                 text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
                 text += yaml.safe_dump({RESERVED_KEY: dict(provenance)}, sort_keys=False, allow_unicode=True)
                 write_atomically(self.path / RUN_FILE, text)
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _wait_for_lock(self, patience: float) -> None:
         end = time.monotonic() + patience

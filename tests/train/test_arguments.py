@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from llava_sp.train.arguments import load_config, settings_of, split_global_batch
+from llava_sp.checkpoints import from_backbones
+from llava_sp.data.from_config import spatial_settings
+from llava_sp.train.arguments import ModelArguments, load_config, settings_of, split_global_batch
 from llava_sp.train.check import check_inputs
 from llava_sp.train.config_files import UsageError
 
@@ -27,10 +31,14 @@ def write(folder: Path, name: str = "c.yaml", **keys) -> Path:
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_shipped_config_parses(path, monkeypatch):
+    """And its global batch can be split among 1 to 8 processes."""
     monkeypatch.setenv("LLAVA_SP_SHAPES", "/data")
     model, data, args = load_config(path, [])
     assert args.output_dir and model.language_model and model.vision_tower
     assert data.mixture or data.data_path
+    for processes in (1, 2, 4, 8):
+        batch, steps = split_global_batch(args.global_batch_size, args.per_device_train_batch_size, processes)
+        assert batch * steps * processes == args.global_batch_size
 
 
 @pytest.mark.parametrize("size", ["7b", "13b"])
@@ -71,6 +79,31 @@ def test_words_and_dictionaries(tmp_path):
     assert (model.spatial_scales, args.learning_rate, args.report_to) == (None, 3e-4, ["tensorboard"])
 
 
+def test_settings_of_the_spatial_branch(tmp_path):
+    model, _, _ = load_config(write(tmp_path), [])
+    assert (model.fusion_kernel, model.fusion_stride, model.spatial_projection_bias) == (None, None, None)
+    assert spatial_settings(model)["vision_feature_layer"] == -2
+    path = write(tmp_path, fusion_kernel=8, vision_feature_layer=[-2, -3], spatial_projection_bias=True)
+    model, _, _ = load_config(path, ["--fusion_stride", "4"])
+    settings = spatial_settings(model)
+    assert (settings["fusion_kernel"], settings["fusion_stride"]) == (8, 4)
+    assert (settings["vision_feature_layer"], settings["spatial_projection_bias"]) == ([-2, -3], True)
+    model, _, _ = load_config(path, ["--vision_feature_layer", "-4", "--spatial_projection_bias", "false"])
+    settings = spatial_settings(model)
+    assert (settings["vision_feature_layer"], settings["spatial_projection_bias"]) == (-4, False)
+
+
+def test_every_argument_of_a_fresh_model_is_a_key():
+    """`from_backbones` has no setting that a run cannot state."""
+    passed = {"language_model", "vision_tower", "cls", "config", "dtype", "seed", "load_kwargs"}
+    arguments = {
+        name for name in inspect.signature(from_backbones).parameters if not name.endswith("_revision")
+    } - passed
+    assert arguments == set(spatial_settings(ModelArguments())) and arguments <= {
+        f.name for f in fields(ModelArguments)
+    }
+
+
 def test_variables(tmp_path, monkeypatch):
     path = tmp_path / "c.yaml"
     path.write_text("data_path: ${HERE_D:-./d}/x.json\nmax_steps: ${HERE_N:-7}\nlanguage_model: ${config_dir}/llm\n")
@@ -100,6 +133,7 @@ def test_variables(tmp_path, monkeypatch):
         ({"global_batch_size": 4, "gradient_accumulation_steps": 2}, [], r"follows from global_batch_size"),
         ({"global_batch_size": 10, "per_device_train_batch_size": 4}, [], r"10 is not a multiple .*= 2 would do"),
         ({"fsdp": "full_shard"}, [], r"fsdp is not supported"),
+        ({"save_only_model": True}, [], r"save_only_model is not supported: a run could not go on"),
     ],
 )
 def test_mistakes_are_named(tmp_path, keys, words, message):

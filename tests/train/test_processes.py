@@ -1,4 +1,4 @@
-"""Two processes (gloo) under ZeRO-2 and ZeRO-3 train as one does at the same global batch; the scripts and launchers."""
+"""Two processes (gloo) plainly and under ZeRO-2 and ZeRO-3 train as one does at the same global batch; the scripts and launchers."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ def compare(two: list[dict], one: list[dict]) -> None:
 @pytest.mark.parametrize(
     ("stage", "launcher"),
     [
+        pytest.param(0, "torchrun", marks=pytest.mark.slow),
         (2, "deepspeed"),
         (3, "torchrun"),
         pytest.param(3, "deepspeed", marks=pytest.mark.slow),

@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
 from llava_sp import LlavaSPForCausalLM
 from llava_sp.train import trainer as trainer_module
@@ -242,3 +244,43 @@ def test_command_line_of_a_plain_process(tmp_path):
         start([sys.executable, "-m", "llava_sp.train", "--config", str(path), "--seed=3"], tmp_path), tmp_path
     )
     assert "Stage finetune_lora" in text and "loaded back, it gives the same logits" in text and "step 1/1" in text
+
+
+def test_the_run_keys_of_the_spatial_branch_reach_the_model(tmp_path):
+    run_here(
+        tmp_path,
+        "pretrain",
+        max_steps=1,
+        template="vicuna_v1",
+        vision_feature_layer=[-2, -1],
+        fusion_kernel=8,
+        fusion_stride=8,
+        spatial_projection_bias=False,
+    )
+    config = LlavaSPForCausalLM.from_pretrained(tmp_path / "out").config
+    assert list(config.vision_feature_layer) == [-2, -1] and config.spatial_projection_bias is False
+    assert (config.fusion_kernel, config.fusion_stride) == (8, 8)
+
+
+def test_a_tracker_gets_what_is_logged(tmp_path, monkeypatch):
+    """report_to names a tracker of transformers; it sees the same figures as log.jsonl."""
+    told: dict[int, dict] = {}
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            told.setdefault(state.global_step, {}).update(logs)
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
+    records = run_here(tmp_path, max_steps=2, report_to="tensorboard")
+    assert {step: told[step]["loss"] for step in (1, 2)} == losses(records)
+    assert told[2]["learning_rate/lora"] == records[1]["learning_rate/lora"]
+
+
+def test_tensorboard(tmp_path, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    records = run_here(tmp_path, max_steps=2, report_to="tensorboard")
+    reader = events.EventAccumulator(str(tmp_path / "events"))
+    reader.Reload()
+    written = {event.step: event.value for event in reader.Scalars("train/loss")}
+    assert written == pytest.approx(losses(records), rel=1e-6)
