@@ -24,7 +24,11 @@ setup_env() {
   wanted="$(cat "$root/pyproject.toml" "$root/constraints.txt" | cksum)"
   if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "Installing llava_sp[$extras] and what it needs (PyTorch is several GB the first time)"
-    python -m pip install --disable-pip-version-check --constraint "$root/constraints.txt" --editable "$root[$extras]" || return 1
+    (
+      set -o pipefail
+      python -m pip install --disable-pip-version-check --constraint "$root/constraints.txt" --editable "$root[$extras]" |
+        { grep -v "^Requirement already satisfied" || true; }
+    ) || return 1
     echo "$wanted" >"$stamp"
   fi
 }

@@ -1,0 +1,28 @@
+"""The notebook runs from its own folder, shows its picture, and gets the picture's answers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+
+
+def test_quickstart_notebook(repo: Path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(repo), os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook = nbformat.read(repo / "notebooks" / "quickstart.ipynb", as_version=4)
+    folder = {"metadata": {"path": str(repo / "notebooks")}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert not [output for output in outputs if output.output_type == "error"]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    said = "".join(output.get("text", "") for output in outputs if output.output_type == "stream")
+    assert "6 spatial tokens before 144 patch tokens" in said
+    asked = [line.rsplit("?", 1) for line in said.splitlines() if "?" in line]
+    assert len(asked) >= 4 and all(answer.strip() for _, answer in asked), said
