@@ -348,6 +348,7 @@ def _replacing(target: Path) -> Iterator[Path]:
         yield part
         with open(part, "rb") as file:
             os.fsync(file.fileno())
+        part.chmod(target.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)

@@ -46,7 +46,11 @@ def ship(run: Path, output: Path) -> None:
     metrics = json.loads(scored.read_text())
     model = LlavaSPForCausalLM.from_pretrained(run, dtype=torch.float16)
     model.config.base_language_model, model.config.base_vision_tower = "../backbones/llama", "../backbones/clip"
+    for part in (model.config.text_config, model.config.vision_config):
+        part._name_or_path = ""  # a path of the machine that trained it
     save_adapter(model, LlavaSPProcessor.from_pretrained(run), output, run={"stage": "finetune_lora"})
+    for code in output.glob("*.py"):  # a processor is saved with its code; here it stands two folders up
+        code.unlink()
     draw(example_scene()).save(output / "example.jpg", **JPEG)
     questions = sum(metrics["metrics"]["count_per_question_type"].values())
     text = README.format(variant=model.config.spatial_variant, questions=questions, score=metrics["score"])
