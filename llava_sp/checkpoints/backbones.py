@@ -74,6 +74,11 @@ def from_backbones(
         ValueError: a backbone lacks weights, the tower has no square grid, or a spatial argument does not fit.
         OSError: a backbone is not there (transformers' message names the path).
     """
+    if isinstance(dtype, str) and dtype != "auto":
+        named = getattr(torch, dtype, None)
+        if not isinstance(named, torch.dtype):
+            raise ValueError(f'dtype is {dtype!r}; use a torch.dtype, its name ("bfloat16"), or "auto"')
+        dtype = named
     if "revision" in load_kwargs:
         raise ValueError("revision= would mean both backbones; use language_model_revision= and vision_tower_revision=")
     tower_kwargs = {name: value for name, value in load_kwargs.items() if name != "quantization_config"}

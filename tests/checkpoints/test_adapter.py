@@ -84,6 +84,13 @@ def test_opens_in_one_call_bit_equal(trained, saved):
     assert type(LlavaSPProcessor.from_pretrained(saved)) is LlavaSPProcessor
 
 
+def test_dtype_by_name(saved):
+    opened = LlavaSPForCausalLM.from_pretrained(saved, dtype="bfloat16")
+    assert {parameter.dtype for parameter in opened.parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="dtype is 'bf17'"):
+        LlavaSPForCausalLM.from_pretrained(saved, dtype="bf17")
+
+
 def test_auto_class_opens_it(trained, saved):
     from transformers import AutoModelForImageTextToText
 
