@@ -15,6 +15,7 @@ import yaml
 from llava_sp.train.run import train
 
 REPO = Path(__file__).parents[2]
+PATIENCE = 1200  # seconds; the first DeepSpeed run of an environment compiles an extension, minutes on two cores
 GOLDEN = REPO / "tests" / "golden"
 LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_DEEPSPEED",
@@ -87,7 +88,7 @@ def start(command: list[str], folder: Path) -> subprocess.Popen:
         )
 
 
-def finish(process: subprocess.Popen, folder: Path, timeout: float = 300) -> str:
+def finish(process: subprocess.Popen, folder: Path, timeout: float = PATIENCE) -> str:
     """Wait for a command; its output. Fails when it fails."""
     try:
         code = process.wait(timeout)
@@ -99,7 +100,7 @@ def finish(process: subprocess.Popen, folder: Path, timeout: float = 300) -> str
     return text
 
 
-def wait_for_step(process: subprocess.Popen, folder: Path, step: int, timeout: float = 300) -> None:
+def wait_for_step(process: subprocess.Popen, folder: Path, step: int, timeout: float = PATIENCE) -> None:
     """Until the log has reached a step."""
     end = time.time() + timeout
     while time.time() < end:
