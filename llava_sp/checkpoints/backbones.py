@@ -74,11 +74,7 @@ def from_backbones(
         ValueError: a backbone lacks weights, the tower has no square grid, or a spatial argument does not fit.
         OSError: a backbone is not there (transformers' message names the path).
     """
-    if isinstance(dtype, str) and dtype != "auto":
-        named = getattr(torch, dtype, None)
-        if not isinstance(named, torch.dtype):
-            raise ValueError(f'dtype is {dtype!r}; use a torch.dtype, its name ("bfloat16"), or "auto"')
-        dtype = named
+    dtype = _dtype(dtype)
     if "revision" in load_kwargs:
         raise ValueError("revision= would mean both backbones; use language_model_revision= and vision_tower_revision=")
     tower_kwargs = {name: value for name, value in load_kwargs.items() if name != "quantization_config"}
@@ -125,6 +121,16 @@ def from_backbones(
     model = _assemble(cls, config, language, tower, fresh_projector(config, dtype, seed))
     model.generation_config = _generation_config(language, tokenizer, pad_token_id)
     return model.eval()
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """A type by its name; "auto" and types as they are. Raises ValueError for a name that is none."""
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype
+    named = getattr(torch, dtype, None)
+    if not isinstance(named, torch.dtype):
+        raise ValueError(f'dtype is {dtype!r}; use a torch.dtype, its name ("bfloat16"), or "auto"')
+    return named
 
 
 def _check_words_before(tokenizer, image_token_id: int, pad_token_id: int, path: str | os.PathLike) -> None:
