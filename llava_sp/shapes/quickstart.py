@@ -11,23 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_sp.shapes.chains import Chains, Command, cores
 from llava_sp.shapes.report import write_report
 from llava_sp.shapes.results import load_results, render_table
 
 VARIANTS = ("none", "cropping", "pooling")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "shapes"
 DEFAULT_SEED = 42  # configs/base.yaml
-UNTOLD = ("Loading weights:",)  # progress bars of less than a second; the log files keep them
+JOBS = 3  # a variant each; with more, the quickstart would need more than 4 GiB
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ def plan(output: Path, variants: Sequence[str], seeds: Sequence[int]) -> list[Ru
     return [Run(variant, seed, output / name) for (variant, seed), name in names.items()]
 
 
-def commands(run: Run, data: Path, args: argparse.Namespace) -> dict[str, list[str]]:
-    """What to run, in order: title -> words after `python -m`."""
+def commands(run: Run, data: Path, args: argparse.Namespace) -> list[Command]:
+    """What to run, in order."""
     shared = ["--spatial_variant", run.variant, "--seed", str(run.seed), "--image_folder", str(data / "images")]
     stage1, stage2 = run.folder / "pretrain", run.folder / "lora"
     pretrain = ["llava_sp.train", "--config", str(CONFIGS / "pretrain.yaml"), *shared]
@@ -62,33 +61,9 @@ def commands(run: Run, data: Path, args: argparse.Namespace) -> dict[str, list[s
         words += [] if steps is None else ["--max_steps", str(steps)]
     score = ["llava_sp.eval.vqav2", "--model", str(stage2), "--data", str(data / "vqav2")]
     score += ["--output", str(run.folder / "vqav2"), "--batch-size", "50", "--max-new-tokens", "16"]
-    return {"stage 1": pretrain, "stage 2": finetune, "score": score}
-
-
-def execute(title: str, words: list[str], log: Path) -> float:
-    """Run one command as a process of its own, its output both here and in a file; returns seconds.
-
-    Raises `SystemExit` with the command's status if it fails.
-    """
-    line = shlex.join(["python", "-m", *words])
-    print(f"\n== {title}\n$ {line}", flush=True)
-    started = time.time()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
-        assert process.stdout is not None
-        for text in process.stdout:
-            file.write(text)
-            if text.strip() and not text.startswith(UNTOLD):
-                print(f"  {text}", end="", flush=True)
-        status = process.wait()
-    if status != 0:
-        print(f"error: the command above ended with status {status}; its output is in {log}", file=sys.stderr)
-        raise SystemExit(status)
-    return time.time() - started
+    logs = run.folder.parent / "logs" / run.name
+    steps = {"stage 1": pretrain, "stage 2": finetune, "score": score}
+    return [Command(title, words, logs / f"{title.replace(' ', '-')}.log") for title, words in steps.items()]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,15 +73,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = args.output.resolve()
     data = output / "data"
     runs = plan(output, args.variants, args.seeds)
-    print(f"quickstart: {len(runs)} models, each in two stages, then scored; everything goes to {output}", flush=True)
+    jobs = min(args.jobs, len(runs))
+    print(f"quickstart: {len(runs)} models, each in two stages, then scored; {jobs} at a time", flush=True)
+    print(f"everything goes to {output}", flush=True)
     make = ["llava_sp.shapes.make", "--output", str(data)]
     make += [] if args.questions is None else ["--questions", str(args.questions)]
-    execute("data", make, output / "logs" / "data.log")
-    for number, run in enumerate(runs, 1):
-        for title, words in commands(run, data, args).items():
-            heading = f"{run.name} ({number} of {len(runs)}), {title}; {_minutes(time.time() - started)} so far"
-            execute(heading, words, output / "logs" / f"{run.name} {title}.log".replace(" ", "-"))
-    spent = {"seconds": round(time.time() - started, 1), "peak_memory_gib": peak_memory_gib()}
+    Chains(1).run({"data": [Command("making", make, output / "logs" / "data.log")]})
+    Chains(jobs, lambda: f"; {_minutes(time.time() - started)} so far").run(
+        {run.name: commands(run, data, args) for run in runs}
+    )
+    spent = {"seconds": round(time.time() - started, 1), "peak_memory_gib": round(jobs * peak_memory_gib(), 2)}
     spent = _remember(output / "quickstart.json", spent)
     results = load_results(output, [(run.name, run.variant) for run in runs])
     print(f"\n{render_table(results)}")
@@ -135,11 +111,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--pretrain-steps", type=int, help="instead of max_steps in configs/shapes/pretrain.yaml")
     add("--finetune-steps", type=int, help="instead of max_steps in configs/shapes/finetune_lora.yaml")
+    add("--jobs", type=int, default=min(JOBS, cores()), help="models trained at a time (default here: %(default)s)")
     add("--questions", type=int, help="held-out questions (default: what llava_sp.shapes.make makes)")
     args = parser.parse_args(argv)
     if not CONFIGS.is_dir():
         parser.error(f"{CONFIGS} does not exist: the quickstart runs from a clone of the repository")
-    for name in ("pretrain_steps", "finetune_steps", "questions"):
+    for name in ("pretrain_steps", "finetune_steps", "jobs", "questions"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     args.variants, args.seeds = list(dict.fromkeys(args.variants)), list(dict.fromkeys(args.seeds))

@@ -122,19 +122,20 @@ def test_plan_and_commands(tmp_path):
     runs = quickstart.plan(tmp_path, ["none", "pooling"], [42, 7])
     assert [run.name for run in runs] == ["none", "pooling", "none-seed7", "pooling-seed7"]
     args = quickstart.parse(["--finetune-steps", "3"])
-    words = quickstart.commands(runs[1], tmp_path / "data", args)
-    assert list(words) == ["stage 1", "stage 2", "score"]
-    assert "--max_steps" not in words["stage 1"] and words["stage 2"][-2:] == ["--max_steps", "3"]
-    with pytest.raises(SystemExit):
-        quickstart.parse(["--pretrain-steps", "0"])
+    stage1, stage2, score = quickstart.commands(runs[1], tmp_path / "data", args)
+    assert [command.title for command in (stage1, stage2, score)] == ["stage 1", "stage 2", "score"]
+    assert "--max_steps" not in stage1.words and stage2.words[-2:] == ["--max_steps", "3"]
+    for wrong in ("--pretrain-steps", "--jobs"):
+        with pytest.raises(SystemExit):
+            quickstart.parse([wrong, "0"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_commands_are_valid_configurations(tmp_path, variant):
     """What the quickstart runs is what configs/shapes says, and stage 2 builds the model of stage 1."""
     run = quickstart.plan(tmp_path, [variant], [quickstart.DEFAULT_SEED])[0]
-    words = quickstart.commands(run, tmp_path / "data", quickstart.parse([]))
-    found = [load_config(words[stage][2], words[stage][3:]) for stage in ("stage 1", "stage 2")]
+    *stages, _ = quickstart.commands(run, tmp_path / "data", quickstart.parse([]))
+    found = [load_config(stage.words[2], stage.words[3:]) for stage in stages]
     for model, data, training in found:
         assert model.spatial_variant == variant and training.deepspeed is None and training.max_steps > 0
         assert Path(model.language_model).is_dir() and Path(model.vision_tower).is_dir()
