@@ -144,4 +144,4 @@ def test_commands_are_valid_configurations(tmp_path, variant):
     assert (stage1.stage, stage2.stage) == ("pretrain", "finetune_lora")
     assert (first.spatial_width, first.spatial_scales) == (second.spatial_width, second.spatial_scales)
     assert second.projector_checkpoint == stage1.output_dir
-    assert stage2.projector_lr < stage2.learning_rate
+    assert stage2.projector_lr == stage1.learning_rate
