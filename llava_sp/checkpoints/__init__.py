@@ -1,6 +1,7 @@
 """Opening and saving models in every format but transformers' own full checkpoint.
 
 `backbones`: assemble from a language model and a vision tower. `adapter`: LoRA and projector, without base weights.
+`formats`: what a folder is, by its content. `original`: what other code wrote. As commands: `convert`, `merge`, `inspect`.
 """
 
 from .adapter import (
@@ -14,15 +15,24 @@ from .adapter import (
     trainable_state_dict,
 )
 from .backbones import from_backbones, weights_fingerprint
+from .formats import Checkpoint, recognise
+from .original import format_of, needs_processor, open_original, open_processor, opener
 
 __all__ = [
+    "Checkpoint",
     "checkpoint_hash",
     "describe",
+    "format_of",
     "from_backbones",
     "is_adapter",
     "load_adapter",
     "load_projector",
+    "needs_processor",
     "open_adapter",
+    "open_original",
+    "open_processor",
+    "opener",
+    "recognise",
     "save_adapter",
     "trainable_state_dict",
     "weights_fingerprint",

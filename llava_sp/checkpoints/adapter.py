@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..model.configuration_llava_sp import LlavaSPConfig
-from ..model.modeling_llava_sp import ADAPTER_FILE, is_missing_folder
+from ..model.modeling_llava_sp import ADAPTER_FILE
+from ..model.other_formats import is_missing_folder
 from .backbones import _hub_kwargs, from_backbones, gathered
 
 MANIFEST = "llava_sp.json"
@@ -273,10 +274,9 @@ def _find_base(path: Path, given, recorded: str | None, keyword: str, what: str)
     chosen = given if given is not None else recorded
     if chosen is None:
         raise ValueError(f"{path} does not record its {what}: pass {keyword}=<hub id or folder>")
-    if Path(chosen).is_dir():
-        return str(chosen)
-    if (path / chosen).is_dir():
-        return str(path / chosen)
+    for place in (Path(chosen), path / chosen, path.parent / chosen):
+        if place.is_dir():
+            return str(place)
     if is_missing_folder(chosen):
         origin = f"passed as {keyword}" if given is not None else "that the checkpoint records"
         raise ValueError(f"{path}: the {what} {origin}, {chosen}, is not there; pass {keyword}=<hub id or folder>")

@@ -7,11 +7,7 @@ or SigLIP checkpoint (its text half is left aside), any ViT of timm. Nothing is 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
-import struct
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -22,17 +18,20 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.integrations import deepspeed as integration
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
+from ..model.backbone_configs import is_original, language_config, load_tokenizer
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.processing_llava_sp import add_special_tokens
 from ..model.projector import SpatialProjector
+from .tensor_files import tensor_lines, weight_files
 
 # Enough for a paragraph; only where neither the caller nor the checkpoint says otherwise.
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -83,8 +82,8 @@ def from_backbones(
     if language_model_revision is not None:
         load_kwargs["revision"] = language_model_revision
     tower = load_vision_tower(vision_tower, dtype=dtype, **tower_kwargs)
-    language = _load_complete(AutoModelForCausalLM, language_model, dtype=dtype, **load_kwargs)
-    tokenizer = AutoTokenizer.from_pretrained(language_model, **_hub_kwargs(load_kwargs))
+    language = load_language_model(language_model, dtype=dtype, **load_kwargs)
+    tokenizer = load_tokenizer(language_model, **_hub_kwargs(load_kwargs))
     old_rows = language.get_input_embeddings().num_embeddings
     image_token_id, pad_token_id, rows = add_special_tokens(tokenizer, old_rows)
     _check_words_before(tokenizer, image_token_id, pad_token_id, language_model)
@@ -94,18 +93,12 @@ def from_backbones(
         tower.to(dtype)
 
     if config is None:
-        text_config = language.config
-        text_config.pad_token_id = pad_token_id
-        config = LlavaSPConfig(
-            text_config=text_config,
-            vision_config=tower.config,
-            image_token_index=image_token_id,
-            pad_token_id=pad_token_id,
-            bos_token_id=text_config.bos_token_id,
-            eos_token_id=text_config.eos_token_id,
-            tie_word_embeddings=text_config.tie_word_embeddings,
+        config = _config(
+            language,
+            tower,
+            image_token_id,
+            pad_token_id,
             vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy="default" if _has_class_token(tower) else "full",
             spatial_variant=spatial_variant,
             spatial_scales=spatial_scales,
             spatial_width=spatial_width,
@@ -121,6 +114,54 @@ def from_backbones(
     model = _assemble(cls, config, language, tower, fresh_projector(config, dtype, seed))
     model.generation_config = _generation_config(language, tokenizer, pad_token_id)
     return model.eval()
+
+
+def from_llava_hf(
+    cls: type[PreTrainedModel], path: str | os.PathLike, dtype: torch.dtype | str = "auto", **load_kwargs
+):
+    """Transformers' LLaVA-1.5 as a model of ours without spatial tokens; its three parts are taken over as they are.
+
+    Raises `ValueError` where it lacks weights or is no LLaVA-1.5 (another projector, several tower layers).
+    """
+    llava = _load_complete(LlavaForConditionalGeneration, path, dtype=_dtype(dtype), **load_kwargs)
+    tokenizer = load_tokenizer(path, **_hub_kwargs(load_kwargs))
+    image_token_id, pad_token_id, rows = add_special_tokens(tokenizer, llava.get_input_embeddings().num_embeddings)
+    _check_words_before(tokenizer, image_token_id, pad_token_id, path)
+    language, tower = _language_half(llava), llava.model.vision_tower
+    grow_vocabulary(language, rows)
+    config = _config(
+        language,
+        tower,
+        image_token_id,
+        pad_token_id,
+        spatial_variant="none",
+        vision_feature_layer=llava.config.vision_feature_layer,
+        dtype=llava.dtype,
+    )
+    projector = SpatialProjector(config).to(llava.dtype)
+    projector.load_state_dict(llava.model.multi_modal_projector.state_dict())
+    model = _assemble(cls, config, language, tower, projector)
+    model.generation_config = _generation_config(language, tokenizer, pad_token_id)
+    return model.eval()
+
+
+def _config(
+    language: PreTrainedModel, tower: PreTrainedModel, image_token_id: int, pad_token_id: int, **settings
+) -> LlavaSPConfig:
+    """The configuration of a model of these parts; `settings` are LlavaSPConfig's own."""
+    text_config = language.config
+    text_config.pad_token_id = pad_token_id
+    return LlavaSPConfig(
+        text_config=text_config,
+        vision_config=tower.config,
+        image_token_index=image_token_id,
+        pad_token_id=pad_token_id,
+        bos_token_id=text_config.bos_token_id,
+        eos_token_id=text_config.eos_token_id,
+        tie_word_embeddings=text_config.tie_word_embeddings,
+        vision_feature_select_strategy="default" if _has_class_token(tower) else "full",
+        **settings,
+    )
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
@@ -145,14 +186,36 @@ def _check_words_before(tokenizer, image_token_id: int, pad_token_id: int, path:
         )
 
 
+def load_language_model(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
+    """A causal language model, or the one within a LLaVA-1.5 checkpoint (the original's, transformers')."""
+    settings, _ = PreTrainedConfig.get_config_dict(path, **_hub_kwargs(kwargs))
+    if is_original(settings):
+        return _load_complete(AutoModelForCausalLM, path, config=language_config(path, **_hub_kwargs(kwargs)), **kwargs)
+    if settings.get("model_type") == "llava":
+        return _language_half(_load_complete(LlavaForConditionalGeneration, path, **kwargs))
+    return _load_complete(AutoModelForCausalLM, path, **kwargs)
+
+
+def _language_half(llava: LlavaForConditionalGeneration) -> PreTrainedModel:
+    """The language model of transformers' LLaVA as a model of its own; nothing is copied."""
+    with torch.device("meta"):
+        language = AutoModelForCausalLM.from_config(llava.config.text_config, dtype=llava.dtype)
+    setattr(language, language.base_model_prefix, llava.model.language_model)
+    language.set_output_embeddings(llava.lm_head)
+    language.generation_config = llava.generation_config
+    return language
+
+
 def load_vision_tower(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     """The image half of a CLIP or SigLIP checkpoint, a bare vision model, or a timm ViT.
 
     The tower's `config` gets `hidden_size`, `image_size` and `patch_size` where it lacks them (timm).
     """
     config = AutoConfig.from_pretrained(path, **_hub_kwargs(kwargs))
-    config = getattr(config, "vision_config", config)
-    tower = _load_complete(AutoModel, path, config=config, **kwargs)
+    if config.model_type == "llava":
+        tower = _load_complete(LlavaForConditionalGeneration, path, **kwargs).model.vision_tower
+    else:
+        tower = _load_complete(AutoModel, path, config=getattr(config, "vision_config", config), **kwargs)
     timm_model = getattr(tower, "timm_model", None)
     if timm_model is not None:
         embed = getattr(timm_model, "patch_embed", None)
@@ -216,67 +279,9 @@ def weights_fingerprint(path: str | os.PathLike, **hub_kwargs) -> str:
     """
     folder = _local_folder(path, **hub_kwargs)
     digest = hashlib.sha256()
-    for line in sorted(line for file in weight_files(folder) for line in _tensor_lines(file)):
+    for line in sorted(line for file in weight_files(folder) for line in tensor_lines(file)):
         digest.update(line.encode())
     return digest.hexdigest()[:16]
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files with weights in a model folder, safetensors first, as its index (if it has one) names them.
-
-    Raises:
-        ValueError: there are none, or the index names a file that is not there.
-    """
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
-            return [folder / name]
-        if index.is_file():
-            files = sorted({folder / shard for shard in json.loads(index.read_text())["weight_map"].values()})
-            missing = [file.name for file in files if not file.is_file()]
-            if missing:
-                raise ValueError(
-                    f"{index} names {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not there"
-                )
-            return files
-    raise ValueError(f"{folder} holds no weights: expected model.safetensors, pytorch_model.bin or an index of shards")
-
-
-def _tensor_lines(file: Path) -> list[str]:
-    """One line per floating-point tensor: name, shape, type, hash of its first and last 64 values."""
-    lines = []
-    for name, dtype, shape, first, last in (
-        _safetensors_ends(file) if file.suffix == ".safetensors" else _bin_ends(file)
-    ):
-        if dtype.startswith(("F", "BF")):
-            lines.append(f"{name} {tuple(shape)} {dtype} {hashlib.sha256(first + last).hexdigest()}\n")
-    return lines
-
-
-def _safetensors_ends(file: Path) -> Iterator[tuple[str, str, list[int], bytes, bytes]]:
-    """(name, type, shape, first and last values) of each tensor, reading the header and those values only."""
-    with open(file, "rb") as stream:
-        (length,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        for name, about in header.items():
-            start, end = about["data_offsets"]
-            size = min(end - start, 64 * (end - start) // max(1, math.prod(about["shape"])))
-            stream.seek(8 + length + start)
-            first = stream.read(size)
-            stream.seek(8 + length + end - size)
-            yield name, about["dtype"], about["shape"], first, stream.read(size)
-
-
-def _bin_ends(file: Path) -> Iterator[tuple[str, str, list[int], bytes, bytes]]:
-    """The same of a `.bin` file; tensors are mapped into memory where its format allows."""
-    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    for name, tensor in torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)).items():
-        ends = (
-            part.contiguous().view(torch.uint8).numpy().tobytes()
-            for part in (tensor.flatten()[:64], tensor.flatten()[-64:])
-        )
-        yield name, names.get(tensor.dtype, "other"), list(tensor.shape), *ends
 
 
 def _load_complete(auto_class, path: str | os.PathLike, **kwargs) -> PreTrainedModel:

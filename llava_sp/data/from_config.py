@@ -12,9 +12,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from transformers import AutoConfig
-
+from ..model.backbone_configs import language_config, vision_config
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.processing_llava_sp import LlavaSPProcessor
 from ..model.projector import SPATIAL_VARIANTS
@@ -100,19 +98,10 @@ def geometry(model: ModelArguments) -> LlavaSPConfig:
     if model.spatial_variant not in ("none", *SPATIAL_VARIANTS):
         known = ", ".join(["none", *SPATIAL_VARIANTS])
         raise ValueError(f"spatial_variant is {model.spatial_variant!r}; it must be one of: {known}")
-    vision = AutoConfig.from_pretrained(model.vision_tower)
-    vision = getattr(vision, "vision_config", vision)
-    if vision.model_type == "timm_wrapper":  # only the network knows; built without weights
-        import timm
-
-        with torch.device("meta"):
-            network = timm.create_model(vision.architecture, num_classes=0, **(vision.model_args or {}))
-        if getattr(network, "patch_embed", None) is None:
-            raise ValueError(f"vision_tower = {model.vision_tower}: {vision.architecture} is no ViT with patches")
-        vision.hidden_size = network.embed_dim
-        vision.image_size, vision.patch_size = list(network.patch_embed.img_size), list(network.patch_embed.patch_size)
     return LlavaSPConfig(
-        text_config=AutoConfig.from_pretrained(model.language_model), vision_config=vision, **spatial_settings(model)
+        text_config=language_config(model.language_model),
+        vision_config=vision_config(model.vision_tower),
+        **spatial_settings(model),
     )
 
 

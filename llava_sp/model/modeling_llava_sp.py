@@ -4,8 +4,6 @@ The processor has already written `config.num_image_tokens` placeholders for eve
 Shape suffixes: B batch, L sequence, M supervised positions, D language width, V vocabulary.
 """
 
-import importlib
-import importlib.util
 import os
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 
 from .configuration_llava_sp import LlavaSPConfig
+from .other_formats import checkpoints_package, is_missing_folder
 from .projector import SpatialProjector
 
 IGNORE_INDEX = -100
@@ -254,16 +253,17 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "LlavaSPForCausalLM":
         """Open a full checkpoint as any transformers model, or one of the formats of `llava_sp.checkpoints`.
 
-        An adapter checkpoint (LoRA and projector) is opened on the base models it records; `base_model=` and
-        `vision_tower=` (hub ids or paths) take their place.
+        An adapter checkpoint (LoRA and projector), ours or the original code's, is opened on the base models it records;
+        `base_model=` and `vision_tower=` (hub ids or paths) take their place. What a folder is shows in its content.
         """
         if is_missing_folder(pretrained_model_name_or_path):
             raise FileNotFoundError(
                 f"there is no folder {pretrained_model_name_or_path}, and it cannot be a hub id either"
             )
-        package = _checkpoints_package()
-        if package is not None and package.is_adapter(pretrained_model_name_or_path, **kwargs):
-            return package.open_adapter(cls, pretrained_model_name_or_path, *args, **kwargs)
+        package = checkpoints_package()
+        opener = None if package is None else package.opener(pretrained_model_name_or_path, **kwargs)
+        if opener is not None:
+            return opener(cls, pretrained_model_name_or_path, *args, **kwargs)
         if (Path(pretrained_model_name_or_path) / ADAPTER_FILE).is_file():
             raise ImportError(
                 f"{pretrained_model_name_or_path} is an adapter checkpoint (LoRA and projector); opening it on its "
@@ -285,7 +285,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
 
         The keywords, formats and errors are those of `llava_sp.checkpoints.from_backbones`.
         """
-        package = _checkpoints_package()
+        package = checkpoints_package()
         if package is None:
             raise ImportError("from_backbones needs the package: pip install llava_sp")
         return package.from_backbones(cls, language_model, vision_tower, **kwargs)
@@ -293,7 +293,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save a full checkpoint; with LoRA attached, an adapter checkpoint (LoRA and projector, no base weights)."""
         if getattr(self, "_hf_peft_config_loaded", False):
-            package = _checkpoints_package()
+            package = checkpoints_package()
             if package is None:
                 raise ImportError("saving LoRA together with its projector needs the package: pip install llava_sp")
             write = kwargs.pop("is_main_process", True)
@@ -302,22 +302,6 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             package.save_adapter(self, None, save_directory, write=write)
         else:
             super().save_pretrained(save_directory, *args, **kwargs)
-
-
-def is_missing_folder(path: str | os.PathLike) -> bool:
-    """Whether `path` can only mean a local folder, and none is there."""
-    text = str(path)
-    return not os.path.exists(text) and (text.count("/") > 1 or text.startswith((".", "/", "~")))
-
-
-def _checkpoints_package():
-    """llava_sp.checkpoints, or None where only this file was pushed (trust_remote_code).
-
-    Looked up by name: the model's files stand alone, and what opens other formats builds upon them.
-    """
-    if importlib.util.find_spec("llava_sp") is None:
-        return None
-    return importlib.import_module("llava_sp.checkpoints")
 
 
 LlavaSPForCausalLM.register_for_auto_class("AutoModelForImageTextToText")

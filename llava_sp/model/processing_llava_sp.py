@@ -13,13 +13,15 @@ from typing import NamedTuple
 import torch
 import transformers
 from PIL import Image
-from transformers import AutoTokenizer, BatchFeature
+from transformers import BatchFeature
 from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.processing_utils import MultiModalData
 
+from .backbone_configs import load_tokenizer
 from .configuration_llava_sp import LlavaSPConfig
 from .conversation import IMAGE_MARK, Segment, Turn, chat_template, get_template, normalize_turns, render_segments
 from .image_preprocessing import flatten_images, image_processor_of, pad_to_square, pillow_counterpart
+from .other_formats import checkpoints_package
 
 IGNORE_INDEX = -100
 ASPECT_RATIOS = ("pad", "crop")
@@ -128,7 +130,7 @@ class LlavaSPProcessor(LlavaProcessor):
         vision_tower = vision_tower or config.base_vision_tower
         if language_model is None:
             raise ValueError("no language model: the config records no base_language_model, give language_model=")
-        tokenizer = AutoTokenizer.from_pretrained(language_model, **hub_kwargs)
+        tokenizer = load_tokenizer(language_model, **hub_kwargs)
         add_special_tokens(tokenizer)
         return cls(
             image_processor_of(config, vision_tower, **hub_kwargs),
@@ -137,6 +139,20 @@ class LlavaSPProcessor(LlavaProcessor):
             image_aspect_ratio=image_aspect_ratio,
             conversation_template=conversation_template,
         )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> LlavaSPProcessor:
+        """The processor saved beside a checkpoint, or the one that belongs to a checkpoint of other code.
+
+        Of the latter, `base_model=` and `vision_tower=` take the place of recorded paths, as for the model;
+        `image_aspect_ratio=` and `conversation_template=` that of what such checkpoints do not record.
+        """
+        package = checkpoints_package()
+        if package is not None and package.needs_processor(pretrained_model_name_or_path, **kwargs):
+            return package.open_processor(pretrained_model_name_or_path, *args, **kwargs)
+        for keyword in ("base_model", "vision_tower"):  # needed to make a processor, not to read one
+            kwargs.pop(keyword, None)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @property
     def pad_token_id(self) -> int:

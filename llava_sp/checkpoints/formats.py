@@ -1,0 +1,338 @@
+"""What a folder of weights is, told by its content: every format's tensors under our own names, nothing read but headers.
+
+    llava_sp              our full checkpoint (transformers' own layout)
+    llava_sp_adapter      our adapter checkpoint, see `adapter`
+    original_lora         a released LLaVA-SP or LLaVA-1.5 LoRA folder: adapter_model.*, non_lora_trainables.bin
+    original_full         LLaVA-1.5's or LLaVA-SP's full model, `model_type: llava_llama`, projector within or beside
+    original_projector    what the first stage leaves: model.bin (LLaVA-SP), mm_projector.bin (LLaVA-1.5)
+    llava_hf              transformers' LLaVA-1.5 (llava-hf on the hub)
+
+The original's configuration does not say which variant its weights are; their names and shapes do.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..model.modeling_llava_sp import ADAPTER_FILE
+from .tensor_files import StoredTensor, read_json, stored_tensors, weight_files
+
+FORMATS = {
+    "llava_sp": "LLaVA-SP, full checkpoint",
+    "llava_sp_adapter": "LLaVA-SP, adapter checkpoint (projector, and LoRA after the second stage)",
+    "original_lora": "original LLaVA code, LoRA folder",
+    "original_full": "original LLaVA code, full checkpoint",
+    "original_projector": "original LLaVA code, projector of the first stage",
+    "llava_hf": "transformers' LLaVA, full checkpoint",
+}
+PROJECTOR = "model.multi_modal_projector."
+LANGUAGE = "model.language_model."
+TOWER = "model.vision_tower."
+HEAD = "lm_head."
+ORIGINAL_SCALES = (4, 8, 12, 16, 20, 24)
+ORIGINAL_GRID = 24
+
+_LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
+_PROJECTOR_FILES = ("model.bin", "mm_projector.bin")
+_INTEGRATOR = {"query_projector": "query", "key_projector": "key", "value_projector": "value"}
+_CONV = re.compile(r"conv_(\d+)(\.1)?\.weight")
+
+
+@dataclass
+class Checkpoint:
+    """A recognised folder.
+
+    Attributes:
+        folder: where it is. format: a key of `FORMATS`. config: its config.json, {} where it has none.
+        tensors: our parameter name -> where the tensor is; LoRA's without an adapter's name in it.
+        unknown: keys that have no place in our model.
+        missing: our names of tensors that the layout needs and no file holds.
+        lora: PEFT's adapter_config.json, or None.
+        spatial: keywords of `LlavaSPConfig` that the projector's tensors call for.
+        language_model, vision_tower: what it records about its origin.
+    """
+
+    folder: Path
+    format: str
+    config: dict[str, Any]
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    unknown: list[StoredTensor] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    lora: dict[str, Any] | None = None
+    spatial: dict[str, Any] = field(default_factory=dict)
+    language_model: str | None = None
+    vision_tower: str | None = None
+
+    def part(self, prefix: str, lora: bool = False) -> dict[str, StoredTensor]:
+        """The tensors below `prefix` under their whole names, LoRA's or the others."""
+        return {n: t for n, t in self.tensors.items() if n.startswith(prefix) and (".lora_" in n) == lora}
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({tensor.file for tensor in (*self.tensors.values(), *self.unknown)})
+
+    @property
+    def holds_language_model(self) -> bool:
+        return self.format in ("llava_sp", "original_full", "llava_hf")
+
+
+def recognise(path: str | os.PathLike) -> Checkpoint:
+    """What stands at `path`, a folder or the file of a first stage's projector.
+
+    Raises:
+        FileNotFoundError: nothing stands there.
+        ValueError: it is none of `FORMATS` (the message says what was found), or a file in it is broken.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no folder {path}")
+    folder = path if path.is_dir() else path.parent
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if path.is_file():
+        return _original_projector(folder, path, config)
+    if (folder / ADAPTER_FILE).is_file():
+        return _adapter(folder, config)
+    if config.get("model_type") == "llava_sp" and not _find(folder, _NON_LORA_FILES):
+        return _full(folder, config, "llava_sp")
+    if _find(folder, _LORA_FILES) or _find(folder, _NON_LORA_FILES):
+        return _original_lora(folder, config)
+    if _has_weights(folder):
+        return _full_of_others(folder, config)
+    projector = _find(folder, _PROJECTOR_FILES)
+    if projector is not None:
+        return _original_projector(folder, projector, config)
+    found = ", ".join(sorted(file.name for file in folder.iterdir())[:12]) or "nothing"
+    raise ValueError(
+        f"{folder} is no checkpoint that can be opened. It holds: {found}. Expected one of: model.safetensors or "
+        f"pytorch_model.bin (or shards with an index), {ADAPTER_FILE}, adapter_model.safetensors or .bin with "
+        f"non_lora_trainables.bin, {' or '.join(_PROJECTOR_FILES)}"
+    )
+
+
+def _find(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _has_weights(folder: Path) -> bool:
+    names = ("model.safetensors", "pytorch_model.bin")
+    return any((folder / f"{name}{end}").is_file() for name in names for end in ("", ".index.json"))
+
+
+# ---- our own
+
+
+def _full(folder: Path, config: dict, kind: str) -> Checkpoint:
+    found = Checkpoint(folder, kind, config)
+    for tensor in all_stored(folder):
+        found.tensors[tensor.key] = tensor
+    found.spatial = {key: value for key, value in config.items() if key.startswith(("spatial_", "fusion_"))}
+    found.language_model, found.vision_tower = config.get("base_language_model"), config.get("base_vision_tower")
+    return found
+
+
+def _adapter(folder: Path, config: dict) -> Checkpoint:
+    found = Checkpoint(folder, "llava_sp_adapter", config)
+    for tensor in stored_tensors(folder / ADAPTER_FILE):
+        found.tensors[PROJECTOR + tensor.key] = tensor
+    lora = folder / "lora"
+    if lora.is_dir():
+        found.lora = read_json(lora / "adapter_config.json")
+        for tensor in stored_tensors(lora / "adapter_model.safetensors"):
+            found.tensors[tensor.key.removeprefix("base_model.model.")] = tensor
+    found.spatial = {key: value for key, value in config.items() if key.startswith(("spatial_", "fusion_"))}
+    found.language_model, found.vision_tower = config.get("base_language_model"), config.get("base_vision_tower")
+    return found
+
+
+# ---- the original code's
+
+
+def bare(key: str) -> str:
+    """An original key without the wrappers it was saved through: `base_model.model.model.conv_4.weight` -> `conv_4.weight`."""
+    while (wrapper := re.match(r"(base_model|model|module)\.", key)) is not None:
+        key = key[wrapper.end() :]
+    return key
+
+
+def our_projector_name(key: str) -> str | None:
+    """A bare original key -> the name within our projector; None if it is no projector's."""
+    if (conv := _CONV.fullmatch(key)) is not None:
+        return f"spatial.extractor.projections.{conv.group(1)}.weight"
+    stem, _, rest = key.partition(".")
+    if stem in _INTEGRATOR:
+        return f"spatial.integrator.{_INTEGRATOR[stem]}.{rest}"
+    if stem == "mm_projector":
+        return {"0": "linear_1.", "2": "linear_2."}.get(rest.partition(".")[0], "?") + rest.partition(".")[2]
+    whole = {"conv_CM.weight": "spatial.integrator.context.weight"}
+    whole |= {f"conv_linear.1.{leaf}": f"spatial.linear.{leaf}" for leaf in ("weight", "bias")}
+    return whole.get(key)
+
+
+def original_projector_name(name: str, variant: str, grid: int) -> str:
+    """The inverse of `our_projector_name`; the variant decides where a convolution stands in its sequence."""
+    parts = name.split(".")
+    if parts[0] in ("linear_1", "linear_2"):
+        return f"mm_projector.{'0' if parts[0] == 'linear_1' else '2'}.{parts[1]}"
+    if parts[1] == "linear":
+        return f"conv_linear.1.{parts[2]}"
+    if parts[1] == "extractor":
+        scale = parts[3]
+        return f"conv_{scale}.1.weight" if variant == "pooling" and int(scale) != grid else f"conv_{scale}.weight"
+    if parts[2] == "context":
+        return "conv_CM.weight"
+    theirs = {ours: name for name, ours in _INTEGRATOR.items()}
+    return f"{theirs[parts[2]]}.{'.'.join(parts[3:])}"
+
+
+def _our_name(key: str) -> str | None:
+    """An original key, wrapped or bare -> the name in our model; None if it has no place there."""
+    key = bare(key)
+    projector = our_projector_name(key)
+    if projector is not None:
+        return None if "?" in projector else PROJECTOR + projector
+    if key.startswith(("layers.", "embed_tokens.", "norm.")):
+        return LANGUAGE + key
+    if key.startswith("vision_tower."):
+        return TOWER + key.removeprefix("vision_tower.").removeprefix("vision_tower.").removeprefix("vision_model.")
+    return key if key.startswith(HEAD) else None
+
+
+def _place(found: Checkpoint, tensors: list[StoredTensor]) -> None:
+    for tensor in tensors:
+        name = _our_name(tensor.key)
+        if name is None:
+            if not tensor.key.endswith(("rotary_emb.inv_freq", "position_ids")):  # constants, not weights
+                found.unknown.append(tensor)
+        elif not name.endswith("position_ids"):
+            found.tensors[name] = tensor
+    found.spatial, found.missing = spatial_layout(found.part(PROJECTOR))
+
+
+def _original(folder: Path, config: dict, kind: str) -> Checkpoint:
+    """The settings that the original code records, for all of its formats."""
+    found = Checkpoint(folder, kind, config)
+    found.language_model = config.get("_name_or_path") or None
+    found.vision_tower = config.get("mm_vision_tower") or config.get("vision_tower") or None
+    kind_of_mlp = config.get("mm_projector_type", "mlp2x_gelu")
+    if kind_of_mlp != "mlp2x_gelu":
+        raise ValueError(f"{folder}: mm_projector_type is {kind_of_mlp!r}; only LLaVA-1.5's mlp2x_gelu can be opened")
+    return found
+
+
+def _original_lora(folder: Path, config: dict) -> Checkpoint:
+    found = _original(folder, config, "original_lora")
+    lora, others = _find(folder, _LORA_FILES), _find(folder, _NON_LORA_FILES)
+    for file, names in ((lora, _LORA_FILES), (others, _NON_LORA_FILES)):
+        if file is None:
+            raise ValueError(
+                f"{folder} looks like a LoRA folder of the original code, but {' or '.join(names)} is missing"
+            )
+    if not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} has {lora.name}, but no adapter_config.json to say what it is")
+    found.lora = read_json(folder / "adapter_config.json")
+    found.language_model = found.lora.get("base_model_name_or_path") or found.language_model
+    _place(found, [*stored_tensors(lora), *stored_tensors(others)])
+    return found
+
+
+def _original_projector(folder: Path, file: Path, config: dict) -> Checkpoint:
+    found = _original(folder, config, "original_projector")
+    _place(found, stored_tensors(file))
+    if not found.part(PROJECTOR):
+        raise ValueError(f"{file} holds no projector: its keys are {', '.join(t.key for t in found.unknown[:4])}, ...")
+    return found
+
+
+def _full_of_others(folder: Path, config: dict) -> Checkpoint:
+    """A full model of the original code or of transformers, told apart by the names of its tensors."""
+    tensors = all_stored(folder)
+    if any("multi_modal_projector." in tensor.key for tensor in tensors):
+        return _llava_hf(folder, config, tensors)
+    found = _original(folder, config, "original_full")
+    found.language_model = str(folder)
+    beside = _find(folder, _PROJECTOR_FILES)
+    within = any(our_projector_name(bare(tensor.key)) for tensor in tensors)
+    if not within and beside is None:
+        raise ValueError(
+            f"{folder} ({config.get('model_type', 'no model_type')}) holds a model without a projector: it is a backbone. "
+            "LlavaSPForCausalLM.from_backbones(language_model=..., vision_tower=...) makes a model of it"
+        )
+    _place(found, tensors if within else [*tensors, *stored_tensors(beside)])
+    return found
+
+
+def spatial_layout(projector: dict[str, StoredTensor]) -> tuple[dict[str, Any], list[str]]:
+    """`(keywords of LlavaSPConfig, names that this layout needs and that are missing)`, from an original's projector.
+
+    The variant of the original shows in its keys: a pooled convolution stands behind its pooling, at `conv_k.1`.
+    """
+    shapes = {name.removeprefix(PROJECTOR): tensor.shape for name, tensor in projector.items()}
+    prefix = "spatial.extractor.projections."
+    scales = sorted(int(name.removeprefix(prefix).split(".")[0]) for name in shapes if name.startswith(prefix))
+    needed = [f"linear_{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias")]
+    if not any(name.startswith("spatial.") for name in shapes):
+        return {"spatial_variant": "none"}, [PROJECTOR + name for name in needed if name not in shapes]
+    pooled = any(_CONV.fullmatch(bare(tensor.key)) and ".1." in bare(tensor.key) for tensor in projector.values())
+    context = shapes.get("spatial.integrator.context.weight")
+    fusion = context is not None or any(name.startswith("spatial.integrator.") for name in shapes)
+    settings: dict[str, Any] = {
+        "spatial_variant": "pooling" if pooled else "cropping",
+        "spatial_fusion": fusion,
+        "spatial_projection_bias": "spatial.linear.bias" in shapes,
+    }
+    if scales:
+        settings["spatial_width"] = shapes[f"{prefix}{scales[0]}.weight"][0]
+    if context is not None:
+        settings["fusion_kernel"] = context[2]
+    wanted = ORIGINAL_SCALES if set(scales) < set(ORIGINAL_SCALES) else tuple(scales)
+    settings["spatial_scales"] = list(wanted)
+    needed += [f"{prefix}{scale}.weight" for scale in wanted] + ["spatial.linear.weight"]
+    if not pooled:
+        needed.append("spatial.linear.bias")
+        settings["spatial_projection_bias"] = True
+    if fusion:
+        needed.append("spatial.integrator.context.weight")
+        needed += [
+            f"spatial.integrator.{part}.{layer}.{leaf}"
+            for part in _INTEGRATOR.values()
+            for layer in (0, 1)
+            for leaf in ("weight", "bias")
+        ]
+    return settings, [PROJECTOR + name for name in needed if name not in shapes]
+
+
+# ---- transformers' LLaVA
+
+
+def _llava_hf(folder: Path, config: dict, tensors: list[StoredTensor]) -> Checkpoint:
+    """Both of its namings: `language_model.model.layers` on disk, `model.language_model.layers` in memory."""
+    found = Checkpoint(folder, "llava_hf", config, spatial={"spatial_variant": "none"})
+    for tensor in tensors:
+        key = tensor.key.removeprefix("model.")
+        key = key.replace("language_model.lm_head.", HEAD).replace("language_model.model.", "language_model.")
+        key = key.replace("vision_tower.vision_model.", "vision_tower.")
+        if key.startswith(HEAD):
+            found.tensors[key] = tensor
+        elif key.startswith(("language_model.", "vision_tower.", "multi_modal_projector.")):
+            found.tensors[f"model.{key}"] = tensor
+        else:
+            found.unknown.append(tensor)
+    found.language_model = found.vision_tower = str(folder)
+    return found
+
+
+def all_stored(folder: Path) -> list[StoredTensor]:
+    """The tensors of all of a folder's weight files. Raises `ValueError` for a shard that is missing or lacks a tensor."""
+    files = weight_files(folder)
+    tensors = [tensor for file in files for tensor in stored_tensors(file)]
+    index = folder / f"{'model.safetensors' if files[0].suffix == '.safetensors' else 'pytorch_model.bin'}.index.json"
+    if len(files) > 1 and index.is_file():
+        lacking = set(read_json(index)["weight_map"]) - {tensor.key for tensor in tensors}
+        if lacking:
+            raise ValueError(f"{index} promises {min(lacking)}, which no shard holds ({len(lacking)} such tensors)")
+    return tensors

@@ -1,0 +1,270 @@
+"""Opening what other code wrote: the original's LoRA folders, full models and first-stage projectors, transformers' LLaVA.
+
+Each opens on its backbones as our own adapter checkpoints do, tensor for tensor: nothing is left at random, nothing is
+left out, and a tensor that cannot be right is named with its file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from ..model.backbone_configs import load_tokenizer, vision_config
+from ..model.configuration_llava_sp import LlavaSPConfig
+from ..model.image_preprocessing import image_processor_of
+from ..model.modeling_llava_sp import ADAPTER_FILE
+from ..model.other_formats import is_missing_folder
+from ..model.processing_llava_sp import LlavaSPProcessor, add_special_tokens
+from .adapter import (
+    ADAPTER_NAME,
+    MANIFEST,
+    _copy_strictly,
+    _fetch,
+    _find_base,
+    _from_hub,
+    _with_adapter_name,
+    open_adapter,
+)
+from .backbones import _hub_kwargs, from_backbones, from_llava_hf
+from .formats import FORMATS, ORIGINAL_GRID, PROJECTOR, TOWER, Checkpoint, original_projector_name, recognise
+from .tensor_files import StoredTensor, read_json, read_tensors, value_problem
+
+_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+
+
+def format_of(path: str | os.PathLike, **hub_kwargs) -> str:
+    """The format (a key of `formats.FORMATS`) of a folder, file or hub id; reads no more than it must.
+
+    Raises:
+        ValueError: a folder that is none of them.
+    """
+    place = Path(path)
+    if place.is_dir():
+        if (place / ADAPTER_FILE).is_file():
+            return "llava_sp_adapter"
+        if (place / "config.json").is_file() and read_json(place / "config.json").get("model_type") == "llava_sp":
+            return "llava_sp"
+        return recognise(place).format
+    if place.is_file():
+        return recognise(place).format
+    if _from_hub(path, MANIFEST, **hub_kwargs) is not None:
+        return "llava_sp_adapter"
+    config = _from_hub(path, "config.json", **hub_kwargs)
+    if config is None or read_json(Path(config)).get("model_type") == "llava_sp":
+        return "llava_sp"  # transformers says what is wrong with it, if anything is
+    return recognise(_fetch(path, **hub_kwargs)).format
+
+
+def opener(path: str | os.PathLike, **hub_kwargs) -> Callable | None:
+    """What opens this checkpoint, as `f(model_class, path, **kwargs)`; None for transformers' own from_pretrained."""
+    kind = format_of(path, **hub_kwargs)
+    return None if kind == "llava_sp" else _OPENERS.get(kind, open_original)
+
+
+def needs_processor(path: str | os.PathLike, **hub_kwargs) -> bool:
+    """Whether a checkpoint of other code stands at `path`, beside which there is no processor of ours."""
+    if Path(path).is_dir() and (Path(path) / "processor_config.json").is_file():
+        return format_of(path) == "llava_hf" if (Path(path) / "config.json").is_file() else False
+    return not is_missing_folder(path) and format_of(path, **hub_kwargs) not in ("llava_sp", "llava_sp_adapter")
+
+
+def open_original(
+    cls,
+    path: str | os.PathLike,
+    *,
+    base_model: str | os.PathLike | None = None,
+    vision_tower: str | os.PathLike | None = None,
+    dtype: torch.dtype | str = "auto",
+    **load_kwargs,
+):
+    """Open a checkpoint of the original code; `LlavaSPForCausalLM.from_pretrained` calls this.
+
+    Args:
+        base_model, vision_tower: in place of the recorded ones, which are often paths on their authors' machines.
+        dtype: of all weights; `"auto"` is the language model's own.
+        load_kwargs: for the backbones, see `from_backbones`.
+
+    Raises:
+        ValueError: a tensor is missing, left over, of another shape, or cannot be trained weights (with key and file);
+            a backbone is not where the checkpoint says.
+    """
+    found = recognise(_fetch(path, **load_kwargs))
+    check_complete(found)
+    language, tower = bases_of(found, base_model, vision_tower)
+    for name in ("trust_remote_code", "_from_auto", "_commit_hash", "adapter_kwargs", "revision", "force_download"):
+        load_kwargs.pop(name, None)
+    model = from_backbones(
+        cls,
+        language,
+        tower,
+        **found.spatial,
+        vision_feature_layer=feature_layer(found),
+        dtype=load_kwargs.pop("torch_dtype", dtype),
+        **load_kwargs,
+    )
+    if found.lora is not None:
+        model.add_adapter(lora_config(found.lora), adapter_name=ADAPTER_NAME)
+    fill(model, found)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(model.dtype)
+    return model.eval()
+
+
+def open_llava_hf(cls, path: str | os.PathLike, **load_kwargs):
+    """Open transformers' LLaVA-1.5 as a model without spatial tokens; `LlavaSPForCausalLM.from_pretrained` calls this."""
+    for keyword in ("base_model", "vision_tower"):
+        if load_kwargs.pop(keyword, None) is not None:
+            raise ValueError(f"{path} is a full checkpoint, with its own backbones: drop {keyword}=")
+    for name in ("trust_remote_code", "_from_auto", "_commit_hash", "adapter_kwargs"):
+        load_kwargs.pop(name, None)
+    return from_llava_hf(cls, path, **load_kwargs)
+
+
+_OPENERS = {"llava_sp_adapter": open_adapter, "llava_hf": open_llava_hf}
+
+
+def open_processor(
+    path: str | os.PathLike,
+    *,
+    base_model: str | os.PathLike | None = None,
+    vision_tower: str | os.PathLike | None = None,
+    image_aspect_ratio: str | None = None,
+    conversation_template: str = "vicuna_v1",
+    **hub_kwargs,
+) -> LlavaSPProcessor:
+    """The processor of a checkpoint that other code wrote; `LlavaSPProcessor.from_pretrained` calls this.
+
+    Args:
+        image_aspect_ratio: "pad" or "crop"; None is what the checkpoint records, and for transformers' LLaVA, which
+            records nothing, LLaVA-1.5's own "pad" (transformers' processor crops).
+        conversation_template: no checkpoint of the original code records it; LLaVA-1.5's and LLaVA-SP's is vicuna_v1.
+    """
+    found = recognise(_fetch(path, **hub_kwargs))
+    hub_kwargs = _hub_kwargs(hub_kwargs)
+    language, tower = bases_of(found, base_model, vision_tower)
+    config = LlavaSPConfig(vision_config=vision_config(tower, **hub_kwargs), **found.spatial)
+    own = any((found.folder / name).is_file() for name in _TOKENIZER_FILES)
+    tokenizer = load_tokenizer(found.folder if own else language, **hub_kwargs)
+    add_special_tokens(tokenizer)
+    if image_aspect_ratio is None:
+        recorded = found.config.get("image_aspect_ratio")
+        image_aspect_ratio = "pad" if found.format == "llava_hf" or recorded == "pad" else "crop"
+    return LlavaSPProcessor(
+        image_processor_of(config, tower, **hub_kwargs),
+        tokenizer,
+        num_image_tokens=config.num_image_tokens,
+        image_aspect_ratio=image_aspect_ratio,
+        conversation_template=conversation_template,
+    )
+
+
+def bases_of(
+    found: Checkpoint, base_model: str | os.PathLike | None, vision_tower: str | os.PathLike | None
+) -> tuple[str, str]:
+    """Where language model and tower are: as given, else as recorded. Raises `ValueError` for what is not there."""
+    if base_model is not None and found.holds_language_model:
+        raise ValueError(f"{found.folder} is a full checkpoint, with its own language model: drop base_model=")
+    language = _find_base(found.folder, base_model, found.language_model, "base_model", "language model")
+    tower = _find_base(found.folder, vision_tower, found.vision_tower, "vision_tower", "vision tower")
+    return language, tower
+
+
+def feature_layer(found: Checkpoint) -> int:
+    """The tower's layer that the original reads. Raises `ValueError` where it also keeps the class token."""
+    kept = found.config.get("mm_vision_select_feature", "patch")
+    if kept != "patch":
+        raise ValueError(f"{found.folder}: mm_vision_select_feature is {kept!r}; the patch grid alone can be opened")
+    return found.config.get("mm_vision_select_layer", -2)
+
+
+def lora_config(settings: dict[str, Any]) -> LoraConfig:
+    """PEFT's settings as the original saved them, held to the language model.
+
+    Raises `ValueError` for a kind of adapter that is not plain LoRA on linear layers.
+    """
+    targets = settings.get("target_modules")
+    if settings.get("peft_type") != "LORA" or isinstance(targets, str) or not targets:
+        raise ValueError(
+            f"adapter_config.json: peft_type {settings.get('peft_type')!r} on {targets!r} cannot be opened"
+        )
+    leaves = "|".join(sorted(re.escape(target) for target in targets))
+    keys = (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "fan_in_fan_out",
+    )
+    kept = {key: settings[key] for key in keys if key in settings}
+    return LoraConfig(
+        **kept, target_modules=rf"model\.language_model\..*\.({leaves})", bias="none", task_type="CAUSAL_LM"
+    )
+
+
+def check_complete(found: Checkpoint) -> None:
+    """Raises `ValueError` naming what is missing or has no place, with the file."""
+    if found.missing:
+        more = f" and {len(found.missing) - 4} more" if len(found.missing) > 4 else ""
+        file = next(iter(found.part(PROJECTOR).values())).file
+        names = [name.removeprefix(PROJECTOR) for name in found.missing[:4]]
+        keys = [original_projector_name(name, found.spatial["spatial_variant"], ORIGINAL_GRID) for name in names]
+        raise ValueError(
+            f"{file} holds part of a projector only ({_layout(found)}): it lacks {', '.join(keys)}{more}. An intermediate checkpoint of "
+            "the original's first stage does; its model.bin holds all"
+        )
+    if found.unknown:
+        odd = found.unknown[0]
+        raise ValueError(f"{odd.file} holds {odd.key} {odd.shape}, which has no place in LLaVA-SP ({_layout(found)})")
+
+
+def _layout(found: Checkpoint) -> str:
+    variant = found.spatial.get("spatial_variant")
+    fusion = {True: " with", False: " without"}.get(found.spatial.get("spatial_fusion"))
+    return f"{FORMATS[found.format]}, variant {variant}" + (f"{fusion} integrator" if fusion else "")
+
+
+def read_checked(stored: dict[str, StoredTensor]) -> dict[str, Tensor]:
+    """The tensors, each file read once. Raises `ValueError` for every value that training cannot have given."""
+    tensors: dict[str, Tensor] = {}
+    problems = []
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        here = {name: tensor for name, tensor in stored.items() if tensor.file == file}
+        content = read_tensors(file, [tensor.key for tensor in here.values()])
+        for name, tensor in here.items():
+            tensors[name] = content[tensor.key]
+            problem = value_problem(content[tensor.key], zeros_allowed=".lora_B" in name)
+            problems += [f"{tensor.key} in {file} {problem}"] if problem else []
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError("these cannot be trained weights:\n  " + "\n  ".join(problems[:8]) + more)
+    return tensors
+
+
+def fill(model: nn.Module, found: Checkpoint) -> None:
+    """Put projector, LoRA and, where the checkpoint holds one, the tower into the model.
+
+    Raises `ValueError`, with nothing changed, for what does not fit.
+    """
+    stored = {**found.part(PROJECTOR), **found.part("", lora=True), **found.part(TOWER)}
+    tensors = {(_with_adapter_name(n) if ".lora_" in n else n): t for n, t in read_checked(stored).items()}
+    with_tower = bool(found.part(TOWER))
+    own = {}
+    for name, parameter in model.named_parameters():
+        plain = name.replace("vision_tower.vision_model.", "vision_tower.")  # its name before transformers 5.20
+        if plain.startswith(PROJECTOR) or ".lora_" in plain or (with_tower and plain.startswith(TOWER)):
+            own[plain] = parameter
+    if with_tower:  # the original saves a tower without the layer norm that only CLIP's pooled output uses
+        own = {n: p for n, p in own.items() if n in tensors or not n.startswith(f"{TOWER}post_layernorm")}
+    _copy_strictly(own, tensors, f"the checkpoint {found.folder}", [])

@@ -1,0 +1,219 @@
+"""Files with tensors: what is in them without reading it, reading without executing anything, and whether it can be right.
+
+Both of the formats that weights come in: safetensors, and PyTorch's pickles (`.bin`, `.pt`), which may hold code. A pickle
+is only ever opened with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_HEADER_LIMIT = 100 * 2**20  # of safetensors' own reader
+_HUGE, _TINY = 1e4, 1e-30  # no trained weight is that large; most of a tensor is never that small
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file: its key there, shape, type, and the file."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: Path
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self) -> Tensor:
+        """The tensor, on the CPU. Raises `ValueError` where the file is cut off or is not what its name says."""
+        return read_tensors(self.file, [self.key])[self.key]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with weights in a model folder, safetensors first, as its index (if it has one) names them.
+
+    Raises:
+        ValueError: there are none, the index cannot be read, or it names a file that is not there.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            files = sorted({folder / shard for shard in read_json(index).get("weight_map", {}).values()})
+            missing = [file.name for file in files if not file.is_file()]
+            if missing or not files:
+                named = ", ".join(missing) or "no shard"
+                raise ValueError(f"{index} names {named}, which {'are' if len(missing) > 1 else 'is'} not there")
+            return files
+    raise ValueError(f"{folder} holds no weights: expected model.safetensors, pytorch_model.bin or an index of shards")
+
+
+def stored_tensors(file: Path) -> list[StoredTensor]:
+    """What a file holds. Reads the header of safetensors; maps a pickle into memory without reading its tensors.
+
+    Raises:
+        ValueError: the file is cut off, is no file of tensors, or (a pickle) holds code.
+    """
+    if file.suffix == ".safetensors":
+        header, _ = _safetensors_header(file)
+        return [StoredTensor(k, tuple(v["shape"]), _dtype(v["dtype"], k, file), file) for k, v in header.items()]
+    return [StoredTensor(k, tuple(v.shape), v.dtype, file) for k, v in _open_pickle(file).items()]
+
+
+def read_tensors(file: Path, keys: list[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of a file on the CPU: those of `keys`, or all. Raises as `stored_tensors`; `KeyError` for an unknown key."""
+    if file.suffix != ".safetensors":
+        tensors = _open_pickle(file)
+        return tensors if keys is None else {key: tensors[key] for key in keys}
+    header, _ = _safetensors_header(file)
+    with safe_open(file, framework="pt") as opened:
+        return {key: opened.get_tensor(key) for key in (header if keys is None else keys)}
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object from a file. Raises `ValueError` naming file and line."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid JSON ({error}): cut off, or not the file it should be") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not an object of settings")
+    return content
+
+
+def value_problem(tensor: Tensor, zeros_allowed: bool = False) -> str | None:
+    """Why these cannot be trained weights, or None: empty, NaN or infinite, or memory that nobody initialised.
+
+    `zeros_allowed`: a matrix of zeros may be meant (LoRA's B before training).
+    """
+    if tensor.numel() == 0:
+        return "is empty (a part that ZeRO-3 had not gathered?)"
+    if not tensor.is_floating_point():
+        return None
+    finite = torch.isfinite(tensor)
+    if not finite.all():
+        return f"holds NaN or infinity in {int((~finite).sum()):,} of its {tensor.numel():,} values"
+    size = tensor.abs()
+    if float(size.max()) > _HUGE:
+        return f"has values up to {float(size.max()):.1e}, which no training gives: memory that was never initialised"
+    if tensor.ndim > 1:
+        used = size > 0
+        if not zeros_allowed and not used.any():
+            return "is zero everywhere: it was saved before it was initialised"
+        if used.any() and float((size[used] < _TINY).float().mean()) > 0.5:
+            return f"has most of its values below {_TINY:.0e}: memory that was never initialised"
+    return None
+
+
+def tensor_lines(file: Path) -> list[str]:
+    """One line per floating-point tensor: key, shape, type, hash of its first and last 64 values."""
+    lines = []
+    for key, dtype, shape, first, last in _safetensors_ends(file) if file.suffix == ".safetensors" else _bin_ends(file):
+        if dtype.startswith(("F", "BF")):
+            lines.append(f"{key} {tuple(shape)} {dtype} {hashlib.sha256(first + last).hexdigest()}\n")
+    return lines
+
+
+def _safetensors_header(file: Path) -> tuple[dict[str, dict], int]:
+    """`(key -> dtype, shape, data_offsets; where the data begins)`. Raises `ValueError` for a file that is cut off."""
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
+            raise ValueError(f"{file} ({size:,} bytes) is no safetensors file, or it is cut off within its header")
+        try:
+            header = json.loads(stream.read(length))
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            raise ValueError(f"{file} is no safetensors file: its header is not JSON") from None
+    header.pop("__metadata__", None)
+    end = 8 + length + max((about["data_offsets"][1] for about in header.values()), default=0)
+    if end != size:
+        raise ValueError(f"{file} is {size:,} bytes long, but its header promises {end:,}: the copy is cut off")
+    return header, 8 + length
+
+
+def _dtype(name: str, key: str, file: Path) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"{file}: {key} is of the type {name}, which is not known here")
+    return _DTYPES[name]
+
+
+def _open_pickle(file: Path) -> dict[str, Tensor]:
+    """A dict of tensors, mapped into memory where the format allows."""
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is not None:
+            raise ValueError(
+                f"{file} holds code ({code.group(1).rstrip('.')}), not only tensors: it was refused, and nothing in it was "
+                "executed. Where you trust its origin, save its tensors as safetensors"
+            ) from None
+        raise ValueError(f"{file} is cut off, or it is no file of tensors") from None
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{file} is cut off, or it is no file of tensors ({reason})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}; expected a dict of tensors")
+    others = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        kind = type(content[others[0]]).__name__
+        raise ValueError(f"{file} holds a {kind} under {others[0]!r}; expected tensors only")
+    return content
+
+
+def _safetensors_ends(file: Path) -> Iterator[tuple[str, str, list[int], bytes, bytes]]:
+    """(key, type, shape, first and last values) of each tensor, reading the header and those values only."""
+    header, base = _safetensors_header(file)
+    with open(file, "rb") as stream:
+        for key, about in header.items():
+            start, end = about["data_offsets"]
+            size = min(end - start, 64 * (end - start) // max(1, math.prod(about["shape"])))
+            stream.seek(base + start)
+            first = stream.read(size)
+            stream.seek(base + end - size, os.SEEK_SET)
+            yield key, about["dtype"], about["shape"], first, stream.read(size)
+
+
+def _bin_ends(file: Path) -> Iterator[tuple[str, str, list[int], bytes, bytes]]:
+    """The same of a pickle."""
+    for key, tensor in _open_pickle(file).items():
+        ends = (
+            part.contiguous().view(torch.uint8).numpy().tobytes()
+            for part in (tensor.flatten()[:64], tensor.flatten()[-64:])
+        )
+        yield key, _NAMES.get(tensor.dtype, "other"), list(tensor.shape), *ends
