@@ -84,6 +84,8 @@ class ConversationDataset(Dataset):
         return len(self._table)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):  # also what ends a loop over the samples
+            raise IndexError(f"sample {index} of {len(self)}")
         for offset in range(min(MAX_SKIPS, len(self))):
             place = (index + offset) % len(self)
             try:

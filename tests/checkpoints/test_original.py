@@ -1,0 +1,295 @@
+"""Checkpoints of the original code, of LLaVA-1.5 and of transformers' LLaVA: one call, and the original's own answers.
+
+Features, logits and answers of the three recorded layouts are compared in tests/model/test_modeling.py, which opens them
+in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+
+from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.data.collator import Collator
+from llava_sp.data.dataset import ConversationDataset
+from llava_sp.data.mixture import load_mixture
+from llava_sp.model.processing_llava_sp import add_special_tokens
+from tests.released import LAYOUTS, bases, load_released, our_name, released_folder
+
+PROMPT = "USER: <image>\nWhat is this? ASSISTANT:"
+
+
+@pytest.fixture(scope="module")
+def images(golden) -> list[Image.Image]:
+    return [Image.open(golden / "samples/images" / name) for name in ("wide.png", "tall.png", "square.png")]
+
+
+def logits(model, processor, images) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**processor(text=PROMPT, images=images[:1])).logits
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in model.state_dict().items()}
+
+
+# ---------------------------------------------------------------- released LLaVA-SP folders
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_processor_pixels_ids_and_training_batch(golden, images, layout):
+    """The processor that comes with a released folder, on prompts and on training samples."""
+    folder = released_folder(golden, layout)
+    processor = LlavaSPProcessor.from_pretrained(folder, **bases(golden))
+    expected = load_file(golden / f"checkpoint_{layout}" / "expected.safetensors")
+    record = json.loads((golden / f"checkpoint_{layout}" / "expected.json").read_text())
+    assert (processor.image_aspect_ratio, processor.conversation_template) == ("pad", "vicuna_v1")
+    pixels = processor.preprocess_images(images)
+    for index in range(3):
+        assert torch.equal(pixels[index][:, ::4, ::4], expected[f"pixel_values_s4.{index}"])
+    for name, sample in record["samples"].items():
+        ids = processor(text=sample["prompt"], images=[images[i] for i in sample["images"]] or None)["input_ids"][0]
+        assert collapse(ids, processor) == expected[f"input_ids.{name}"].tolist(), name
+
+    model = load_released(golden, layout).eval()
+    batch = Collator(processor.pad_token_id)(list(samples(golden, processor)))
+    for row, kept in enumerate(expected["train.attention_mask_after_splice"].bool()):
+        mine = batch["attention_mask"][row].bool()
+        labels = batch["labels"][row][mine]
+        assert labels.tolist() == expected["train.labels_after_splice"][row][kept].tolist()
+        assert collapse(batch["input_ids"][row][mine], processor) == [
+            number for number, real in zip(expected["train.input_ids"][row].tolist(), rows(expected, row)) if real
+        ]
+    with torch.no_grad():
+        loss = model(**batch).loss
+        assert loss.item() == pytest.approx(record["train"]["loss"], rel=1e-4)
+        for sample, known in zip(samples(golden, processor), record["train"]["per_sample"], strict=True):
+            alone = Collator(processor.pad_token_id)([sample])
+            assert (alone["labels"][:, 1:] >= 0).sum() == known["tokens"]
+            assert model(**alone).loss.item() * known["tokens"] == pytest.approx(known["sum_nll"], rel=1e-4)
+
+
+def samples(golden, processor) -> ConversationDataset:
+    folder = golden / "samples"
+    sources = load_mixture([{"annotations": folder / "data.json", "images": folder / "images"}])
+    return ConversationDataset(sources, processor, "vicuna_v1")
+
+
+def collapse(ids: torch.Tensor, processor) -> list[int]:
+    """Ids with the placeholders of an image as the one -200 of the original."""
+    found: list[int] = []
+    count = 0
+    for number in ids.tolist():
+        if number != processor.image_token_id:
+            found.append(number)
+        elif count % processor.num_image_tokens == 0:
+            found.append(-200)
+        count += number == processor.image_token_id
+    return found
+
+
+def rows(expected, row: int) -> list[bool]:
+    return expected["train.attention_mask"][row].bool().tolist()
+
+
+def test_recorded_bases_beside_the_checkpoint_are_found(golden, tmp_path):
+    """ "base" and "clip" are recorded relative to the folder above."""
+    for name in ("base", "clip"):
+        (tmp_path / name).symlink_to(golden / name)
+    shutil.copytree(released_folder(golden, "pooling"), tmp_path / "anything")
+    model = LlavaSPForCausalLM.from_pretrained(tmp_path / "anything")
+    assert model.config.spatial_variant == "pooling" and model.config.spatial_fusion is False
+    assert LlavaSPProcessor.from_pretrained(tmp_path / "anything").num_image_tokens == 582
+
+
+@pytest.mark.parametrize("key", ["base_model", "vision_tower"])
+def test_a_private_path_says_what_was_recorded_and_what_to_pass(golden, tmp_path, key):
+    folder = tmp_path / "copy"
+    shutil.copytree(released_folder(golden, "cropping"), folder)
+    recorded = {"adapter_config.json": "base_model_name_or_path", "config.json": "mm_vision_tower"}
+    for file, field in recorded.items():
+        settings = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(settings | {field: f"/home/author/private/{field}"}))
+    given = {name: place for name, place in bases(golden).items() if name != key}
+    for opens in (LlavaSPForCausalLM, LlavaSPProcessor):
+        with pytest.raises(ValueError, match=rf"/home/author/private/.* is not there; pass {key}="):
+            opens.from_pretrained(folder, **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("binary", [False, True])
+def test_types_and_bin_adapters(golden, tmp_path, images, dtype, binary):
+    """A folder in 16 bit, its adapter as safetensors or .bin, gives the model of its rounded weights."""
+    folder = tmp_path / "copy"
+    shutil.copytree(released_folder(golden, "cropping"), folder)
+    lora = {k: v.to(dtype) for k, v in load_file(folder / "adapter_model.safetensors").items()}
+    (folder / "adapter_model.safetensors").unlink()
+    if binary:
+        torch.save(lora, folder / "adapter_model.bin")
+    else:
+        save_file(lora, folder / "adapter_model.safetensors")
+    others = torch.load(folder / "non_lora_trainables.bin", weights_only=True)
+    torch.save({k: v.to(dtype) for k, v in others.items()}, folder / "non_lora_trainables.bin")
+    model = LlavaSPForCausalLM.from_pretrained(folder, **bases(golden), dtype=torch.float32)
+    exact = load_released(golden, "cropping").eval()
+    for name, tensor in state(exact).items():
+        if ".lora_" in name or "multi_modal_projector" in name:
+            assert torch.equal(state(model)[name], tensor.to(dtype).float()), name
+    small = LlavaSPForCausalLM.from_pretrained(folder, **bases(golden), dtype=dtype)
+    assert {parameter.dtype for parameter in small.parameters()} == {dtype}
+    processor = LlavaSPProcessor.from_pretrained(folder, **bases(golden))
+    difference = logits(small, processor, images).float() - logits(exact, processor, images)
+    assert difference[..., :1000].abs().mean() < (0.05 if dtype == torch.float16 else 0.4)
+
+
+@pytest.mark.parametrize("variant", ["cropping", "pooling"])
+def test_first_stage_projector(golden, variant):
+    folder = golden / "pretrain_artifacts" / variant
+    originals = torch.load(folder / "model.bin", weights_only=True)
+    for path in (folder, folder / "model.bin"):
+        model = LlavaSPForCausalLM.from_pretrained(path, **bases(golden))
+        projector = dict(model.model.multi_modal_projector.named_parameters())
+        assert len(projector) == len(originals)
+        for key, tensor in originals.items():
+            assert torch.equal(projector[our_name(key)], tensor), key
+    with pytest.raises(ValueError, match=r"mm_projector.bin holds part of a projector only.*lacks conv_8"):
+        LlavaSPForCausalLM.from_pretrained(folder / "checkpoint-1000", **bases(golden))
+
+
+# ---------------------------------------------------------------- LLaVA-1.5
+
+
+@pytest.fixture(scope="module")
+def none(golden) -> LlavaSPForCausalLM:
+    """A model without spatial tokens: what LLaVA-1.5 is."""
+    return LlavaSPForCausalLM.from_backbones(
+        golden / "base", golden / "clip", spatial_variant="none", dtype=torch.float32
+    )
+
+
+def original_keys(model, golden, tower: bool, words: int = 1000) -> dict[str, torch.Tensor]:
+    """The model's weights as LLaVA-1.5's own code names them."""
+    keys = {}
+    for name, tensor in model.state_dict().items():
+        name = name.replace("vision_tower.vision_model.", "vision_tower.")
+        if name.startswith("model.multi_modal_projector."):
+            name = name.replace("multi_modal_projector.linear_1", "mm_projector.0")
+            keys[name.replace("multi_modal_projector.linear_2", "mm_projector.2")] = tensor
+        elif name.startswith("model.vision_tower."):
+            if tower:
+                keys[name.replace("vision_tower.", "vision_tower.vision_tower.vision_model.")] = tensor
+        else:
+            rows = words if "embed_tokens" in name or "lm_head" in name else len(tensor)
+            keys[name.replace("language_model.", "")] = tensor[:rows].contiguous()
+    return keys
+
+
+def write_original(folder, model, golden, tower: bool, beside: bool, safetensors: bool = True) -> None:
+    """A full LLaVA-1.5 folder: its projector within or beside, with or without the tower's weights."""
+    folder.mkdir()
+    for file in (golden / "base").glob("*token*"):
+        shutil.copy(file, folder)
+    settings = json.loads((released_folder(golden, "cropping") / "config.json").read_text())
+    settings |= {"mm_vision_tower": str(golden / "clip"), "architectures": ["LlavaLlamaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    keys = original_keys(model, golden, tower)
+    if beside:
+        projector = {key: keys.pop(key) for key in list(keys) if "mm_projector" in key}
+        torch.save(projector, folder / "mm_projector.bin")
+    keys = {key: tensor.clone() for key, tensor in keys.items()}
+    if safetensors:
+        save_file(keys, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        torch.save(keys, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("tower", "beside", "safetensors"), [(False, False, True), (True, False, False), (True, True, True)]
+)
+def test_llava_15_full(golden, none, images, tmp_path, tower, beside, safetensors):
+    write_original(tmp_path / "m", none, golden, tower, beside, safetensors)
+    model = LlavaSPForCausalLM.from_pretrained(tmp_path / "m")
+    assert model.config.spatial_variant == "none"
+    processor = LlavaSPProcessor.from_pretrained(tmp_path / "m")
+    assert processor.num_image_tokens == 576 and processor.image_aspect_ratio == "pad"
+    for name, tensor in state(none).items():
+        assert torch.equal(state(model)[name], tensor), name
+    assert torch.equal(logits(model, processor, images), logits(none, processor, images))
+    with pytest.raises(ValueError, match="full checkpoint.*drop base_model="):
+        LlavaSPForCausalLM.from_pretrained(tmp_path / "m", base_model=golden / "base")
+
+
+def test_a_tower_within_the_checkpoint_is_the_one_that_counts(golden, none, tmp_path):
+    write_original(tmp_path / "m", none, golden, tower=True, beside=False)
+    keys = load_file(tmp_path / "m/model.safetensors")
+    name = next(key for key in keys if key.endswith("patch_embedding.weight"))
+    keys[name] = keys[name] * 2
+    save_file(keys, tmp_path / "m/model.safetensors", metadata={"format": "pt"})
+    ours = state(LlavaSPForCausalLM.from_pretrained(tmp_path / "m"))
+    changed = next(key for key in ours if key.endswith("patch_embedding.weight"))
+    assert torch.equal(ours[changed], 2 * state(none)[changed])
+
+
+def test_llava_15_lora(golden, tmp_path):
+    """A LoRA folder of LLaVA-1.5 itself: no spatial keys, so no spatial tokens."""
+    shutil.copytree(released_folder(golden, "cropping"), tmp_path / "m")
+    file = tmp_path / "m/non_lora_trainables.bin"
+    kept = {k: v for k, v in torch.load(file, weights_only=True).items() if "mm_projector" in k}
+    torch.save(kept, file)
+    model = LlavaSPForCausalLM.from_pretrained(tmp_path / "m", **bases(golden))
+    assert model.config.spatial_variant == "none" and model.config.num_image_tokens == 576
+    assert any(".lora_B" in name and parameter.any() for name, parameter in model.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def llava_hf(golden, none, tmp_path_factory):
+    """A folder as llava-hf's: transformers' own model, with a tokenizer that has <image> and <pad>."""
+    folder = tmp_path_factory.mktemp("hf")
+    settings = none.config
+    config = LlavaConfig(
+        text_config=settings.text_config.to_dict(),
+        vision_config=settings.vision_config.to_dict(),
+        image_token_index=settings.image_token_id,
+        pad_token_id=settings.pad_token_id,
+    )
+    llava = LlavaForConditionalGeneration(config).eval()
+    llava.load_state_dict(none.state_dict())
+    llava.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(golden / "base")
+    add_special_tokens(tokenizer)
+    tokenizer.save_pretrained(folder)
+    shutil.copy(golden / "clip/preprocessor_config.json", folder)
+    return folder
+
+
+def test_llava_hf(golden, none, images, llava_hf):
+    model = LlavaSPForCausalLM.from_pretrained(llava_hf)
+    processor = LlavaSPProcessor.from_pretrained(llava_hf)
+    assert type(model) is LlavaSPForCausalLM and model.config.spatial_variant == "none"
+    assert processor.num_image_tokens == 576 and processor.image_aspect_ratio == "pad"
+    for name, tensor in state(none).items():
+        assert torch.equal(state(model)[name], tensor), name
+    llava = LlavaForConditionalGeneration.from_pretrained(llava_hf, dtype=torch.float32).eval()
+    torch.testing.assert_close(
+        logits(model, processor, images)[..., :1000], logits(llava, processor, images)[..., :1000], rtol=0, atol=1e-5
+    )
+    assert LlavaSPProcessor.from_pretrained(llava_hf, image_aspect_ratio="crop").image_aspect_ratio == "crop"
+    with pytest.raises(ValueError, match="drop vision_tower="):
+        LlavaSPForCausalLM.from_pretrained(llava_hf, vision_tower=golden / "clip")
+
+
+def test_a_full_llava_is_a_language_model_to_start_from(golden, none, llava_hf, tmp_path):
+    """`from_backbones` takes the language model and the tower out of either kind of full LLaVA-1.5."""
+    write_original(tmp_path / "m", none, golden, tower=False, beside=False)
+    for language, tower in ((tmp_path / "m", golden / "clip"), (llava_hf, llava_hf)):
+        model = LlavaSPForCausalLM.from_backbones(language, tower, spatial_width=3)
+        assert model.config.spatial_variant == "cropping"
+        for name, tensor in state(none).items():
+            if "multi_modal_projector" not in name:
+                assert torch.equal(state(model)[name], tensor), name
