@@ -117,9 +117,11 @@ def losses(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """CLIP's symmetric contrastive loss, the patch-phrase loss, and the accuracy on patches that show a thing.
 
-    Patches that show a digit weigh `handwriting` times as much as those that show a shape.
+    The patches are taken from the last layer but one, which is the layer that LLaVA reads. Those that show a digit weigh
+    `handwriting` times as much as those that show a shape.
     """
-    vision = model.vision_model(pixel_values=to_pixels([draw(scene) for scene in scenes]))
+    pixels = to_pixels([draw(scene) for scene in scenes])
+    vision = model.vision_model(pixel_values=pixels, output_hidden_states=True)
     image_BP = F.normalize(model.visual_projection(vision.pooler_output), dim=-1)
     text = _embed_text(model, tokenizer, [caption(scene) for scene in scenes] + list(PHRASES))
     caption_BP, phrase_KP = text[: len(scenes)], text[len(scenes) :]
@@ -128,7 +130,7 @@ def losses(
     target = torch.arange(len(scenes))
     contrastive = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
-    patches = model.vision_model.post_layernorm(vision.last_hidden_state[:, 1:])
+    patches = model.vision_model.post_layernorm(vision.hidden_states[-2][:, 1:])
     patch_BNP = F.normalize(model.visual_projection(patches), dim=-1)
     phrase_logits = (scale * patch_BNP @ phrase_KP.T).flatten(0, 1)
     shown = torch.from_numpy(np.stack([phrase_grid(scene) for scene in scenes])).flatten()

@@ -2,7 +2,9 @@
 
 Its text is the world's: captions, and conversations in Vicuna's format about scenes that are *described in words*. So it
 knows how to speak, to answer from what was said, to count and to compare places, and has never seen a picture: what
-Vicuna is to LLaVA. Run by `python -m llava_sp.shapes.train_backbones`.
+Vicuna is to LLaVA. A large language model takes many words at one position in its stride, which is what an image token
+is; this one is too small to come to that by itself, so some descriptions are `Chords`, several words' embeddings added up.
+Run by `python -m llava_sp.shapes.train_backbones`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from llava_sp.shapes.language import CAPTION_REQUESTS, SUFFIX, Interviewer, all_words, caption, description
-from llava_sp.shapes.world import sample_scene
+from llava_sp.shapes.world import GRID, Scene, sample_scene
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -36,27 +38,55 @@ LLAMA = {
     "rms_norm_eps": 1e-5,
     "initializer_range": 0.06,
 }
-BOS, EOS = 1, 2
+UNKNOWN, BOS, EOS = 0, 1, 2
 QUESTIONS_PER_TEXT = 6
 
-Segments = list[tuple[str, bool]]  # (text, is it the assistant's?); an assistant's segment ends a turn
+FILLER = "."  # what a chord says that stands for nothing
+Chords = list[str]  # the words of each string share one position
+Segments = list[tuple[str | Chords, bool]]  # (text, is it the assistant's?); an assistant's segment ends a turn
+
+
+@dataclass
+class Sample:
+    """A text as a model's input: ids, the weight of each as a target, and position -> the ids that share it."""
+
+    ids: list[int]
+    weights: list[float]
+    chords: dict[int, list[int]]
 
 
 @dataclass(frozen=True)
 class Cycle:
-    """One cycle of training: its steps, its highest rate, the share of texts that are only to be said again, and that of
-    captions (the rest are conversations), which stand alone or behind a description."""
+    """One cycle of training: its steps, its highest rate, the share of texts that are only to be said again, that of
+    captions (the rest are conversations), which stand alone or behind a description, and that of descriptions in chords."""
 
     steps: int
     rate: float
     repeated: float
     captions: float = 0.125
     described: bool = False
+    in_chords: float = 0.0
 
 
 # First it learns to read back what stands before it, then mostly to answer, then also to caption what stands before it, which
 # the first stage of LLaVA's training asks of a language model that does not learn any more.
-CYCLES = (Cycle(2500, 2e-3, 0.2), Cycle(2000, 1.5e-3, 0.05), Cycle(700, 1.5e-3, 0.05, captions=0.35, described=True))
+CYCLES = (
+    Cycle(2500, 2e-3, 0.2),
+    Cycle(2000, 1.5e-3, 0.05, in_chords=0.5),
+    Cycle(900, 1.5e-3, 0.05, captions=0.35, described=True, in_chords=0.7),
+)
+
+
+def in_chords(scene: Scene, rng: np.random.Generator) -> Chords:
+    """The scene line by line, as a picture's patches show it: a thing's name and place at each of its positions."""
+    chords: Chords = []
+    for row in range(GRID):
+        things = [thing for thing in scene.things if thing.row == row]
+        for _ in range(rng.integers(1, 4)):
+            for thing in things:
+                chords += [FILLER] * rng.integers(4) + [f"{thing.label} {thing.place}"] * rng.integers(1, 4)
+            chords += [FILLER] * rng.integers(4)
+    return chords
 
 
 def document(rng: np.random.Generator, interviewer: Interviewer, cycle: Cycle) -> Segments:
@@ -66,19 +96,28 @@ def document(rng: np.random.Generator, interviewer: Interviewer, cycle: Cycle) -
         words = " ".join(rng.choice(all_words(), size=rng.integers(6, 25)))
         return [(f"USER: {words}\nSay it again. ASSISTANT:", False), (words, True)]
     scene, kind = sample_scene(rng, "train"), rng.random()
+    told = in_chords(scene, rng) if rng.random() < cycle.in_chords else description(scene, rng)
     if kind < cycle.captions:
-        before = [(description(scene, rng), False)] if cycle.described else []
-        return [*before, (caption(scene), True)]
-    opening = f"{SYSTEM} " if rng.random() < 0.3 else ""
-    opening += f"USER: {description(scene, rng)}\n"
+        return [*([(told, False)] if cycle.described else []), (caption(scene), True)]
+    opening = f"{SYSTEM} USER: " if rng.random() < 0.3 else "USER: "
+    before: Segments = [(f"{opening}{told}", False)] if isinstance(told, str) else [(opening, False), (told, False)]
     if kind < cycle.captions + 0.125:
         request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
-        return [(f"{opening}{request} ASSISTANT:", False), (caption(scene), True)]
+        return [*_joined(before, f"\n{request} ASSISTANT:"), (caption(scene), True)]
     segments: Segments = []
     for question in interviewer.interview(scene, QUESTIONS_PER_TEXT):
-        asked = f"{opening}{question.text}{SUFFIX}" if not segments else f"USER: {question.text}"
-        segments += [(f"{asked} ASSISTANT:", False), (question.answer, True)]
+        if segments:
+            segments.append((f"USER: {question.text} ASSISTANT:", False))
+        else:
+            segments += _joined(before, f"\n{question.text}{SUFFIX} ASSISTANT:")
+        segments.append((question.answer, True))
     return segments
+
+
+def _joined(before: Segments, text: str) -> Segments:
+    """The text behind what stands before it: one text with a text, on its own behind chords."""
+    *first, (last, _) = before
+    return [*first, (last + text, False)] if isinstance(last, str) else [*before, (text, False)]
 
 
 def train_tokenizer(texts: list[str], path: Path) -> PreTrainedTokenizerBase:
@@ -105,29 +144,47 @@ def train_tokenizer(texts: list[str], path: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(path)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, segments: Segments) -> tuple[list[int], list[float]]:
-    """Ids and the weight of each as a target: the assistant's words and end token 1, everything else 0.1.
+def encode(tokenizer: PreTrainedTokenizerBase, segments: Segments) -> Sample:
+    """The assistant's words and end token weigh 1 as targets, everything else 0.1, chords 0.
 
     A turn after the first stands right behind "</s>", where Llama's tokenizer puts no space in front of "USER".
     """
-    ids, weights = [BOS], [0.0]
+    sample = Sample([BOS], [0.0], {})
     for text, is_answer in segments:
-        after_end = ids[-1] == EOS
+        if isinstance(text, list):
+            for words in text:
+                sample.chords[len(sample.ids)] = tokenizer(words, add_special_tokens=False).input_ids
+                sample.ids.append(UNKNOWN)
+                sample.weights.append(0.0)
+            continue
+        after_end = sample.ids[-1] == EOS
         piece = tokenizer(f"</s>{text}" if after_end else text, add_special_tokens=False).input_ids[after_end:]
         piece += [EOS] if is_answer else []
-        ids += piece
-        weights += [1.0 if is_answer else 0.1] * len(piece)
-    return ids, weights
+        sample.ids += piece
+        sample.weights += [1.0 if is_answer else 0.1] * len(piece)
+    return sample
 
 
-def batch_loss(
-    model: LlamaForCausalLM, samples: list[tuple[list[int], list[float]]]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def embed(model: LlamaForCausalLM, ids: torch.Tensor, samples: list[Sample]) -> torch.Tensor:
+    """Input embeddings [B, L, D] of padded ids [B, L]: at a chord's position the sum of its words'."""
+    table = model.get_input_embeddings()
+    places = [(row, position) for row, sample in enumerate(samples) for position in sample.chords]
+    if not places:
+        return table(ids)
+    groups = [sample.chords[position] for sample in samples for position in sample.chords]
+    starts = torch.tensor([0, *(len(group) for group in groups)]).cumsum(0)[:-1]
+    words = torch.tensor([number for group in groups for number in group])
+    sums = F.embedding_bag(words, table.weight, starts, mode="sum")
+    rows, positions = torch.tensor(places).T
+    return table(ids).index_put((rows, positions), sums)
+
+
+def batch_loss(model: LlamaForCausalLM, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted token loss of a right-padded batch, and the accuracy over the assistant's tokens."""
-    length = max(len(ids) for ids, _ in samples)
-    ids = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in samples])
-    weights = torch.tensor([weights + [0.0] * (length - len(weights)) for _, weights in samples])[:, 1:]
-    logits = model(input_ids=ids).logits[:, :-1]
+    length = max(len(sample.ids) for sample in samples)
+    ids = torch.tensor([sample.ids + [0] * (length - len(sample.ids)) for sample in samples])
+    weights = torch.tensor([sample.weights + [0.0] * (length - len(sample.weights)) for sample in samples])[:, 1:]
+    logits = model(inputs_embeds=embed(model, ids, samples)).logits[:, :-1]
     per_token = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     answers = weights == 1.0
     accuracy = (logits.argmax(-1) == ids[:, 1:])[answers].float().mean()
@@ -139,7 +196,7 @@ def start(seed: int, path: Path) -> LlamaForCausalLM:
     rng = np.random.default_rng([seed, 3])
     interviewer = Interviewer(rng)
     torch.manual_seed(seed)
-    corpus = [text for _ in range(3000) for text, _ in document(rng, interviewer, CYCLES[0])]
+    corpus = [text for _ in range(3000) for text, _ in document(rng, interviewer, CYCLES[0])]  # has no chords
     tokenizer = train_tokenizer(corpus, path)
     special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0}
     return LlamaForCausalLM(LlamaConfig(**LLAMA, **special, vocab_size=len(tokenizer), tie_word_embeddings=False))
@@ -152,7 +209,7 @@ def train(model: LlamaForCausalLM, path: Path, seed: int, number: int, steps: in
     rng = np.random.default_rng([seed, 3, number])
     interviewer = Interviewer(rng)
 
-    def batch(size: int) -> list[tuple[list[int], list[float]]]:
+    def batch(size: int) -> list[Sample]:
         return [encode(tokenizer, document(rng, interviewer, cycle)) for _ in range(size)]
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=cycle.rate, weight_decay=0.01, betas=(0.9, 0.98))

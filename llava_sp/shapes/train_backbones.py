@@ -34,7 +34,8 @@ scenes of the `val` split nor its handwritten digits.
 * `clip/`: {clip_size:,} parameters. A CLIPModel, {image} px, patch {patch}, grid {grid} x {grid}, with tokenizer and
   preprocessor_config.json. Loss: CLIP's, plus patches against the phrases of the things they show.
 * `llama/`: {llama_size:,} parameters. A LlamaForCausalLM with a SentencePiece tokenizer of {vocabulary} pieces (BPE, byte
-  fallback), trained on captions and on conversations about scenes described in words. It has seen no picture.
+  fallback), trained on captions and on conversations about scenes described in words, some of them with several words at one
+  position (the sum of their embeddings), as image tokens are. It has seen no picture.
 
 Figures at the end of each cycle (CLIP's on held-out scenes):
 
