@@ -28,6 +28,8 @@ from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.modeling_llava_sp import ADAPTER_FILE
 from ..model.other_formats import is_missing_folder
 from .backbones import _hub_kwargs, from_backbones, gathered
+from .formats import recognise
+from .tensor_files import tensor_lines
 
 MANIFEST = "llava_sp.json"
 LORA_FOLDER = "lora"
@@ -149,16 +151,15 @@ def describe(path: str | os.PathLike) -> dict:
 
 
 def checkpoint_hash(path: str | os.PathLike) -> str:
-    """16 hex digits that stand for the weights in a checkpoint folder (adapter or full), for provenance."""
+    """16 hex digits that stand for the weights in a checkpoint folder of any format, for provenance."""
     path = Path(path)
     if is_adapter(path):
         described = describe(path)
         parts = [file["sha256"] for _, file in sorted(described["files"].items())]
         parts += [str(described["base_language_model"][1]), str(described["base_vision_tower"][1])]
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
-    from .backbones import weights_fingerprint
-
-    return weights_fingerprint(path)
+    lines = sorted(line for file in recognise(path).files for line in tensor_lines(file))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
 def open_adapter(
@@ -186,8 +187,8 @@ def open_adapter(
     describe(path)
     config = LlavaSPConfig.from_pretrained(path) if config is None else config
     recorded = (config.base_language_model_hash, config.base_vision_tower_hash)
-    language = _find_base(path, base_model, config.base_language_model, "base_model", "language model")
-    tower = _find_base(path, vision_tower, config.base_vision_tower, "vision_tower", "vision tower")
+    language = _find_base(path, base_model, config.base_language_model, "base_model", "language model", **load_kwargs)
+    tower = _find_base(path, vision_tower, config.base_vision_tower, "vision_tower", "vision tower", **load_kwargs)
     dtype = load_kwargs.pop("torch_dtype", dtype)  # its name in older code
     if dtype == "auto" and config.dtype is not None:
         dtype = config.dtype
@@ -269,17 +270,25 @@ def _config_differences(path: Path, config: LlavaSPConfig) -> list[str]:
     ]
 
 
-def _find_base(path: Path, given, recorded: str | None, keyword: str, what: str) -> str:
-    """Where a base model is: as given, as recorded, or relative to the checkpoint; a hub id is left to transformers."""
+def _find_base(path: Path, given, recorded: str | None, keyword: str, what: str, **hub_kwargs) -> str:
+    """Where a base model is: as given, as recorded, or relative to the checkpoint; else a hub id that can be had.
+
+    Raises `ValueError` saying what was recorded and what to pass.
+    """
     chosen = given if given is not None else recorded
     if chosen is None:
         raise ValueError(f"{path} does not record its {what}: pass {keyword}=<hub id or folder>")
     for place in (Path(chosen), path / chosen, path.parent / chosen):
         if place.is_dir():
             return str(place)
+    origin = f"passed as {keyword}" if given is not None else "that the checkpoint records"
     if is_missing_folder(chosen):
-        origin = f"passed as {keyword}" if given is not None else "that the checkpoint records"
         raise ValueError(f"{path}: the {what} {origin}, {chosen}, is not there; pass {keyword}=<hub id or folder>")
+    if _from_hub(chosen, "config.json", **hub_kwargs) is None:
+        raise ValueError(
+            f"{path}: the {what} {origin}, {chosen}, is not there: no folder of that name, and no model that the hub gives "
+            f"(or the hub cannot be reached); pass {keyword}=<hub id or folder>"
+        )
     return str(chosen)
 
 
@@ -371,9 +380,11 @@ def _count(tensors: dict[str, Tensor]) -> int:
 
 
 def _fetch(path: str | os.PathLike, **kwargs) -> Path:
-    """The local folder of an adapter checkpoint, downloaded if it is a hub id."""
+    """The local folder (or file) of a checkpoint, downloaded if it is a hub id."""
     if Path(path).exists():
         return Path(path)
+    if is_missing_folder(path):
+        raise FileNotFoundError(f"there is no folder {path}")
     from huggingface_hub import snapshot_download
 
     hub_kwargs = {k: v for k, v in _hub_kwargs(kwargs).items() if k != "token" or v is not None}

@@ -88,7 +88,7 @@ def open_original(
 
     Args:
         base_model, vision_tower: in place of the recorded ones, which are often paths on their authors' machines.
-        dtype: of all weights; `"auto"` is the language model's own.
+        dtype: of all weights; `"auto"` is the one that the checkpoint records, else the language model's own.
         load_kwargs: for the backbones, see `from_backbones`.
 
     Raises:
@@ -97,16 +97,19 @@ def open_original(
     """
     found = recognise(_fetch(path, **load_kwargs))
     check_complete(found)
-    language, tower = bases_of(found, base_model, vision_tower)
+    language, tower = bases_of(found, base_model, vision_tower, **_hub_kwargs(load_kwargs))
     for name in ("trust_remote_code", "_from_auto", "_commit_hash", "adapter_kwargs", "revision", "force_download"):
         load_kwargs.pop(name, None)
+    dtype = load_kwargs.pop("torch_dtype", dtype)  # its name in older code
+    if dtype == "auto":
+        dtype = found.config.get("torch_dtype") or found.config.get("dtype") or "auto"
     model = from_backbones(
         cls,
         language,
         tower,
         **found.spatial,
         vision_feature_layer=feature_layer(found),
-        dtype=load_kwargs.pop("torch_dtype", dtype),
+        dtype=dtype,
         **load_kwargs,
     )
     if found.lora is not None:
@@ -150,7 +153,7 @@ def open_processor(
     """
     found = recognise(_fetch(path, **hub_kwargs))
     hub_kwargs = _hub_kwargs(hub_kwargs)
-    language, tower = bases_of(found, base_model, vision_tower)
+    language, tower = bases_of(found, base_model, vision_tower, **hub_kwargs)
     config = LlavaSPConfig(vision_config=vision_config(tower, **hub_kwargs), **found.spatial)
     own = any((found.folder / name).is_file() for name in _TOKENIZER_FILES)
     tokenizer = load_tokenizer(found.folder if own else language, **hub_kwargs)
@@ -168,13 +171,13 @@ def open_processor(
 
 
 def bases_of(
-    found: Checkpoint, base_model: str | os.PathLike | None, vision_tower: str | os.PathLike | None
+    found: Checkpoint, base_model: str | os.PathLike | None, vision_tower: str | os.PathLike | None, **hub_kwargs
 ) -> tuple[str, str]:
     """Where language model and tower are: as given, else as recorded. Raises `ValueError` for what is not there."""
     if base_model is not None and found.holds_language_model:
         raise ValueError(f"{found.folder} is a full checkpoint, with its own language model: drop base_model=")
-    language = _find_base(found.folder, base_model, found.language_model, "base_model", "language model")
-    tower = _find_base(found.folder, vision_tower, found.vision_tower, "vision_tower", "vision tower")
+    language = _find_base(found.folder, base_model, found.language_model, "base_model", "language model", **hub_kwargs)
+    tower = _find_base(found.folder, vision_tower, found.vision_tower, "vision_tower", "vision tower", **hub_kwargs)
     return language, tower
 
 

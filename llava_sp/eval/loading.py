@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from llava_sp import LlavaSPConfig, LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints import checkpoint_hash
+from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.checkpoints import checkpoint_hash, format_of
 from llava_sp.eval.answerer import ModelAnswerer, render_prompt
-from llava_sp.eval.files import checkpoints_hint, read_json
+from llava_sp.eval.files import checkpoints_hint
 
 __all__ = ["ModelAnswerer", "Source", "choose_device", "choose_dtype", "device_name", "load_processor", "render_prompt"]
 
@@ -56,11 +56,15 @@ class Source:
     def fingerprint(self) -> str:
         return checkpoint_hash(self.folder)
 
+    @property
+    def overrides(self) -> dict[str, str]:
+        """The backbones that were named in place of the recorded ones."""
+        named = {"base_model": self.base_model, "vision_tower": self.vision_tower}
+        return {name: value for name, value in named.items() if value is not None}
+
     def model(self, dtype: str, device: torch.device) -> Any:
-        overrides = {"base_model": self.base_model, "vision_tower": self.vision_tower}
-        overrides = {name: value for name, value in overrides.items() if value is not None}
         try:
-            model = LlavaSPForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, dtype), **overrides)
+            model = LlavaSPForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, dtype), **self.overrides)
         except ValueError as error:
             raise ValueError(self._explained(str(error))) from error
         return merge_lora(model.to(device).eval())
@@ -92,20 +96,20 @@ def merge_lora(model: Any) -> Any:
 
 def load_processor(source: Source, image_mode: str | None = None) -> Any:
     _check_processor_files(source)
-    processor = LlavaSPProcessor.from_pretrained(source.folder)
+    processor = LlavaSPProcessor.from_pretrained(source.folder, **source.overrides)
     if image_mode is not None:
         processor.image_aspect_ratio = image_mode
     return processor
 
 
 def _check_processor_files(source: Source) -> None:
-    """Raises ValueError if the folder holds another kind of model, or a model without its processor."""
-    config = read_json(source.folder / "config.json")
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != LlavaSPConfig.model_type:
-        raise ValueError(
-            f"--model {source.path} is no LLaVA-SP checkpoint: the model_type in its config.json is {kind!r}"
-        )
+    """Raises ValueError if the folder is no checkpoint that can be opened, or one of ours without its processor."""
+    try:
+        kind = format_of(source.folder)
+    except ValueError as error:
+        raise ValueError(f"--model {source.path} is no LLaVA-SP checkpoint: {error}") from None
+    if kind not in ("llava_sp", "llava_sp_adapter"):
+        return  # what other code wrote; its processor is made from what it records
     missing = [names[0] for names in _PROCESSOR_FILES if not any((source.folder / name).is_file() for name in names)]
     if missing:
         raise ValueError(

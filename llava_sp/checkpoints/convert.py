@@ -1,0 +1,327 @@
+"""From any format that opens here to any that the same model can have; weights keep every bit.
+
+    python -m llava_sp.checkpoints.convert --from SRC [--base B] [--vision-tower V] --to DST [--format FORMAT]
+
+    llava_sp    an adapter checkpoint of ours from a LoRA folder or a first stage's projector, else a full one
+    original    what the original code reads: a LoRA folder from an adapter checkpoint, model.bin (mm_projector.bin without
+                spatial tokens) from one without LoRA, else a full model with everything within
+    llava_hf    transformers' LLaVA, for full models without spatial tokens
+
+Without --format: llava_sp, and original for what is ours. To `llava_sp` the source is opened on its backbones, so it is
+known to open; to `original` tensors are renamed and copied, and no backbone is needed. The original has no placeholder
+among its words: embedding rows from the placeholder on, which no answer depends on, are left out and made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+from ..model.configuration_llava_sp import LlavaSPConfig
+from ..model.modeling_llava_sp import LlavaSPForCausalLM
+from ..model.processing_llava_sp import LlavaSPProcessor
+from .adapter import _fetch, _find_base, _with_adapter_name, save_adapter
+from .formats import (
+    HEAD,
+    LANGUAGE,
+    ORIGINAL_SCALES,
+    PROJECTOR,
+    TOWER,
+    Checkpoint,
+    original_projector_name,
+    recognise,
+)
+from .new_folder import check_new, new_folder
+from .original import check_complete, read_checked
+
+TARGETS = ("llava_sp", "original", "llava_hf")
+_WRAPPED = "base_model.model.model."  # what PEFT and LlavaLlamaForCausalLM put before a key
+_TOWER_WITHIN = "model.vision_tower.vision_tower.vision_model."
+_TOKENIZER = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def convert(
+    source: str | os.PathLike,
+    to: str | os.PathLike,
+    *,
+    base_model: str | os.PathLike | None = None,
+    vision_tower: str | os.PathLike | None = None,
+    target: str | None = None,
+    max_shard_size: str = "5GB",
+) -> str:
+    """Write the checkpoint `source` to the new folder `to` in the format `target`; returns what was written, in words.
+
+    Raises:
+        ValueError: the source cannot be opened, the format cannot hold this model, or `to` is not empty.
+        OSError: `to` cannot be written; nothing is left there then.
+    """
+    found, destination = recognise(_fetch(source)), Path(to).resolve()
+    ours = found.format in ("llava_sp", "llava_sp_adapter")
+    target = target or ("original" if ours else "llava_sp")
+    if ours and target == "llava_sp":
+        raise ValueError(f"{found.folder} is in our own format already")
+    if target == "original" and found.format.startswith("original"):
+        raise ValueError(f"{found.folder} is in the original's format already")
+    if target == "llava_hf" and found.format == "llava_hf":
+        raise ValueError(f"{found.folder} is in transformers' format already")
+    check_complete(found)
+    check_new(destination, found.folder)
+    bases = {"base_model": base_model, "vision_tower": vision_tower}
+    bases = {name: value for name, value in bases.items() if value is not None}
+    write: Callable[..., str] = {"llava_sp": _to_ours, "original": _to_original, "llava_hf": _to_llava_hf}[target]
+    with new_folder(destination, sum(file.stat().st_size for file in found.files)) as folder:
+        return write(found, folder, bases, max_shard_size)
+
+
+# ---- to our own
+
+
+def _to_ours(found: Checkpoint, folder: Path, bases: dict[str, Any], max_shard_size: str) -> str:
+    model = LlavaSPForCausalLM.from_pretrained(found.folder if found.holds_language_model else _path(found), **bases)
+    processor = LlavaSPProcessor.from_pretrained(_path(found), **bases)
+    if found.holds_language_model:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        processor.save_pretrained(folder)
+        return "a full checkpoint"
+    stored = {**found.part(PROJECTOR), **found.part("", lora=True)}
+    state = {(_with_adapter_name(n) if ".lora_" in n else n): t.contiguous() for n, t in read_checked(stored).items()}
+    save_adapter(model, processor, folder, state_dict=state, run={"converted_from": str(found.folder.resolve())})
+    return "an adapter checkpoint" if found.lora else "an adapter checkpoint without LoRA (first stage)"
+
+
+def _path(found: Checkpoint) -> Path:
+    """The folder, or where a file alone was recognised, that file."""
+    if found.format != "original_projector":
+        return found.folder
+    return found.files[0]
+
+
+# ---- to the original's
+
+
+def _to_original(found: Checkpoint, folder: Path, bases: dict[str, Any], max_shard_size: str) -> str:
+    config = _our_config(found)
+    _check_original_can_hold(found, config)
+    settings = _original_settings(found, config, bases)
+    _write_json(folder / "config.json", settings)
+    source = _find_tokenizer(found, config, bases)
+    for name in _TOKENIZER:
+        if source is not None and (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    projector = {_original_name(name, config): t for name, t in read_checked(found.part(PROJECTOR)).items()}
+    if found.holds_language_model:
+        words = config.image_token_id
+        state = {f"model.{key}": tensor for key, tensor in projector.items()}
+        state |= {_full_name(name): _words(name, stored.read(), words) for name, stored in _rest(found).items()}
+        save_torch_state_dict(
+            {key: tensor.contiguous() for key, tensor in state.items()},
+            folder,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+        return "a full checkpoint for the original code"
+    if not found.lora:
+        name = "mm_projector.bin" if config.spatial_variant == "none" else "model.bin"
+        torch.save({f"model.{key}": tensor for key, tensor in projector.items()}, folder / name)
+        return f"{name} for the original code's --pretrain_mm_mlp_adapter"
+    torch.save({_WRAPPED + key: tensor for key, tensor in projector.items()}, folder / "non_lora_trainables.bin")
+    lora = {
+        name.replace(LANGUAGE, _WRAPPED): tensor for name, tensor in read_checked(found.part("", lora=True)).items()
+    }
+    save_file(lora, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    leaves = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in lora})
+    described = {**found.lora, "target_modules": leaves, "base_model_name_or_path": settings["_name_or_path"]}
+    _write_json(folder / "adapter_config.json", described)
+    return "a LoRA folder for the original code (its name must hold 'llava' and 'lora' there)"
+
+
+def _our_config(found: Checkpoint) -> LlavaSPConfig:
+    if found.format == "llava_hf":
+        llava = LlavaConfig.from_pretrained(found.folder)
+        shared = ("text_config", "vision_config", "image_token_index", "vision_feature_layer", "pad_token_id")
+        return LlavaSPConfig(**{name: getattr(llava, name) for name in shared}, spatial_variant="none")
+    return LlavaSPConfig.from_pretrained(found.folder)
+
+
+def _check_original_can_hold(found: Checkpoint, config: LlavaSPConfig) -> None:
+    """The original's layers stand in its code; what that code does not have cannot be written for it."""
+    problems = []
+    if config.text_config.model_type != "llama":
+        problems.append(f"its language model is a {config.text_config.model_type}, not a llama")
+    if config.vision_config.model_type != "clip_vision_model":
+        problems.append(f"its vision tower is a {config.vision_config.model_type}, not a CLIP")
+    if not isinstance(config.vision_feature_layer, int):
+        problems.append(f"it reads several layers of the tower, {config.vision_feature_layer}")
+    if config.spatial_variant != "none":
+        pooling = config.spatial_variant == "pooling"
+        if config.spatial_variant not in ("cropping", "pooling"):
+            problems.append(f"its variant is {config.spatial_variant!r}, not cropping or pooling")
+        if tuple(config.spatial_scales) != ORIGINAL_SCALES or config.grid_size != ORIGINAL_SCALES[-1]:
+            problems.append(
+                f"its scales are {config.spatial_scales} on a grid of {config.grid_size}, not 4 to 24 on 24"
+            )
+        if config.spatial_fusion and (config.fusion_kernel, config.fusion_stride) != (16, 2):
+            problems.append(
+                f"its integrator's windows are {config.fusion_kernel} by {config.fusion_stride}, not 16 by 2"
+            )
+        if not config.spatial_fusion and not pooling:
+            problems.append("it is cropping without the integrator")
+        if config.spatial_projection_bias == pooling:
+            problems.append("the bias of its spatial layer is not where the variant has it")
+    if problems:
+        raise ValueError(f"{found.folder} cannot be written for the original code: {'; '.join(problems)}")
+
+
+def _original_settings(found: Checkpoint, config: LlavaSPConfig, bases: dict[str, Any]) -> dict[str, Any]:
+    """The original's config.json: the language model's fields and its own."""
+    text = config.text_config.to_dict()
+    dtype = config.dtype or next(iter(found.part(PROJECTOR).values())).dtype
+    text |= {
+        "_name_or_path": str(bases.get("base_model") or found.language_model or ""),
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": config.image_token_id,
+        "pad_token_id": 0,
+        "image_aspect_ratio": _aspect_ratio(found),
+        "mm_hidden_size": config.vision_width,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": config.vision_feature_layer,
+        "mm_vision_tower": str(bases.get("vision_tower") or found.vision_tower or ""),
+        "tune_mm_mlp_adapter": not found.holds_language_model and not found.lora,
+        "use_mm_proj": True,
+    }
+    rope = text.pop("rope_parameters", None) or {}  # one dictionary in newer transformers, two fields in the original's
+    text |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None}
+    if rope.get("rope_type", "default") != "default":
+        raise ValueError(f"{found.folder} scales its positions ({rope}); the original code does not")
+    text.pop("dtype", None)
+    return text
+
+
+def _aspect_ratio(found: Checkpoint) -> str:
+    """What the processor beside a checkpoint of ours says; "pad" is LLaVA-1.5's own. The original has no word for crop."""
+    file = found.folder / "processor_config.json"
+    kept = json.loads(file.read_text()).get("image_aspect_ratio", "pad") if file.is_file() else "pad"
+    return "pad" if kept == "pad" else "square"
+
+
+def _find_tokenizer(found: Checkpoint, config: LlavaSPConfig, bases: dict[str, Any]) -> Path | None:
+    """A folder with the original's slow tokenizer, if there is one here: a hub id is left to the reader."""
+    given = bases.get("base_model")
+    for place in (given, found.folder, config.base_language_model):
+        if place is not None and (Path(place) / "tokenizer.model").is_file():
+            return Path(place)
+    if given is None and found.language_model is not None and Path(found.language_model).exists():
+        return Path(_find_base(found.folder, None, found.language_model, "base_model", "language model"))
+    return None
+
+
+def _original_name(name: str, config: LlavaSPConfig) -> str:
+    return original_projector_name(name.removeprefix(PROJECTOR), config.spatial_variant, config.grid_size)
+
+
+def _rest(found: Checkpoint) -> dict[str, Any]:
+    return {name: stored for name, stored in found.tensors.items() if not name.startswith(PROJECTOR)}
+
+
+def _full_name(name: str) -> str:
+    if name.startswith(TOWER):
+        return _TOWER_WITHIN + name.removeprefix(TOWER).removeprefix("vision_model.")
+    return name.replace(LANGUAGE, "model.")
+
+
+def _words(name: str, tensor: Tensor, words: int) -> Tensor:
+    """Embedding and head without the rows from the placeholder on."""
+    return tensor[:words].clone() if name.startswith((f"{LANGUAGE}embed_tokens", HEAD)) else tensor
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
+
+
+# ---- to transformers'
+
+
+def _to_llava_hf(found: Checkpoint, folder: Path, bases: dict[str, Any], max_shard_size: str) -> str:
+    if found.spatial.get("spatial_variant") != "none":
+        raise ValueError(f"{found.folder} has spatial tokens, which transformers' LLaVA has not")
+    if not found.holds_language_model:
+        raise ValueError(f"{found.folder} has no language model: merge it first (python -m llava_sp.checkpoints.merge)")
+    ours = LlavaSPForCausalLM.from_pretrained(found.folder, **bases)
+    config = ours.config
+    llava_config = LlavaConfig(
+        text_config=config.text_config,
+        vision_config=config.vision_config,
+        image_token_index=config.image_token_id,
+        pad_token_id=config.pad_token_id,
+        image_seq_length=config.num_image_tokens,
+        vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+    with torch.device("meta"):
+        llava = LlavaForConditionalGeneration(llava_config)
+    for name in ("vision_tower", "multi_modal_projector", "language_model"):
+        setattr(llava.model, name, getattr(ours.model, name))
+    llava.lm_head, llava.generation_config = ours.lm_head, ours.generation_config
+    llava.to(ours.dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    processor = LlavaSPProcessor.from_pretrained(found.folder, **bases)
+    LlavaProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1 if config.vision_feature_select_strategy == "default" else 0,
+        chat_template=processor.chat_template,
+    ).save_pretrained(folder)
+    return "transformers' LLaVA (its processor crops where LLaVA-1.5 pads)"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_sp.checkpoints.convert",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="SRC", help="a checkpoint: folder, file or hub id"
+    )
+    parser.add_argument("--to", required=True, metavar="DST", help="new folder")
+    parser.add_argument("--format", choices=TARGETS, help="default: llava_sp, and original for what is ours")
+    parser.add_argument("--base", help="language model, in place of the recorded one")
+    parser.add_argument("--vision-tower", help="vision tower, in place of the recorded one")
+    parser.add_argument("--max-shard-size", default="5GB", help="of one file with weights (default: %(default)s)")
+    args = parser.parse_args(arguments)
+    try:
+        written = convert(
+            args.source,
+            args.to,
+            base_model=args.base,
+            vision_tower=args.vision_tower,
+            target=args.format,
+            max_shard_size=args.max_shard_size,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{args.to}: {written}")
+
+
+if __name__ == "__main__":
+    main()

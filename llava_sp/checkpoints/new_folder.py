@@ -1,0 +1,58 @@
+"""A folder that is either all there or not there: written beside its place, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+def check_new(target: Path, *sources: str | os.PathLike) -> None:
+    """Raises `ValueError` if `target` holds files, or lies in a folder that is read."""
+    for source in sources:
+        if Path(source).is_dir() and target.is_relative_to(Path(source).resolve()):
+            raise ValueError(f"{target} lies in {source}, which is read: choose a folder elsewhere")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file: choose a new folder")
+    if target.is_dir() and any(target.iterdir()):
+        raise ValueError(f"{target} holds files: choose a new folder")
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, needed: int) -> Iterator[Path]:
+    """A folder beside `target` that becomes it at the end, or is removed; `needed` bytes must be free there.
+
+    Raises:
+        OSError: not enough room, or the disk is full after all.
+        ValueError: somebody else is writing the same folder.
+    """
+    anchor = next(folder for folder in target.parents if folder.is_dir())
+    free = shutil.disk_usage(anchor).free
+    if free < needed:
+        raise OSError(f"{target} takes {readable(needed)}, but {anchor} has {readable(free)} free")
+    stage = anchor / f".{target.name}.part"
+    try:
+        stage.mkdir()
+    except FileExistsError:
+        raise ValueError(f"{stage} is there: another command is writing it, or was killed; then remove it") from None
+    try:
+        yield stage
+        for file in (path for path in stage.rglob("*") if path.is_file()):
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+            file.chmod(anchor.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(stage, target)  # fails if somebody has put files there meanwhile
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(f"{stage}: {error}") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def readable(size: int) -> str:
+    """Bytes as GiB or MiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,156 @@
+"""Conversion keeps every bit in both directions, and what it writes is what the original code reads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.checkpoints import recognise, save_adapter
+from llava_sp.checkpoints.convert import convert, main
+from tests.checkpoints.test_original import PROMPT, images, llava_hf, none  # noqa: F401 (fixtures)
+from tests.released import LAYOUTS, bases, load_released, released_folder, variant
+
+
+def stored(path) -> dict[str, torch.Tensor]:
+    return {name: tensor.read() for name, tensor in recognise(path).tensors.items()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_released_folder_to_ours_and_back(golden, tmp_path, layout):
+    """Same keys, same tensors, same settings of LoRA; and both ends open as the same model."""
+    source = released_folder(golden, layout)
+    given = bases(golden)
+    convert(source, tmp_path / "ours", **given)
+    convert(tmp_path / "ours", tmp_path / "back")
+    for name in ("adapter_model.safetensors", "non_lora_trainables.bin"):
+        read = load_file if name.endswith("safetensors") else lambda file: torch.load(file, weights_only=True)
+        assert_same(read(source / name), read(tmp_path / "back" / name))
+    before, after = (json.loads((f / "adapter_config.json").read_text()) for f in (source, tmp_path / "back"))
+    for key in ("r", "lora_alpha", "lora_dropout", "peft_type", "task_type", "bias"):
+        assert before[key] == after[key], key
+    assert sorted(before["target_modules"]) == after["target_modules"]
+    before, after = (json.loads((f / "config.json").read_text()) for f in (source, tmp_path / "back"))
+    names = {"_name_or_path", "mm_vision_tower"}  # now where they stand
+    differing = {key for key in before.keys() & after.keys() if before[key] != after[key]}
+    assert differing <= names | {"transformers_version", "architectures", "max_position_embeddings"}
+    assert {key for key in before if key.startswith("mm_")} <= after.keys() | {"mm_patch_merge_type", "mm_projector_lr"}
+    again = LlavaSPForCausalLM.from_pretrained(tmp_path / "back")  # on the bases that it records
+    for name, tensor in load_released(golden, layout).state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    assert (tmp_path / "back/tokenizer.model").is_file()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ours_to_the_original_and_back(golden, tmp_path, layout):
+    """What we train may be in float32 on a 16-bit base; no bit of it is rounded."""
+    model = load_released(golden, layout, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name or "multi_modal_projector" in name:
+            parameter.data = torch.randn(parameter.shape)
+    save_adapter(model, LlavaSPProcessor.from_backbones(model.config), tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "original")
+    convert(tmp_path / "original", tmp_path / "again", **bases(golden))
+    assert_same(stored(tmp_path / "ours"), stored(tmp_path / "again"))
+    assert json.loads((tmp_path / "ours/config.json").read_text()) == json.loads(
+        (tmp_path / "again/config.json").read_text()
+    )
+
+
+@pytest.mark.parametrize("kind", ["cropping", "none"])
+def test_a_first_stage_both_ways(golden, tmp_path, kind):
+    settings = variant(kind) if kind != "none" else {"spatial_variant": "none"}
+    model = LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", spatial_width=3, **settings)
+    save_adapter(model, LlavaSPProcessor.from_backbones(model.config), tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "original")
+    name = "mm_projector.bin" if kind == "none" else "model.bin"
+    assert all(key.startswith("model.") for key in torch.load(tmp_path / "original" / name, weights_only=True))
+    for start in (tmp_path / "original", tmp_path / "original" / name):
+        convert(start, tmp_path / f"again-{start.name}", **bases(golden))
+        assert_same(stored(tmp_path / "ours"), stored(tmp_path / f"again-{start.name}"))
+
+
+@pytest.mark.parametrize("kind", ["pooling", "none"])
+def test_a_full_checkpoint_both_ways(golden, tmp_path, kind):
+    settings = variant(kind) if kind != "none" else {"spatial_variant": "none"}
+    model = LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", spatial_width=3, **settings)
+    model.save_pretrained(tmp_path / "ours")
+    LlavaSPProcessor.from_backbones(model.config).save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "original", max_shard_size="400KB")
+    assert len(list((tmp_path / "original").glob("*.safetensors"))) > 1
+    found = recognise(tmp_path / "original")
+    assert found.format == "original_full" and not found.unknown and not found.missing
+    assert found.tensors["lm_head.weight"].shape[0] == found.config["vocab_size"] == 1000
+    convert(tmp_path / "original", tmp_path / "again")
+    assert_same(stored(tmp_path / "ours"), stored(tmp_path / "again"))
+
+
+def test_transformers_llava_both_ways(tmp_path, llava_hf, images):  # noqa: F811
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    convert(llava_hf, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "hf", target="llava_hf")
+    assert_same(stored(llava_hf), stored(tmp_path / "hf"))
+    convert(llava_hf, tmp_path / "original", target="original")
+    assert recognise(tmp_path / "original").format == "original_full"
+    llava = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    inputs = AutoProcessor.from_pretrained(tmp_path / "hf")(text=PROMPT, images=images[0], return_tensors="pt")
+    assert (inputs["input_ids"] == llava.config.image_token_index).sum() == 576
+    with torch.no_grad():
+        assert torch.isfinite(llava(**inputs).logits).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"spatial_scales": [4, 24]}, r"scales are \[4, 24\]"),
+        ({"fusion_stride": 4}, "windows are 16 by 4"),
+        ({"spatial_fusion": False}, "cropping without the integrator"),
+        ({"spatial_projection_bias": False}, "bias"),
+    ],
+)
+def test_what_the_original_cannot_hold_is_said(golden, tmp_path, settings, complaint):
+    model = LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", spatial_width=3, **settings)
+    save_adapter(model, LlavaSPProcessor.from_backbones(model.config), tmp_path / "ours")
+    with pytest.raises(ValueError, match=f"cannot be written for the original code.*{complaint}"):
+        convert(tmp_path / "ours", tmp_path / "original")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
+
+
+def test_wrong_ways(golden, tmp_path, llava_hf, capsys):  # noqa: F811
+    source = released_folder(golden, "cropping")
+    for words, complaint in (
+        (["--from", source, "--to", tmp_path / "x", "--format", "original"], "in the original's format already"),
+        (["--from", llava_hf, "--to", tmp_path / "x", "--format", "llava_hf"], "in transformers' format already"),
+        (["--from", source, "--to", tmp_path / "x", "--format", "llava_hf"], "has spatial tokens"),
+        (["--from", source, "--to", tmp_path / "x"], "the checkpoint records, base, is not there"),
+        (["--from", source, "--to", source], "which is read: choose a folder elsewhere"),
+        (["--from", tmp_path / "none", "--to", tmp_path / "x"], "there is no folder"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(list(map(str, words)))
+        told = capsys.readouterr().err
+        assert ended.value.code == 2 and complaint in told and told.count("\n") == 1, told
+    assert not list(tmp_path.iterdir())
+
+
+def test_command(golden, tmp_path):
+    words = ["--from", released_folder(golden, "pooling"), "--to", tmp_path / "x"]
+    words += ["--base", golden / "base", "--vision-tower", golden / "clip"]
+    done = subprocess.run(
+        [sys.executable, "-m", "llava_sp.checkpoints.convert", *map(str, words)], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.endswith("an adapter checkpoint\n"), done.stderr
+    assert LlavaSPForCausalLM.from_pretrained(tmp_path / "x").config.spatial_variant == "pooling"
