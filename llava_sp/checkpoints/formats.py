@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model.modeling_llava_sp import ADAPTER_FILE
-from .tensor_files import StoredTensor, read_json, stored_tensors, weight_files
+from .tensor_files import WEIGHT_FILES, StoredTensor, read_index, read_json, shard_index, stored_tensors, weight_files
 
 FORMATS = {
     "llava_sp": "LLaVA-SP, full checkpoint",
@@ -40,7 +40,12 @@ _LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 _PROJECTOR_FILES = ("model.bin", "mm_projector.bin")
 _INTEGRATOR = {"query_projector": "query", "key_projector": "key", "value_projector": "value"}
+_CONSTANTS = ("rotary_emb.inv_freq", "position_ids")  # in older files; no weights
 _CONV = re.compile(r"conv_(\d+)(\.1)?\.weight")
+
+
+class UnknownFormat(ValueError):
+    """What stands there is none of `FORMATS`."""
 
 
 @dataclass
@@ -86,7 +91,8 @@ def recognise(path: str | os.PathLike) -> Checkpoint:
 
     Raises:
         FileNotFoundError: nothing stands there.
-        ValueError: it is none of `FORMATS` (the message says what was found), or a file in it is broken.
+        UnknownFormat: it is none of `FORMATS`; the message says what was found.
+        ValueError: a file in it is broken, missing, or contradicts the others.
     """
     path = Path(path)
     if not path.exists():
@@ -107,7 +113,7 @@ def recognise(path: str | os.PathLike) -> Checkpoint:
     if projector is not None:
         return _original_projector(folder, projector, config)
     found = ", ".join(sorted(file.name for file in folder.iterdir())[:12]) or "nothing"
-    raise ValueError(
+    raise UnknownFormat(
         f"{folder} is no checkpoint that can be opened. It holds: {found}. Expected one of: model.safetensors or "
         f"pytorch_model.bin (or shards with an index), {ADAPTER_FILE}, adapter_model.safetensors or .bin with "
         f"non_lora_trainables.bin, {' or '.join(_PROJECTOR_FILES)}"
@@ -119,8 +125,7 @@ def _find(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def _has_weights(folder: Path) -> bool:
-    names = ("model.safetensors", "pytorch_model.bin")
-    return any((folder / f"{name}{end}").is_file() for name in names for end in ("", ".index.json"))
+    return shard_index(folder) is not None or _find(folder, WEIGHT_FILES) is not None
 
 
 # ---- our own
@@ -129,7 +134,7 @@ def _has_weights(folder: Path) -> bool:
 def _full(folder: Path, config: dict, kind: str) -> Checkpoint:
     found = Checkpoint(folder, kind, config)
     for tensor in all_stored(folder):
-        found.tensors[tensor.key] = tensor
+        _enter(found, tensor.key, tensor)
     found.spatial = {key: value for key, value in config.items() if key.startswith(("spatial_", "fusion_"))}
     found.language_model, found.vision_tower = config.get("base_language_model"), config.get("base_vision_tower")
     return found
@@ -141,6 +146,9 @@ def _adapter(folder: Path, config: dict) -> Checkpoint:
         found.tensors[PROJECTOR + tensor.key] = tensor
     lora = folder / "lora"
     if lora.is_dir():
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (lora / name).is_file():
+                raise ValueError(f"{lora / name} is not there: the copy is not complete")
         found.lora = read_json(lora / "adapter_config.json")
         for tensor in stored_tensors(lora / "adapter_model.safetensors"):
             found.tensors[tensor.key.removeprefix("base_model.model.")] = tensor
@@ -203,14 +211,24 @@ def _our_name(key: str) -> str | None:
 
 
 def _place(found: Checkpoint, tensors: list[StoredTensor]) -> None:
+    """Enter an original's tensors under our names. Raises `ValueError` where two claim one place."""
     for tensor in tensors:
         name = _our_name(tensor.key)
         if name is None:
-            if not tensor.key.endswith(("rotary_emb.inv_freq", "position_ids")):  # constants, not weights
+            if not tensor.key.endswith(_CONSTANTS):
                 found.unknown.append(tensor)
-        elif not name.endswith("position_ids"):
-            found.tensors[name] = tensor
+        elif not name.endswith(_CONSTANTS):
+            _enter(found, name, tensor)
     found.spatial, found.missing = spatial_layout(found.part(PROJECTOR))
+
+
+def _enter(found: Checkpoint, name: str, tensor: StoredTensor) -> None:
+    other = found.tensors.setdefault(name, tensor)
+    if other is not tensor:
+        raise ValueError(
+            f"{tensor.key} in {tensor.file} and {other.key} in {other.file} are the same part of the model: "
+            "two checkpoints, perhaps of two variants, were mixed"
+        )
 
 
 def _original(folder: Path, config: dict, kind: str) -> Checkpoint:
@@ -244,7 +262,8 @@ def _original_projector(folder: Path, file: Path, config: dict) -> Checkpoint:
     found = _original(folder, config, "original_projector")
     _place(found, stored_tensors(file))
     if not found.part(PROJECTOR):
-        raise ValueError(f"{file} holds no projector: its keys are {', '.join(t.key for t in found.unknown[:4])}, ...")
+        keys = ", ".join(tensor.key for tensor in (*found.tensors.values(), *found.unknown)) or "nothing"
+        raise UnknownFormat(f"{file} holds no projector but {keys[:200]}")
     return found
 
 
@@ -258,7 +277,7 @@ def _full_of_others(folder: Path, config: dict) -> Checkpoint:
     beside = _find(folder, _PROJECTOR_FILES)
     within = any(our_projector_name(bare(tensor.key)) for tensor in tensors)
     if not within and beside is None:
-        raise ValueError(
+        raise UnknownFormat(
             f"{folder} ({config.get('model_type', 'no model_type')}) holds a model without a projector: it is a backbone. "
             "LlavaSPForCausalLM.from_backbones(language_model=..., vision_tower=...) makes a model of it"
         )
@@ -270,6 +289,9 @@ def spatial_layout(projector: dict[str, StoredTensor]) -> tuple[dict[str, Any], 
     """`(keywords of LlavaSPConfig, names that this layout needs and that are missing)`, from an original's projector.
 
     The variant of the original shows in its keys: a pooled convolution stands behind its pooling, at `conv_k.1`.
+
+    Raises:
+        ValueError: some convolutions are one variant's, some the other's.
     """
     shapes = {name.removeprefix(PROJECTOR): tensor.shape for name, tensor in projector.items()}
     prefix = "spatial.extractor.projections."
@@ -277,7 +299,7 @@ def spatial_layout(projector: dict[str, StoredTensor]) -> tuple[dict[str, Any], 
     needed = [f"linear_{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias")]
     if not any(name.startswith("spatial.") for name in shapes):
         return {"spatial_variant": "none"}, [PROJECTOR + name for name in needed if name not in shapes]
-    pooled = any(_CONV.fullmatch(bare(tensor.key)) and ".1." in bare(tensor.key) for tensor in projector.values())
+    pooled = _is_pooled(projector)
     context = shapes.get("spatial.integrator.context.weight")
     fusion = context is not None or any(name.startswith("spatial.integrator.") for name in shapes)
     settings: dict[str, Any] = {
@@ -306,6 +328,21 @@ def spatial_layout(projector: dict[str, StoredTensor]) -> tuple[dict[str, Any], 
     return settings, [PROJECTOR + name for name in needed if name not in shapes]
 
 
+def _is_pooled(projector: dict[str, StoredTensor]) -> bool:
+    keys = {bare(tensor.key): tensor for tensor in projector.values()}
+    convolutions = {key: match for key in keys if (match := _CONV.fullmatch(key)) is not None}
+    pooled = [key for key, match in convolutions.items() if match.group(2)]
+    cropped = [
+        key for key, match in convolutions.items() if not match.group(2) and match.group(1) != str(ORIGINAL_GRID)
+    ]
+    if pooled and cropped:
+        raise ValueError(
+            f"{keys[pooled[0]].file} holds {pooled[0]}, of the pooling variant, and {keys[cropped[0]].file} {cropped[0]}, "
+            "of the cropping variant: two checkpoints were mixed"
+        )
+    return bool(pooled)
+
+
 # ---- transformers' LLaVA
 
 
@@ -313,13 +350,15 @@ def _llava_hf(folder: Path, config: dict, tensors: list[StoredTensor]) -> Checkp
     """Both of its namings: `language_model.model.layers` on disk, `model.language_model.layers` in memory."""
     found = Checkpoint(folder, "llava_hf", config, spatial={"spatial_variant": "none"})
     for tensor in tensors:
+        if tensor.key.endswith(_CONSTANTS):
+            continue
         key = tensor.key.removeprefix("model.")
         key = key.replace("language_model.lm_head.", HEAD).replace("language_model.model.", "language_model.")
         key = key.replace("vision_tower.vision_model.", "vision_tower.")
         if key.startswith(HEAD):
-            found.tensors[key] = tensor
+            _enter(found, key, tensor)
         elif key.startswith(("language_model.", "vision_tower.", "multi_modal_projector.")):
-            found.tensors[f"model.{key}"] = tensor
+            _enter(found, f"model.{key}", tensor)
         else:
             found.unknown.append(tensor)
     found.language_model = found.vision_tower = str(folder)
@@ -330,9 +369,9 @@ def all_stored(folder: Path) -> list[StoredTensor]:
     """The tensors of all of a folder's weight files. Raises `ValueError` for a shard that is missing or lacks a tensor."""
     files = weight_files(folder)
     tensors = [tensor for file in files for tensor in stored_tensors(file)]
-    index = folder / f"{'model.safetensors' if files[0].suffix == '.safetensors' else 'pytorch_model.bin'}.index.json"
-    if len(files) > 1 and index.is_file():
-        lacking = set(read_json(index)["weight_map"]) - {tensor.key for tensor in tensors}
+    index = shard_index(folder)
+    if index is not None:
+        lacking = read_index(index).keys() - {tensor.key for tensor in tensors}
         if lacking:
             raise ValueError(f"{index} promises {min(lacking)}, which no shard holds ({len(lacking)} such tensors)")
     return tensors

@@ -37,8 +37,14 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a whole model, the preferred first
 _HEADER_LIMIT = 100 * 2**20  # of safetensors' own reader
+_UNREADABLE = (  # by what torch's unpickler stumbles over bytes that are no pickle
+    RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
+    zipfile.BadZipFile,
+)  # fmt: skip
 _HUGE, _TINY = 1e4, 1e-30  # no trained weight is that large; most of a tensor is never that small
+_SAMPLE = 2**16  # values looked at for that
 
 
 @dataclass(frozen=True)
@@ -65,18 +71,36 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         ValueError: there are none, the index cannot be read, or it names a file that is not there.
     """
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
+    index = shard_index(folder)
+    if index is not None:
+        shards = read_index(index)
+        for key, name in shards.items():
+            if not (folder / name).is_file():
+                count = sum(other == name for other in shards.values())
+                raise ValueError(f"{index} names {name}, which is not there; {key} is in it ({count} tensors in all)")
+        return sorted({folder / name for name in shards.values()})
+    for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return [folder / name]
-        if index.is_file():
-            files = sorted({folder / shard for shard in read_json(index).get("weight_map", {}).values()})
-            missing = [file.name for file in files if not file.is_file()]
-            if missing or not files:
-                named = ", ".join(missing) or "no shard"
-                raise ValueError(f"{index} names {named}, which {'are' if len(missing) > 1 else 'is'} not there")
-            return files
     raise ValueError(f"{folder} holds no weights: expected model.safetensors, pytorch_model.bin or an index of shards")
+
+
+def shard_index(folder: Path) -> Path | None:
+    """The file that says which shard holds what, or None: the weights are one file, or there are none."""
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return None
+        if (folder / f"{name}.index.json").is_file():
+            return folder / f"{name}.index.json"
+    return None
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Key -> name of the shard that holds it. Raises `ValueError` for a file that is no index of shards."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise ValueError(f"{index} is no index of shards: it has no weight_map from keys to files")
+    return shards
 
 
 def stored_tensors(file: Path) -> list[StoredTensor]:
@@ -121,17 +145,20 @@ def value_problem(tensor: Tensor, zeros_allowed: bool = False) -> str | None:
         return "is empty (a part that ZeRO-3 had not gathered?)"
     if not tensor.is_floating_point():
         return None
-    finite = torch.isfinite(tensor)
-    if not finite.all():
-        return f"holds NaN or infinity in {int((~finite).sum()):,} of its {tensor.numel():,} values"
-    size = tensor.abs()
-    if float(size.max()) > _HUGE:
-        return f"has values up to {float(size.max()):.1e}, which no training gives: memory that was never initialised"
+    if tensor.element_size() == 1:  # float8, of which torch computes nothing
+        tensor = tensor.float()
+    largest = torch.stack(torch.aminmax(tensor)).abs().max().item()  # NaN if there is one; makes no copy of the tensor
+    if not math.isfinite(largest):
+        count = int((~torch.isfinite(tensor)).sum())
+        return f"holds NaN or infinity in {count:,} of its {tensor.numel():,} values"
+    if largest > _HUGE:
+        return f"has values up to {largest:.1e}, which no training gives: memory that was never initialised"
     if tensor.ndim > 1:
-        used = size > 0
-        if not zeros_allowed and not used.any():
-            return "is zero everywhere: it was saved before it was initialised"
-        if used.any() and float((size[used] < _TINY).float().mean()) > 0.5:
+        if largest == 0:
+            return None if zeros_allowed else "is zero everywhere: it was saved before it was initialised"
+        sample = tensor.flatten()[:: max(1, tensor.numel() // _SAMPLE)].abs()
+        used = sample[sample > 0]
+        if used.numel() and (used < _TINY).float().mean().item() > 0.5:
             return f"has most of its values below {_TINY:.0e}: memory that was never initialised"
     return None
 
@@ -157,11 +184,31 @@ def _safetensors_header(file: Path) -> tuple[dict[str, dict], int]:
             header = json.loads(stream.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError):
             raise ValueError(f"{file} is no safetensors file: its header is not JSON") from None
-    header.pop("__metadata__", None)
+    _check_header(header, file)
     end = 8 + length + max((about["data_offsets"][1] for about in header.values()), default=0)
     if end != size:
         raise ValueError(f"{file} is {size:,} bytes long, but its header promises {end:,}: the copy is cut off")
     return header, 8 + length
+
+
+def _check_header(header: dict, file: Path) -> None:
+    """Raises `ValueError` where an entry is not type, shape and as many bytes as these ask for."""
+    if not isinstance(header, dict):
+        raise ValueError(f"{file} is no safetensors file: its header is a {type(header).__name__}")
+    header.pop("__metadata__", None)
+    for key, about in header.items():
+        try:
+            size = math.prod(about["shape"]) * _dtype(about["dtype"], key, file).itemsize
+            start, end = about["data_offsets"]
+            fits = end - start == size and start >= 0
+        except (KeyError, TypeError):
+            raise ValueError(
+                f"{file}: the header's entry for {key} is not that of a tensor: {str(about)[:120]}"
+            ) from None
+        if not fits:
+            raise ValueError(
+                f"{file}: {key} {tuple(about['shape'])} needs {size:,} bytes, its header gives it {end - start:,}"
+            )
 
 
 def _dtype(name: str, key: str, file: Path) -> torch.dtype:
@@ -182,9 +229,9 @@ def _open_pickle(file: Path) -> dict[str, Tensor]:
                 "executed. Where you trust its origin, save its tensors as safetensors"
             ) from None
         raise ValueError(f"{file} is cut off, or it is no file of tensors") from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
+    except FileNotFoundError:
+        raise
+    except _UNREADABLE as error:
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise ValueError(f"{file} is cut off, or it is no file of tensors ({reason})") from None
     if not isinstance(content, dict):

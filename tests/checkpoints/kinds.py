@@ -1,0 +1,143 @@
+"""One tiny checkpoint of every format, made of the recorded one (cropping), and ways to spoil a copy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.checkpoints import save_adapter
+from tests.released import load_released
+
+NAMES = ("original_lora", "original_projector", "original_full", "llava_sp_adapter", "llava_sp", "llava_hf")
+WRAPPER = "base_model.model."  # PEFT's, before the original's keys
+
+
+@dataclass
+class Kind:
+    """A checkpoint: its folder, what opening it needs, and the key of one of its tensors."""
+
+    folder: Path
+    key: str
+    keywords: dict = field(default_factory=dict)
+
+    def copy(self, to: Path) -> Kind:
+        shutil.copytree(self.folder, to, copy_function=shutil.copyfile)
+        return Kind(to, self.key, self.keywords)
+
+    @property
+    def file(self) -> Path:
+        """The file that holds the tensor."""
+        for file in sorted([*self.folder.rglob("*.safetensors"), *self.folder.rglob("*.bin")]):
+            if self.key in load(file):
+                return file
+        raise AssertionError(f"{self.key} is in no file of {self.folder}")
+
+    def edit(self, change) -> Path:
+        """Let `change` work on the file's tensors; the manifest of an adapter of ours follows."""
+        file = self.file
+        tensors = load(file)
+        change(tensors)
+        save(tensors, file)
+        manifest = self.folder / "llava_sp.json"
+        if manifest.is_file():
+            about = json.loads(manifest.read_text())
+            about["files"][str(file.relative_to(self.folder))]["bytes"] = file.stat().st_size
+            manifest.write_text(json.dumps(about))
+        return file
+
+    def open(self, **keywords) -> LlavaSPForCausalLM:
+        return LlavaSPForCausalLM.from_pretrained(self.folder, **self.keywords, **keywords)
+
+
+def load(file: Path) -> dict[str, Tensor]:
+    return load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+
+
+def save(tensors: dict[str, Tensor], file: Path) -> None:
+    if file.suffix == ".safetensors":
+        save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, file, {"format": "pt"})
+    else:
+        torch.save(tensors, file)
+
+
+def build(golden: Path, root: Path) -> dict[str, Kind]:
+    tower = {"vision_tower": golden / "clip"}
+    both = {"base_model": golden / "base", **tower}
+    kinds = {
+        "original_lora": Kind(root / "original_lora", f"{WRAPPER}model.conv_8.weight", both),
+        "original_projector": Kind(root / "original_projector", "model.conv_8.weight", both),
+        "original_full": Kind(root / "original_full", "model.conv_8.weight", tower),
+        "llava_sp_adapter": Kind(root / "llava_sp_adapter", "spatial.linear.weight"),
+        "llava_sp": Kind(root / "llava_sp", "model.multi_modal_projector.spatial.linear.weight"),
+        "llava_hf": Kind(root / "llava_hf", "language_model.model.layers.1.mlp.up_proj.weight"),
+    }
+    shutil.copytree(golden / "checkpoint_cropping/lora", kinds["original_lora"].folder, copy_function=shutil.copyfile)
+    kinds["original_projector"].folder.mkdir()
+    for name in ("model.bin", "config.json"):
+        shutil.copyfile(golden / "pretrain_artifacts/cropping" / name, kinds["original_projector"].folder / name)
+    _write_original_full(golden, kinds["original_full"].folder)
+    model = load_released(golden, "cropping")
+    processor = LlavaSPProcessor.from_backbones(model.config)
+    save_adapter(model, processor, kinds["llava_sp_adapter"].folder, run={"stage": "finetune_lora", "step": 7})
+    model = load_released(golden, "cropping", lora=False)
+    model.save_pretrained(kinds["llava_sp"].folder, max_shard_size="1MB")
+    processor.save_pretrained(kinds["llava_sp"].folder)
+    _write_llava_hf(golden, kinds["llava_hf"].folder)
+    return kinds
+
+
+def _write_original_full(golden: Path, folder: Path) -> None:
+    """As the original code saves a fully finetuned model: two shards and an index."""
+    folder.mkdir()
+    tensors = {k: t for file in sorted((golden / "base").glob("*.bin")) for k, t in load(file).items()}
+    trained = load(golden / "checkpoint_cropping/lora/non_lora_trainables.bin")
+    tensors |= {key.removeprefix(WRAPPER): tensor for key, tensor in trained.items()}
+    keys = list(tensors)
+    shards = {f"model-0000{i + 1}-of-00002.safetensors": keys[i::2] for i in range(2)}
+    for name, held in shards.items():
+        save({key: tensors[key] for key in held}, folder / name)
+    weight_map = {key: name for name, held in shards.items() for key in held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    _copy_tokenizer(golden, folder)
+    shutil.copyfile(golden / "checkpoint_cropping/lora/config.json", folder / "config.json")
+
+
+def _write_llava_hf(golden: Path, folder: Path) -> None:
+    torch.manual_seed(0)
+    text = AutoConfig.from_pretrained(golden / "base", vocab_size=1064)
+    vision = AutoConfig.from_pretrained(golden / "clip").vision_config
+    config = LlavaConfig(text_config=text, vision_config=vision, image_token_index=1000)
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    _copy_tokenizer(golden, folder)
+
+
+def _copy_tokenizer(golden: Path, folder: Path) -> None:
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(golden / "base" / name, folder / name)
+
+
+def spoil(tensor: Tensor, how: str) -> Tensor:
+    """A tensor that no training leaves."""
+    tensor = tensor.clone()
+    if how in ("nan", "inf"):
+        tensor.view(-1)[3] = float(how)
+    elif how == "empty":
+        tensor = tensor.new_zeros(0)
+    elif how == "shape":
+        tensor = tensor[..., :-1].clone()
+    elif how == "huge":
+        tensor *= 1e20
+    elif how == "denormal":
+        tensor.fill_(1e-40)
+    else:
+        assert how == "zeros"
+        tensor.zero_()
+    return tensor

@@ -1,0 +1,179 @@
+"""What a folder is, told by what is in it: never by its name, and with an error where its parts contradict each other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from llava_sp import LlavaSPForCausalLM
+from llava_sp.checkpoints.formats import (
+    UnknownFormat,
+    bare,
+    original_projector_name,
+    our_projector_name,
+    recognise,
+)
+from tests.checkpoints.kinds import NAMES, Kind, load, save
+from tests.released import LAYOUTS
+
+LAYOUT = {
+    "cropping": {"spatial_variant": "cropping", "spatial_fusion": True, "spatial_projection_bias": True},
+    "pooling_dfi": {"spatial_variant": "pooling", "spatial_fusion": True, "spatial_projection_bias": False},
+    "pooling": {"spatial_variant": "pooling", "spatial_fusion": False, "spatial_projection_bias": False},
+}
+
+
+@pytest.mark.parametrize("misleading", ["llava_sp", "llava-v1.5-7b", "llava-sp-pooling-lora", "checkpoint-1000"])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_name_of_a_folder_says_nothing(kinds, tmp_path, name, misleading):
+    assert recognise(kinds[name].copy(tmp_path / misleading).folder).format == name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_three_layouts(golden, layout):
+    found = recognise(golden / f"checkpoint_{layout}/lora")
+    assert found.format == "original_lora" and not found.missing and not found.unknown
+    assert LAYOUT[layout].items() <= found.spatial.items()
+    assert (found.spatial["spatial_width"], found.spatial["spatial_scales"]) == (5, [4, 8, 12, 16, 20, 24])
+    assert (found.language_model, found.vision_tower, found.lora["r"]) == ("base", "clip", 8)
+
+
+@pytest.mark.parametrize(("layout", "lacking"), [("cropping", 17), ("pooling", 5)])
+def test_first_stage_folders_and_files(golden, layout, lacking):
+    folder = golden / "pretrain_artifacts" / layout
+    for place in (folder, folder / "model.bin"):
+        found = recognise(place)
+        assert found.format == "original_projector" and not found.missing
+        assert LAYOUT[layout].items() <= found.spatial.items()
+    partial = recognise(folder / "checkpoint-1000")
+    assert len(partial.missing) == lacking and partial.spatial["spatial_variant"] == layout
+
+
+@pytest.mark.parametrize("prefix", ["base_model.model.model.", "module.base_model.model.model.", "model.", ""])
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_same_weights_under_any_wrapper(kinds, tmp_path, prefix, suffix, dtype):
+    copy = kinds["original_lora"].copy(tmp_path / "x")
+    for stem in ("adapter_model", "non_lora_trainables"):
+        (file,) = copy.folder.glob(f"{stem}.*")
+        tensors = {prefix + bare(key): tensor.to(dtype) for key, tensor in load(file).items()}
+        file.unlink()
+        save(tensors, file.with_suffix(suffix))
+    found, original = recognise(copy.folder), recognise(kinds["original_lora"].folder)
+    assert (found.format, found.spatial, found.unknown) == ("original_lora", original.spatial, [])
+    assert {name: tensor.shape for name, tensor in found.tensors.items()} == {
+        name: tensor.shape for name, tensor in original.tensors.items()
+    }
+    opened, reference = copy.open(dtype="float32").state_dict(), kinds["original_lora"].open(dtype=dtype).state_dict()
+    part = [name for name in reference if ".lora_" in name or "projector" in name]
+    assert part and all(torch.equal(opened[name], reference[name].float()) for name in part)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_names_there_and_back(golden, layout):
+    keys = [bare(key) for key in load(golden / f"checkpoint_{layout}/lora/non_lora_trainables.bin")]
+    assert keys
+    for key in keys:
+        assert original_projector_name(our_projector_name(key), layout.split("_")[0], 24) == key
+    assert our_projector_name("layers.0.mlp.up_proj.weight") is None
+
+
+# ---------------------------------------------------------------- parts that contradict each other
+
+
+def both_refuse(kind: Kind, message: str) -> None:
+    for look in (lambda: recognise(kind.folder), kind.open):
+        with pytest.raises(ValueError, match=message):
+            look()
+
+
+def test_convolutions_of_two_variants(kinds, tmp_path):
+    copy = kinds["original_lora"].copy(tmp_path / "x")
+    key = copy.key.replace("conv_8.weight", "conv_8.1.weight")
+    copy.edit(lambda tensors: tensors.update({key: tensors.pop(copy.key)}))
+    both_refuse(copy, r"holds conv_8.1.weight, of the pooling variant, and .* conv_\d+.weight, of the cropping variant")
+
+
+def test_two_tensors_for_one_place(kinds, tmp_path):
+    copy = kinds["original_lora"].copy(tmp_path / "x")
+    key = copy.key.replace("conv_8.weight", "conv_8.1.weight")
+    copy.edit(lambda tensors: tensors.update({key: tensors[copy.key] + 1}))
+    both_refuse(copy, r"conv_8.1.weight in .*non_lora_trainables.bin and .*conv_8.weight in .* are the same part")
+
+
+def test_another_variants_keys_beside_a_whole_projector(golden, kinds, tmp_path):
+    """A pooling projector without integrator, with the integrator of another checkpoint in it."""
+    copy = kinds["original_projector"].copy(tmp_path / "x")
+    pooling = load(golden / "pretrain_artifacts/pooling/model.bin")
+    stranger = load(copy.file)["model.conv_CM.weight"]
+    copy.edit(lambda tensors: (tensors.clear(), tensors.update(pooling | {"model.conv_CM.weight": stranger})))
+    with pytest.raises(ValueError, match="lacks query_projector.0.weight"):
+        copy.open()
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "non_lora_trainables.bin", "adapter_config.json"])
+def test_half_a_lora_folder(kinds, tmp_path, file):
+    copy = kinds["original_lora"].copy(tmp_path / "x")
+    (copy.folder / file).unlink()
+    both_refuse(copy, file.split(".")[0])
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_half_an_adapter_of_ours(kinds, tmp_path, file):
+    copy = kinds["llava_sp_adapter"].copy(tmp_path / "x")
+    (copy.folder / "lora" / file).unlink()
+    with pytest.raises(ValueError, match=f"{file} is not there"):
+        recognise(copy.folder)
+
+
+def test_another_kind_of_projector(kinds, tmp_path):
+    copy = kinds["original_projector"].copy(tmp_path / "x")
+    config = json.loads((copy.folder / "config.json").read_text())
+    (copy.folder / "config.json").write_text(json.dumps(config | {"mm_projector_type": "linear"}))
+    both_refuse(copy, "mm_projector_type is 'linear'")
+
+
+def test_an_index_that_promises_what_no_shard_holds(kinds, tmp_path):
+    copy = kinds["original_full"].copy(tmp_path / "x")
+    copy.edit(lambda tensors: tensors.pop(copy.key))
+    both_refuse(copy, rf"index.json promises {copy.key}, which no shard holds \(1 such")
+
+
+@pytest.mark.parametrize(("content", "message"), [('{"model_type": "lla', "not valid JSON"), ("[1]", "holds a list")])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_that_is_none(kinds, tmp_path, name, content, message, request):
+    if (name, content) == ("llava_sp_adapter", "[1]"):
+        request.applymarker(pytest.mark.xfail(strict=True, raises=TypeError, reason="the error is transformers' own"))
+    copy = kinds[name].copy(tmp_path / "x")
+    (copy.folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"config.json.*{message}"):
+        recognise(copy.folder)
+    with pytest.raises((ValueError, OSError), match="config.json"):
+        copy.open()
+
+
+# ---------------------------------------------------------------- none of the formats
+
+
+def test_what_is_no_checkpoint(golden, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(golden / "base" / name, tmp_path / "tokenizer" / name)
+    places = {
+        tmp_path / "empty": "is no checkpoint that can be opened. It holds: nothing",
+        tmp_path / "tokenizer": "It holds: tokenizer.model, tokenizer_config.json. Expected one of",
+        golden / "base": r"base \(llama\) holds a model without a projector: it is a backbone.*from_backbones",
+        golden / "clip": r"clip \(clip\) holds a model without a projector",
+        golden / "base/pytorch_model-00001-of-00002.bin": "holds no projector but",
+    }
+    for place, message in places.items():
+        with pytest.raises(UnknownFormat, match=message):
+            recognise(place)
+        with pytest.raises(ValueError, match=message):
+            LlavaSPForCausalLM.from_pretrained(place)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        recognise(tmp_path / "nowhere")

@@ -1,0 +1,495 @@
+"""The inspect command: what it says of every kind of checkpoint, whole and broken, and that its line of Python works."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.checkpoints import tensor_files
+from llava_sp.checkpoints.formats import FORMATS, UnknownFormat
+from llava_sp.checkpoints.inspect import PLACEHOLDERS, inspect, main, text
+from llava_sp.model.configuration_llava_sp import LlavaSPConfig
+from tests.checkpoints.kinds import NAMES, Kind, save, spoil
+from tests.released import LAYOUTS
+
+VALUES = {
+    "nan": "NaN or infinity",
+    "inf": "NaN or infinity",
+    "huge": "never initialised",
+    "denormal": "never initialised",
+    "zeros": "zero everywhere",
+}
+
+
+def follow(report: dict, golden, **keywords):
+    """Evaluate the lines that the report gives, with backbones in place of the placeholders."""
+    lines = "\n".join(report["call"])
+    lines = lines.replace(PLACEHOLDERS["base_model"], str(golden / "base"))
+    scope = {"LlavaSPForCausalLM": LlavaSPForCausalLM, "LlavaSPProcessor": LlavaSPProcessor}
+    exec(lines.replace(PLACEHOLDERS["vision_tower"], str(golden / "clip")), scope)
+    return scope["model"], scope["processor"]
+
+
+def works(report: dict, golden) -> None:
+    model, processor = follow(report, golden)
+    assert isinstance(model, LlavaSPForCausalLM) and isinstance(processor, LlavaSPProcessor)
+    assert processor.num_image_tokens == model.config.num_image_tokens
+    spatial = report["spatial"]
+    for name in spatial.keys() & {"spatial_variant", "spatial_scales", "spatial_width", "grid_size"}:
+        assert getattr(model.config, name) == spatial[name], name
+
+
+# ---------------------------------------------------------------- whole checkpoints
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_released_lora_folders(golden, layout):
+    report = inspect(golden / f"checkpoint_{layout}/lora")
+    assert (report["format"], report["loads"], report["problems"]) == ("original_lora", True, [])
+    assert report["needs"] == ["base_model", "vision_tower"]  # "base" and "clip" are folders of their author's
+    assert report["spatial"]["spatial_variant"] == layout.split("_")[0]
+    assert report["spatial"]["spatial_fusion"] == (layout != "pooling")
+    assert (report["spatial"]["num_spatial_tokens"], report["spatial"]["num_patch_tokens"]) == (6, 576)
+    assert (report["lora"]["r"], report["lora"]["alpha"], report["lora"]["layers"]) == (8, 16, 21)
+    assert len(report["lora"]["targets"]) == 7
+    assert report["template"] == {"recorded": None, "image_aspect_ratio": "pad"}
+    assert set(report["parts"]) == {"patch MLP", "spatial branch", "LoRA"}
+    model, _ = follow(report, golden)
+    trained = {name: p.numel() for name, p in model.named_parameters() if ".lora_" in name or "projector" in name}
+    assert sum(part["parameters"] for part in report["parts"].values()) == sum(trained.values())
+    works(report, golden)
+
+
+@pytest.mark.parametrize("layout", ["cropping", "pooling"])
+@pytest.mark.parametrize("file", ["", "model.bin"])
+def test_first_stage(golden, layout, file):
+    report = inspect(golden / "pretrain_artifacts" / layout / file)
+    assert (report["format"], report["loads"]) == ("original_projector", True)
+    assert report["spatial"]["spatial_variant"] == layout and report["lora"] is None
+    works(report, golden)
+
+
+@pytest.mark.parametrize(("layout", "missing"), [("cropping", 17), ("pooling", 5)])
+def test_an_intermediate_first_stage(golden, layout, missing, capsys):
+    folder = golden / "pretrain_artifacts" / layout / "checkpoint-1000"
+    report = inspect(folder)
+    assert not report["loads"] and len(report["missing"]) == missing
+    conv = "conv_8.weight" if layout == "cropping" else "conv_8.1.weight"
+    assert report["missing"][0] == {"key": f"model.{conv}", "file": "mm_projector.bin"}
+    assert main([str(folder)]) == 1
+    shown = capsys.readouterr().out
+    assert f"model.{conv}  in mm_projector.bin" in shown and "its model.bin holds all" in shown
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_format(golden, kinds, name, capsys):
+    report = inspect(kinds[name].folder)
+    assert (report["format"], report["loads"], report["problems"]) == (name, True, [])
+    assert not (report["missing"] or report["unexpected"] or report["wrong_shape"] or report["empty"])
+    assert report["values"] == "not read; checked on opening"
+    works(report, golden)
+    assert main([str(kinds[name].folder)]) == 0
+    shown = capsys.readouterr().out
+    assert FORMATS[name] in shown and report["call"][0] in shown
+    assert main([str(kinds[name].folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(report, default=str))
+
+
+@pytest.mark.parametrize("name", ["original_full", "llava_sp", "llava_hf"])
+def test_counts_of_a_whole_model(golden, kinds, name):
+    model = kinds[name].open()
+    counts = {part: about["parameters"] for part, about in inspect(kinds[name].folder)["parts"].items()}
+    grown = 2 * 96 * (len(model.lm_head.weight) - 1000) if name == "original_full" else 0  # on opening
+    tower = sum(p.numel() for p in model.model.vision_tower.parameters()) if name != "original_full" else 0
+    assert counts.get("vision tower", 0) == tower
+    language = sum(p.numel() for p in model.model.language_model.parameters()) + model.lm_head.weight.numel()
+    assert counts["language model"] == language - grown
+    projector = sum(p.numel() for p in model.model.multi_modal_projector.parameters())
+    assert counts["patch MLP"] + counts.get("spatial branch", 0) == projector
+
+
+def test_our_own_record(kinds, golden):
+    report = inspect(kinds["llava_sp_adapter"].folder)
+    assert report["run"] == {"stage": "finetune_lora", "step": 7}
+    assert report["template"] == {"recorded": "vicuna_v1", "image_aspect_ratio": "pad"}
+    assert (report["base_model"]["status"], report["vision_tower"]["status"]) == ("there", "there")
+    assert report["base_model"]["recorded"] == str(golden / "base") and len(report["base_model"]["fingerprint"]) == 16
+    assert "run            stage finetune_lora, step 7" in text(report)
+    assert inspect(kinds["llava_sp"].folder)["base_model"]["status"] == "within"
+
+
+def test_a_merge_is_told(kinds, tmp_path):
+    copy = kinds["llava_sp"].copy(tmp_path / "x")
+    record = {"adapter": {"path": "/some/adapter", "hash": "0123456789abcdef"}, "date": "2030-01-02T03:04:05+0000"}
+    record["base_language_model"] = {"path": "/some/base", "fingerprint": "f" * 16}
+    (copy.folder / "merged.json").write_text(json.dumps(record))
+    report = inspect(copy.folder)
+    assert report["merged_from"] == record
+    assert "merged from    /some/adapter (0123456789abcdef) in /some/base, on 2030-01-02" in text(report)
+
+
+def test_types_by_part(kinds, tmp_path):
+    copy = kinds["original_lora"].copy(tmp_path / "x")
+    copy.edit(lambda tensors: tensors.update({k: t.half() for k, t in tensors.items() if "mm_projector" in k}))
+    copy.edit(lambda tensors: tensors.update({k: t.bfloat16() for k, t in tensors.items() if "conv_4." in k}))
+    parts = inspect(copy.folder)["parts"]
+    assert (parts["patch MLP"]["dtypes"], parts["LoRA"]["dtypes"]) == (["float16"], ["float32"])
+    assert parts["spatial branch"]["dtypes"] == ["bfloat16", "float32"]
+
+
+def test_without_our_processors_files(kinds, golden, tmp_path):
+    copy = kinds["llava_sp_adapter"].copy(tmp_path / "x")
+    (copy.folder / "processor_config.json").unlink()
+    report = inspect(copy.folder)
+    assert "no processor files" in text(report)
+    works(report, golden)
+
+
+# ---------------------------------------------------------------- backbones
+
+
+@pytest.mark.parametrize(
+    ("recorded", "status", "said"),
+    [
+        ("base", "missing", "base: not there; pass base_model="),
+        ("/mnt/author/vicuna", "missing", "/mnt/author/vicuna: not there; pass base_model="),
+        ("lmsys/vicuna-7b-v1.5", "hub", "lmsys/vicuna-7b-v1.5: on the hub, not on this machine"),
+        ("beside", "there", "beside: there, in "),
+        (None, "missing", "not recorded; pass base_model="),
+    ],
+)
+def test_where_the_base_is(kinds, golden, tmp_path, monkeypatch, recorded, status, said):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(golden / "base", tmp_path / "beside")
+    copy = kinds["original_projector"].copy(tmp_path / "x")
+    config = json.loads((copy.folder / "config.json").read_text())
+    (copy.folder / "config.json").write_text(json.dumps(config | {"_name_or_path": recorded}))
+    report = inspect(copy.folder)
+    assert report["loads"] and report["base_model"]["status"] == status and said in text(report)
+    assert ("base_model" in report["needs"]) == (status == "missing")
+
+
+def test_a_base_in_the_hubs_cache(kinds, golden, tmp_path, monkeypatch):
+    snapshot = tmp_path / "cache/models--lmsys--vicuna/snapshots/0123"
+    shutil.copytree(golden / "base", snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("0123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    copy = kinds["original_projector"].copy(tmp_path / "x")
+    config = json.loads((copy.folder / "config.json").read_text())
+    (copy.folder / "config.json").write_text(json.dumps(config | {"_name_or_path": "lmsys/vicuna"}))
+    report = inspect(copy.folder)
+    assert (report["base_model"]["status"], report["needs"]) == ("cached", ["vision_tower"])
+
+
+def test_a_base_that_lacks_a_shard(kinds, golden, tmp_path):
+    shutil.copytree(golden / "base", tmp_path / "base")
+    (tmp_path / "base/pytorch_model-00002-of-00002.bin").unlink()
+    report = inspect(kinds["original_projector"].copy(tmp_path / "x").folder)
+    assert not report["loads"] and "pytorch_model-00002-of-00002.bin, which is not there" in report["problems"][0]
+
+
+def test_a_base_of_another_width(kinds, golden, tmp_path):
+    """The base decides what fits, not what the checkpoint's configuration copied of another one."""
+    shutil.copytree(golden / "base", tmp_path / "base")
+    config = json.loads((golden / "base/config.json").read_text())
+    (tmp_path / "base/config.json").write_text(json.dumps(config | {"hidden_size": 128}))
+    report = inspect(kinds["original_projector"].copy(tmp_path / "x").folder)
+    wrong = {one["key"]: one["expected"] for one in report["wrong_shape"]}
+    assert wrong["model.mm_projector.2.weight"] == (128, 128) and wrong["model.conv_linear.1.bias"] == (128,)
+
+
+# ---------------------------------------------------------------- headers only
+
+
+def test_no_tensor_is_read(kinds, monkeypatch):
+    def read(*_, **__):
+        raise AssertionError("a tensor was read")
+
+    for name in ("read_tensors", "value_problem", "safe_open", "tensor_lines"):
+        monkeypatch.setattr(tensor_files, name, read)
+    for kind in kinds.values():
+        assert inspect(kind.folder)["loads"]
+
+
+def test_seven_billion_parameters_take_seconds(kinds, tmp_path):
+    """A full checkpoint of 7B: the headers are real, the tensors are a hole in the file."""
+    copy = kinds["llava_sp"].copy(tmp_path / "x")
+    for file in copy.folder.glob("model*"):
+        file.unlink()
+    text_config = {"model_type": "llama", "vocab_size": 32064}  # Llama's other defaults are those of 7B
+    vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096}
+    vision |= {"num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14}
+    config = LlavaSPConfig(text_config=text_config, vision_config=vision)
+    config.save_pretrained(copy.folder)
+    with torch.device("meta"):
+        model = LlavaSPForCausalLM(config)
+    header, end = {}, 0
+    for name, parameter in model.named_parameters():
+        offsets = [end, end := end + 2 * parameter.numel()]
+        header[name] = {"dtype": "F16", "shape": list(parameter.shape), "data_offsets": offsets}
+    content = json.dumps(header).encode()
+    with open(copy.folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(content)) + content)
+        file.truncate(8 + len(content) + end)
+    start = time.monotonic()
+    report = inspect(copy.folder)
+    assert time.monotonic() - start < 10
+    assert report["loads"] and report["bytes"] > 15e9
+    assert report["parts"]["language model"] == {"parameters": 6_738_939_904, "tensors": 291, "dtypes": ["float16"]}
+    assert report["parts"]["patch MLP"]["parameters"] == 20_979_712
+    assert report["parts"]["spatial branch"]["parameters"] == 763_363_328 + 134_217_728 + 3 * 263_680 + 4_198_400
+
+
+# ---------------------------------------------------------------- broken checkpoints
+
+UNCHECKED = pytest.mark.xfail(strict=True, reason="opening does not look at it yet", raises=pytest.fail.Exception)
+
+
+def refused(kind: Kind, said: str, *names: str) -> None:
+    """Opening is an error that holds `said` and names all of `names`; no model comes back."""
+    with pytest.raises(ValueError) as error:
+        kind.open()
+    assert all(name in str(error.value) for name in (said, *names)), str(error.value)
+
+
+@pytest.mark.parametrize("how", VALUES)
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("original_lora", "base_model.model.model.conv_8.weight"),
+        ("original_lora", "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"),
+        ("original_projector", "model.conv_8.weight"),
+        ("original_full", "model.conv_8.weight"),
+        pytest.param("original_full", "model.layers.1.mlp.up_proj.weight", marks=UNCHECKED),
+        pytest.param("llava_sp_adapter", "spatial.linear.weight", marks=UNCHECKED),
+        pytest.param("llava_sp", "model.multi_modal_projector.spatial.linear.weight", marks=UNCHECKED),
+        pytest.param("llava_hf", "language_model.model.layers.1.mlp.up_proj.weight", marks=UNCHECKED),
+    ],
+)
+def test_values_are_checked_on_opening(kinds, tmp_path, name, key, how):
+    copy = kinds[name].copy(tmp_path / "x")
+    copy.key = key
+    file = copy.edit(lambda tensors: tensors.update({key: spoil(tensors[key], how)}))
+    assert inspect(copy.folder)["loads"]  # and says that it read no values
+    refused(copy, VALUES[how], key, file.name)
+
+
+@pytest.mark.parametrize("how", ["empty", "shape", "lacking", "unexpected"])
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_that_do_not_fit_are_listed(kinds, tmp_path, name, how):
+    copy = kinds[name].copy(tmp_path / "x")
+    index = copy.folder / "model.safetensors.index.json"
+
+    def change(tensors):
+        if how == "lacking":
+            tensors.pop(copy.key)
+        elif how == "unexpected":
+            tensors["model.strange.weight"] = torch.ones(3)
+        else:
+            tensors[copy.key] = spoil(tensors[copy.key], how)
+
+    file = copy.edit(change).name
+    if how == "lacking" and index.is_file():  # else the index tells, see below
+        shards = json.loads(index.read_text())
+        shards["weight_map"].pop(copy.key)
+        index.write_text(json.dumps(shards))
+    report = inspect(copy.folder)
+    assert not report["loads"]
+    field, key = {
+        "empty": ("empty", copy.key),
+        "shape": ("wrong_shape", copy.key),
+        "lacking": ("missing", copy.key.replace("language_model.model.", "model.language_model.")),
+        "unexpected": ("unexpected", "model.strange.weight"),
+    }[how]
+    (entry,) = report[field]
+    assert entry["key"] == key and entry["file"] in (file, str(copy.folder))
+    assert f"{key}" in text(report)
+
+
+@pytest.mark.parametrize("how", ["empty", "shape", "lacking", "unexpected"])
+@pytest.mark.parametrize("name", ["original_lora", "original_projector", "original_full", "llava_sp_adapter"])
+def test_tensors_that_do_not_fit_are_refused(kinds, tmp_path, name, how):
+    copy = kinds[name].copy(tmp_path / "x")
+    ours = {"llava_sp_adapter": "spatial.linear.weight"}.get(
+        name, "projections.8.weight" if how == "shape" else "conv_8"
+    )
+    if how == "lacking":
+        copy.edit(lambda tensors: tensors.pop(copy.key))
+    elif how == "unexpected":
+        ours = "strange"
+        copy.edit(lambda tensors: tensors.update({"model.strange.weight": torch.ones(3)}))
+    else:
+        copy.edit(lambda tensors: tensors.update({copy.key: spoil(tensors[copy.key], how)}))
+    refused(copy, ours, str(copy.folder))
+
+
+@pytest.mark.parametrize("name", ["llava_sp", "llava_hf"])
+def test_a_stranger_in_a_full_checkpoint_is_refused(kinds, tmp_path, name, request):
+    request.applymarker(UNCHECKED)
+    copy = kinds[name].copy(tmp_path / "x")
+    file = copy.edit(lambda tensors: tensors.update({"model.strange.weight": torch.ones(3)}))
+    refused(copy, "model.strange.weight", file.name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_truncated_file_is_named(kinds, tmp_path, name):
+    copy = kinds[name].copy(tmp_path / "x")
+    file = copy.file
+    file.write_bytes(file.read_bytes()[:-200])
+    report = inspect(copy.folder)
+    assert not report["loads"] and file.name in report["problems"][0] and "cut off" in report["problems"][0]
+    if name != "llava_sp":
+        refused(copy, "cut off", file.name)
+
+
+def test_a_missing_shard_and_an_empty_promise(kinds, tmp_path):
+    for name in ("original_full", "llava_sp"):
+        copy = kinds[name].copy(tmp_path / name)
+        file = copy.edit(lambda tensors, key=copy.key: tensors.pop(key))
+        (problem,) = inspect(copy.folder)["problems"]
+        assert f"promises {copy.key}, which no shard holds" in problem
+        file.unlink()
+        (problem,) = inspect(copy.folder)["problems"]
+        assert file.name in problem and "is not there" in problem
+        with pytest.raises((ValueError, OSError), match=file.name):
+            copy.open()
+
+
+@UNCHECKED
+def test_no_part_of_our_full_checkpoint_is_left_at_random(kinds, tmp_path):
+    copy = kinds["llava_sp"].copy(tmp_path / "x")
+    copy.edit(lambda tensors: tensors.pop(copy.key))
+    refused(copy, copy.key, "index.json")
+
+
+@pytest.mark.parametrize("name", ["original_lora", "original_projector", "original_full"])
+def test_code_in_a_checkpoint_is_not_executed(kinds, tmp_path, name):
+    class Code:
+        def __reduce__(self):
+            return os.system, (f"touch '{tmp_path / 'executed'}'",)
+
+    copy = kinds[name].copy(tmp_path / "x")
+    if name == "original_full":  # as shards of .bin
+        for file in copy.folder.glob("model*"):
+            file.unlink()
+        copy.key, file = "x", copy.folder / "pytorch_model.bin"
+        save({"model.norm.weight": torch.ones(96)}, file)
+    torch.save({"x": Code()}, copy.file if name != "original_full" else file)
+    (problem,) = inspect(copy.folder)["problems"]
+    assert "holds code" in problem and ".system" in problem and "nothing in it was executed" in problem
+    refused(copy, "holds code")
+    assert not (tmp_path / "executed").exists()
+    assert main([str(copy.folder)]) == 1
+
+
+def test_a_base_with_code_is_not_executed(kinds, golden, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.system, (f"touch '{tmp_path / 'executed'}'",)
+
+    shutil.copytree(golden / "base", tmp_path / "base")
+    torch.save({"model.norm.weight": Code()}, tmp_path / "base/pytorch_model-00002-of-00002.bin")
+    with pytest.raises(Exception, match="(?i)weights.only|code"):  # transformers' own error
+        LlavaSPForCausalLM.from_pretrained(
+            kinds["original_projector"].folder, base_model=tmp_path / "base", vision_tower=golden / "clip"
+        )
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_manifest_that_is_gone(kinds, tmp_path):
+    copy = kinds["llava_sp_adapter"].copy(tmp_path / "x")
+    (copy.folder / "llava_sp.json").unlink()
+    report = inspect(copy.folder)
+    assert not report["loads"] and "saving it was cut off" in report["problems"][0]
+    refused(copy, "saving it was cut off")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
+        ({"hidden_size": "many"}, "configuration"),
+    ],
+)
+def test_settings_that_cannot_be_opened(kinds, tmp_path, settings, said):
+    copy = kinds["original_projector"].copy(tmp_path / "x")
+    config = json.loads((copy.folder / "config.json").read_text())
+    (copy.folder / "config.json").write_text(json.dumps(config | settings))
+    report = inspect(copy.folder)
+    assert not report["loads"] and said in report["problems"][0]
+
+
+# ---------------------------------------------------------------- no checkpoint; the command
+
+
+def test_no_checkpoint_at_all(golden, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for place, said in (
+        (tmp_path / "empty", "nothing"),
+        (tmp_path / "nowhere", "no folder"),
+        (golden / "clip", "clip"),
+    ):
+        assert main([str(place)]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.startswith("error: ") and said in captured.err
+        assert captured.err.count("\n") == 1
+    with pytest.raises(UnknownFormat):
+        inspect(golden / "base")
+
+
+def test_as_a_command(golden, repo):
+    folder = "tests/golden/checkpoint_pooling/lora"
+    run = subprocess.run(
+        [sys.executable, "-m", "llava_sp.checkpoints.inspect", folder], cwd=repo, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    assert lines[0] == folder and all(line.startswith("  ") and line[16] == " " for line in lines[1:])
+    assert "  variant        pooling, without integrator" in lines
+
+
+# ---------------------------------------------------------------- nothing is downloaded
+
+OFFLINE = """
+import json, socket, sys
+tried = []
+def refuse(*arguments, **keywords):
+    tried.append(str(arguments[-1]))
+    raise OSError("no network here")
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = refuse
+
+from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.checkpoints.inspect import inspect
+import huggingface_hub.constants
+assert not huggingface_hub.constants.HF_HUB_OFFLINE
+for folder, keywords in json.loads(sys.argv[1]):
+    assert inspect(folder)["loads"]
+    LlavaSPForCausalLM.from_pretrained(folder, **keywords)
+    LlavaSPProcessor.from_pretrained(folder, **keywords)
+    print("opened", folder)
+assert not tried, tried
+"""
+
+
+def test_nothing_is_downloaded_when_all_is_local(kinds, repo):
+    """In a process of its own: HF_HUB_OFFLINE, which the tests set, is read on import."""
+    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    environment = {name: value for name, value in os.environ.items() if name not in offline}
+    places = [[str(k.folder), {n: str(v) for n, v in k.keywords.items()}] for k in kinds.values()]
+    run = subprocess.run(
+        [sys.executable, "-c", OFFLINE, json.dumps(places)],
+        cwd=repo, env=environment | {"PYTHONPATH": str(repo)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("opened") == len(kinds)
