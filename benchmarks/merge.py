@@ -1,6 +1,6 @@
 """Peak memory and time of merging LoRA at growing size, beside the usual way to do it.
 
-    python benchmarks/merge.py [--size 0.25 0.5 1 2] [--folder /tmp]
+    python benchmarks/merge.py [--size 0.25 0.5 1 2 4] [--folder /tmp]
     python benchmarks/merge.py --size 7b                    the real thing: 20 GiB of memory, 45 GiB of disk, on a CPU
 
 Each size is a Llama and a CLIP with random weights in bfloat16 on the disk, in shards (named by the Llama's GiB; "7b" is
@@ -37,6 +37,7 @@ LANGUAGE = {
     "0.5": (1024, 16, 2816, 8, "200MB"),
     "1": (1536, 15, 4224, 12, "400MB"),
     "2": (2048, 18, 5632, 16, "800MB"),
+    "4": (2560, 25, 7040, 20, "1500MB"),
     "7b": (4096, 32, 11008, 32, "5GB"),
 }
 TOWER = {"small": (256, 4, 1024, 4), "7b": (1024, 24, 4096, 16)}
@@ -152,7 +153,7 @@ def run_step(step: str, size: str, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", nargs="+", choices=list(LANGUAGE), default=["0.25", "0.5", "1", "2"])
+    parser.add_argument("--size", nargs="+", choices=list(LANGUAGE), default=["0.25", "0.5", "1", "2", "4"])
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()), help="for the models (default: %(default)s)"
     )

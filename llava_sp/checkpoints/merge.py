@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import json
 import math
@@ -54,6 +55,7 @@ from ..model.modeling_llava_sp import LlavaSPForCausalLM, is_missing_folder
 from ..model.processing_llava_sp import LlavaSPProcessor
 from .adapter import _fetch, checkpoint_hash
 from .formats import recognise
+from .original import needs_processor
 
 RECORD = "merged.json"
 FORMAT = 1
@@ -151,7 +153,8 @@ def merge_layers(model: LlavaSPForCausalLM) -> dict[str, Probe]:
         ValueError: a merged weight is not finite in the model's type; the layer is named.
     """
     probes = {}
-    for name, layer in tqdm(lora_layers(model).items(), desc="merging", unit="layer"):
+    for name in tqdm(list(lora_layers(model)), desc="merging", unit="layer"):
+        layer = model.get_submodule(name)  # not from a dict of all, which would keep each one's float32
         dtype = layer.get_base_layer().weight.dtype
         layer.float()
         vector = _probe_vector(layer.in_features, layer.get_base_layer().weight.device)
@@ -332,9 +335,10 @@ def _describe(model: LlavaSPForCausalLM, source: Path) -> dict:
 
 
 def _processor(source: Path, model: LlavaSPForCausalLM) -> LlavaSPProcessor:
-    if (source / "processor_config.json").is_file():
-        return LlavaSPProcessor.from_pretrained(source)
-    return LlavaSPProcessor.from_backbones(model.config)
+    bases = {"base_model": model.config.base_language_model, "vision_tower": model.config.base_vision_tower}
+    if (source / "processor_config.json").is_file() or needs_processor(source):
+        return LlavaSPProcessor.from_pretrained(source, **bases)
+    return LlavaSPProcessor.from_backbones(model.config)  # an adapter saved without one
 
 
 @contextlib.contextmanager
@@ -403,6 +407,17 @@ def report(record: dict, to: str | os.PathLike) -> str:
     return "\n".join(lines)
 
 
+def give_back_freed_tensors() -> None:
+    """Have glibc return each freed tensor to the system, for this process from now on.
+
+    It keeps freed blocks below 32 MiB in its heap, and the float32 temporaries leave holes there: at 4 GiB of weights,
+    that was 1.1 GiB more at the peak, and all of the first model still resident while the second was opened.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+        ctypes.CDLL(None).mallopt(mmap_threshold, 2**20)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m llava_sp.checkpoints.merge", description="Merge LoRA into its base, proven."
@@ -415,6 +430,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-shard-size", default="5GB", help="of one file with weights (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="where to merge: cpu, cuda (default: %(default)s)")
     options = vars(parser.parse_args(arguments))
+    give_back_freed_tensors()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the staging folder is removed
     try:
         print(report(merge(options["adapter"], **{k: v for k, v in options.items() if k != "adapter"}), options["to"]))

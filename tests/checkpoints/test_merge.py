@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from llava_sp.checkpoints import checkpoint_hash, save_adapter
 from llava_sp.checkpoints.merge import lora_layers, main, merge_layers, proof_sample, text_logits
 from llava_sp.checkpoints.merge import merge as merge_adapter
 from tests.checkpoints.test_adapter import add_lora, assemble
+from tests.released import LAYOUTS
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,23 @@ def test_a_checkpoint_without_its_processor_gets_one(golden, adapter, tmp_path):
     merge_adapter(tmp_path / "bare", tmp_path / "out")
     ours, theirs = LlavaSPProcessor.from_pretrained(tmp_path / "out"), LlavaSPProcessor.from_pretrained(adapter)
     assert torch.equal(proof_sample(ours)["input_ids"], proof_sample(theirs)["input_ids"])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_released_lora(golden, tmp_path, layout):
+    """A folder of the original code, whose recorded base is a path on its authors' machine."""
+    bases = {"base_model": golden / "base", "vision_tower": golden / "clip"}
+    released = golden / f"checkpoint_{layout}/lora"
+    record = merge_adapter(released, tmp_path / "out", dtype="float32", **bases)
+    assert record["lora"]["layers"] == 21 and record["lora"]["r"] == 8 and record["lora"]["alpha"] == 16
+    assert record["adapter"]["hash"] == checkpoint_hash(released)
+    unmerged = LlavaSPForCausalLM.from_pretrained(released, dtype="float32", **bases)
+    sample = proof_sample(LlavaSPProcessor.from_pretrained(tmp_path / "out"))
+    theirs = proof_sample(LlavaSPProcessor.from_pretrained(released, **bases))
+    assert all(torch.equal(sample[name], theirs[name]) for name in theirs)
+    merged = LlavaSPForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(text_logits(merged, sample), text_logits(unmerged, sample), atol=1e-4, rtol=1e-5)
+    assert torch.equal(greedy(merged, sample), greedy(unmerged, sample))
 
 
 # ---- refused
@@ -249,7 +268,20 @@ def test_a_weight_too_large_for_the_type_is_named(adapter):
         merge_layers(model)
 
 
-# ---- nothing half there
+# ---- memory, and nothing half there
+
+
+def test_the_first_model_is_gone_before_the_second_is_opened(adapter, tmp_path, monkeypatch):
+    opened, alive = [], []
+
+    def watched(model, sample):
+        alive.append([first() is not None for first in opened])
+        opened.append(weakref.ref(model))
+        return text_logits(model, sample)
+
+    monkeypatch.setattr("llava_sp.checkpoints.merge.text_logits", watched)
+    merge_adapter(adapter, tmp_path / "out")
+    assert alive == [[], [False]]
 
 
 def test_too_small_a_disk_is_known_before(adapter, tmp_path, monkeypatch):
