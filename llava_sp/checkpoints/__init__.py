@@ -1,7 +1,8 @@
 """Opening and saving models in every format but transformers' own full checkpoint.
 
 `backbones`: assemble from a language model and a vision tower. `adapter`: LoRA and projector, without base weights.
-`formats`: what a folder is, by its content. `original`: what other code wrote. As commands: `convert`, `merge`, `inspect`.
+`formats`: what a folder is, by its content. `original`: what other code wrote. `warm_start`: a trained
+LLaVA-1.5 as a beginning. As commands: `convert`, `merge`, `inspect`.
 """
 
 from .adapter import (
@@ -15,16 +16,21 @@ from .adapter import (
     trainable_state_dict,
 )
 from .backbones import from_backbones, weights_fingerprint
+from .compare import check_values
 from .formats import Checkpoint, recognise
-from .original import format_of, needs_processor, open_original, open_processor, opener
+from .original import check_full, format_of, needs_processor, open_original, open_processor, opener
+from .warm_start import language_model_within, start_from
 
 __all__ = [
     "Checkpoint",
+    "check_full",
+    "check_values",
     "checkpoint_hash",
     "describe",
     "format_of",
     "from_backbones",
     "is_adapter",
+    "language_model_within",
     "load_adapter",
     "load_projector",
     "needs_processor",
@@ -34,6 +40,7 @@ __all__ = [
     "opener",
     "recognise",
     "save_adapter",
+    "start_from",
     "trainable_state_dict",
     "weights_fingerprint",
 ]

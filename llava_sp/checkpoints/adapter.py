@@ -21,21 +21,18 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.modeling_llava_sp import ADAPTER_FILE
 from ..model.other_formats import is_missing_folder
-from .backbones import _hub_kwargs, from_backbones, gathered
-from .formats import recognise
-from .tensor_files import tensor_lines
+from .backbones import _hub_kwargs, from_backbones, gathered, weights_fingerprint
+from .formats import ADAPTER_NAME, LORA_FOLDER, PROJECTOR, UnknownFormat, recognise
+from .tensor_files import read_checked, read_json, tensor_lines
 
 MANIFEST = "llava_sp.json"
-LORA_FOLDER = "lora"
 FORMAT = 1
-ADAPTER_NAME = "default"
-_PROJECTOR = "model.multi_modal_projector."
 _PEFT = "base_model.model."  # PEFT's files name parameters as seen from its wrapper
 
 # What must agree for one model's projector to fit into another.
@@ -59,7 +56,7 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     state = {}
     for name, parameter in model.named_parameters():
-        if name.startswith(_PROJECTOR) or ".lora_" in name:
+        if name.startswith(PROJECTOR) or ".lora_" in name:
             with gathered([parameter]):
                 state[name] = parameter.detach().cpu().clone().contiguous()
     return state
@@ -94,7 +91,7 @@ def save_adapter(
     path.mkdir(parents=True, exist_ok=True)
     (path / MANIFEST).unlink(missing_ok=True)
 
-    projector = {name.removeprefix(_PROJECTOR): t for name, t in state.items() if name.startswith(_PROJECTOR)}
+    projector = {name.removeprefix(PROJECTOR): t for name, t in state.items() if name.startswith(PROJECTOR)}
     lora = {_PEFT + _without_adapter_name(name): tensor for name, tensor in state.items() if ".lora_" in name}
     with _replacing(path / ADAPTER_FILE) as file:
         save_file(projector, file, metadata={"format": "pt"})
@@ -139,7 +136,7 @@ def describe(path: str | os.PathLike) -> dict:
             f"{path} has no {MANIFEST}: it is not an adapter checkpoint, or saving it was cut off. Use an earlier one "
             "(checkpoint-* beside it), or run the same training command again."
         )
-    described = json.loads(manifest.read_text())
+    described = read_json(manifest)
     for name, expected in described["files"].items():
         file = Path(path) / name
         found = file.stat().st_size if file.is_file() else None
@@ -158,7 +155,11 @@ def checkpoint_hash(path: str | os.PathLike) -> str:
         parts = [file["sha256"] for _, file in sorted(described["files"].items())]
         parts += [str(described["base_language_model"][1]), str(described["base_vision_tower"][1])]
         return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
-    lines = sorted(line for file in recognise(path).files for line in tensor_lines(file))
+    try:
+        files = recognise(path).files
+    except UnknownFormat:  # a backbone
+        return weights_fingerprint(path)
+    lines = sorted(line for file in files for line in tensor_lines(file))
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
@@ -185,6 +186,7 @@ def open_adapter(
     """
     path = _fetch(path, **load_kwargs)
     describe(path)
+    read_json(path / "config.json")  # what is wrong with the file itself, said with its name
     config = LlavaSPConfig.from_pretrained(path) if config is None else config
     recorded = (config.base_language_model_hash, config.base_vision_tower_hash)
     language = _find_base(path, base_model, config.base_language_model, "base_model", "language model", **load_kwargs)
@@ -216,11 +218,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """
     path = Path(path)
     describe(path)
-    tensors = {_PROJECTOR + name: tensor for name, tensor in load_file(path / ADAPTER_FILE).items()}
-    if (path / LORA_FOLDER).is_dir():
-        for name, tensor in load_file(path / LORA_FOLDER / "adapter_model.safetensors").items():
-            tensors[_with_adapter_name(name.removeprefix(_PEFT))] = tensor
-    own = {n: p for n, p in model.named_parameters() if n.startswith(_PROJECTOR) or ".lora_" in n}
+    stored = recognise(path).tensors
+    tensors = {
+        (_with_adapter_name(name) if ".lora_" in name else name): tensor
+        for name, tensor in read_checked(stored, zeros_allowed=True).items()
+    }
+    own = {n: p for n, p in model.named_parameters() if n.startswith(PROJECTOR) or ".lora_" in n}
     _copy_strictly(own, tensors, f"the checkpoint {path}", _config_differences(path, model.config))
 
 
@@ -233,8 +236,8 @@ def load_projector(model: nn.Module, path: str | os.PathLike) -> None:
     """
     path = Path(path)
     describe(path)
-    tensors = {_PROJECTOR + name: tensor for name, tensor in load_file(path / ADAPTER_FILE).items()}
-    own = {name: parameter for name, parameter in model.named_parameters() if name.startswith(_PROJECTOR)}
+    tensors = read_checked(recognise(path).part(PROJECTOR), zeros_allowed=True)
+    own = {name: parameter for name, parameter in model.named_parameters() if name.startswith(PROJECTOR)}
     _copy_strictly(own, tensors, f"the projector in {path}", _config_differences(path, model.config))
 
 

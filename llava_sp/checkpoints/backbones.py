@@ -39,9 +39,10 @@ DEFAULT_MAX_NEW_TOKENS = 512
 
 def from_backbones(
     cls: type[PreTrainedModel],
-    language_model: str | os.PathLike,
-    vision_tower: str | os.PathLike,
+    language_model: str | os.PathLike | None = None,
+    vision_tower: str | os.PathLike | None = None,
     *,
+    warm_start: str | os.PathLike | None = None,
     config: LlavaSPConfig | None = None,
     spatial_variant: str = "cropping",
     spatial_scales: list[int] | None = None,
@@ -60,7 +61,9 @@ def from_backbones(
     """Assemble a model with a fresh projector; `LlavaSPForCausalLM.from_backbones` calls this.
 
     Args:
-        language_model, vision_tower: hub ids or local folders.
+        language_model, vision_tower: hub ids or local folders; also those within a full LLaVA-1.5.
+        warm_start: a trained LLaVA-1.5 (any format, or its projector alone) whose patch MLP and LoRA are kept; a full
+            one's language model takes the place of `language_model`. The spatial branch is fresh.
         config: the configuration of an existing checkpoint; the `spatial_*` arguments are then taken from it.
         spatial_variant, ...: see `LlavaSPConfig`.
         dtype: of all weights; `"auto"` is the language model's own.
@@ -73,7 +76,12 @@ def from_backbones(
         ValueError: a backbone lacks weights, the tower has no square grid, or a spatial argument does not fit.
         OSError: a backbone is not there (transformers' message names the path).
     """
+    from .warm_start import language_model_within, start_from  # which needs the formats, which need this file
+
     dtype = _dtype(dtype)
+    language_model = language_model_within(warm_start, language_model)
+    if vision_tower is None:
+        raise ValueError("vision_tower is not set: a hub id or a folder")
     if "revision" in load_kwargs:
         raise ValueError("revision= would mean both backbones; use language_model_revision= and vision_tower_revision=")
     tower_kwargs = {name: value for name, value in load_kwargs.items() if name != "quantization_config"}
@@ -113,6 +121,8 @@ def from_backbones(
     config.base_vision_tower_hash = weights_fingerprint(vision_tower, **_hub_kwargs(tower_kwargs))
     model = _assemble(cls, config, language, tower, fresh_projector(config, dtype, seed))
     model.generation_config = _generation_config(language, tokenizer, pad_token_id)
+    if warm_start is not None:
+        start_from(model, warm_start)
     return model.eval()
 
 
@@ -302,7 +312,7 @@ def _load_complete(auto_class, path: str | os.PathLike, **kwargs) -> PreTrainedM
 
 
 @contextmanager
-def _zero3_set_aside() -> Iterator[None]:
+def zero3_set_aside() -> Iterator[None]:
     """Keeps transformers from splitting (and gathering, and initialising) the parts of a model that is to stay empty."""
     current = integration._hf_deepspeed_config_weak_ref and integration._hf_deepspeed_config_weak_ref()
     integration.unset_hf_deepspeed_config()
@@ -315,7 +325,7 @@ def _zero3_set_aside() -> Iterator[None]:
 
 def _assemble(cls, config: LlavaSPConfig, language, tower, projector):
     """Put loaded parts into an empty model; nothing is copied."""
-    with _zero3_set_aside(), torch.device("meta"):
+    with zero3_set_aside(), torch.device("meta"):
         model = cls(config)
     model.model.vision_tower = tower
     model.model.multi_modal_projector = projector.to(tower.device)

@@ -44,7 +44,8 @@ from .formats import (
     recognise,
 )
 from .new_folder import check_new, new_folder
-from .original import check_complete, read_checked
+from .original import check_complete
+from .tensor_files import read_checked
 
 TARGETS = ("llava_sp", "original", "llava_hf")
 _WRAPPED = "base_model.model.model."  # what PEFT and LlavaLlamaForCausalLM put before a key

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
+
 from ..model.modeling_llava_sp import ADAPTER_FILE
 from .tensor_files import WEIGHT_FILES, StoredTensor, read_index, read_json, shard_index, stored_tensors, weight_files
 
@@ -35,6 +37,8 @@ TOWER = "model.vision_tower."
 HEAD = "lm_head."
 ORIGINAL_SCALES = (4, 8, 12, 16, 20, 24)
 ORIGINAL_GRID = 24
+ADAPTER_NAME = "default"
+LORA_FOLDER = "lora"
 
 _LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
@@ -375,3 +379,42 @@ def all_stored(folder: Path) -> list[StoredTensor]:
         if lacking:
             raise ValueError(f"{index} promises {min(lacking)}, which no shard holds ({len(lacking)} such tensors)")
     return tensors
+
+
+# ---- what its settings mean
+
+
+def feature_layer(found: Checkpoint) -> int:
+    """The tower's layer that the original reads. Raises `ValueError` where it also keeps the class token."""
+    kept = found.config.get("mm_vision_select_feature", "patch")
+    if kept != "patch":
+        raise ValueError(f"{found.folder}: mm_vision_select_feature is {kept!r}; the patch grid alone can be opened")
+    return found.config.get("mm_vision_select_layer", -2)
+
+
+def lora_config(settings: dict[str, Any]) -> LoraConfig:
+    """PEFT's settings as the original saved them, held to the language model.
+
+    Raises `ValueError` for a kind of adapter that is not plain LoRA on linear layers.
+    """
+    targets = settings.get("target_modules")
+    ours = isinstance(targets, str) and targets.startswith(r"model\.language_model\.")
+    if settings.get("peft_type") != "LORA" or not targets or (isinstance(targets, str) and not ours):
+        raise ValueError(
+            f"adapter_config.json: peft_type {settings.get('peft_type')!r} on {targets!r} cannot be opened"
+        )
+    if not ours:
+        leaves = "|".join(sorted(re.escape(target) for target in targets))
+        targets = rf"model\.language_model\..*\.({leaves})"
+    keys = (
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "use_dora",
+        "rank_pattern",
+        "alpha_pattern",
+        "fan_in_fan_out",
+    )
+    kept = {key: settings[key] for key in keys if key in settings}
+    return LoraConfig(**kept, target_modules=targets, bias="none", task_type="CAUSAL_LM")

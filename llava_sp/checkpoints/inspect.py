@@ -15,21 +15,19 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from peft import LoraConfig
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
 from ..model.backbone_configs import is_original, language_config, vision_config
 from ..model.configuration_llava_sp import LlavaSPConfig
-from ..model.modeling_llava_sp import LlavaSPForCausalLM
 from ..model.other_formats import is_missing_folder
-from .adapter import ADAPTER_NAME, LORA_FOLDER, MANIFEST, describe
+from .adapter import MANIFEST, describe
+from .compare import LORA, OURS, Comparison, compare
 from .formats import (
     FORMATS,
     HEAD,
@@ -39,19 +37,16 @@ from .formats import (
     TOWER,
     Checkpoint,
     UnknownFormat,
-    bare,
-    original_projector_name,
+    feature_layer,
+    lora_config,
     recognise,
 )
-from .original import feature_layer, lora_config
-from .tensor_files import StoredTensor, read_json, weight_files
+from .tensor_files import read_json, weight_files
 
 PLACEHOLDERS = {"base_model": "LANGUAGE_MODEL", "vision_tower": "VISION_TOWER"}
 UNREAD = "not read; checked on opening"
 _MERGE_RECORD = "merged.json"
 _SHOWN = 6  # lines of a kind of problem in the text; all are in the JSON
-_LORA = ".lora_"
-_OURS = ("llava_sp", "llava_sp_adapter")
 _PARTS = {
     "language model": (LANGUAGE, HEAD),
     "vision tower": (TOWER,),
@@ -77,24 +72,6 @@ class Backbone:
     folder: Path | None = None
     problem: str | None = None
     fingerprint: str | None = None
-
-
-@dataclass
-class Comparison:
-    """What a checkpoint holds against what its configuration asks for; keys are those of its files."""
-
-    missing: list[dict[str, Any]] = field(default_factory=list)
-    unexpected: list[dict[str, Any]] = field(default_factory=list)
-    wrong_shape: list[dict[str, Any]] = field(default_factory=list)
-    empty: list[dict[str, Any]] = field(default_factory=list)
-
-    def lines(self) -> list[str]:
-        return [
-            *(f"{one['file']} lacks {one['key']}" for one in self.missing),
-            *(f"{one['file']} holds {one['key']} {one['shape']}, which has no place" for one in self.unexpected),
-            *(f"{one['key']} in {one['file']} is {one['shape']}, not {one['expected']}" for one in self.wrong_shape),
-            *(f"{one['key']} in {one['file']} is empty, {one['shape']}" for one in self.empty),
-        ]
 
 
 def inspect(path: str | os.PathLike) -> dict[str, Any]:
@@ -201,7 +178,7 @@ def _cached(name: str) -> Path | None:
 
 def _config(found: Checkpoint, language: Backbone, tower: Backbone) -> LlavaSPConfig | None:
     """The configuration of the model that opening would make; None where too little is known of its backbones."""
-    if found.format in _OURS:
+    if found.format in OURS:
         return LlavaSPConfig.from_pretrained(found.folder)
     if found.format == "llava_hf":
         return LlavaSPConfig(
@@ -257,98 +234,6 @@ def _settings_problems(found: Checkpoint) -> list[str]:
     return []
 
 
-def compare(found: Checkpoint, config: LlavaSPConfig | None) -> Comparison:
-    """Names and shapes against those of `config`'s model; None leaves the layout of the projector to go by.
-
-    Raises:
-        ValueError, TypeError: no such model can be made.
-    """
-    needed, known = ({}, set(found.tensors)) if config is None else _wanted(found, config)
-    result = Comparison(unexpected=[_entry(found, tensor) for tensor in found.unknown])
-    for name in dict.fromkeys((*found.missing, *needed)):
-        if name not in found.tensors:
-            result.missing.append({"key": _their_key(found, name), "file": _their_file(found, name)})
-    for name, tensor in found.tensors.items():
-        if tensor.numel == 0:
-            result.empty.append(_entry(found, tensor))
-        elif name not in known:
-            result.unexpected.append(_entry(found, tensor))
-        elif name in needed and tensor.shape != needed[name]:
-            result.wrong_shape.append(_entry(found, tensor) | {"expected": needed[name]})
-    return result
-
-
-def _wanted(found: Checkpoint, config: LlavaSPConfig) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """`(name -> shape of what the checkpoint has to bring, names that it may bring)`, under our names."""
-    text_is_known = config.text_config.num_hidden_layers > 0
-    with torch.device("meta"):
-        model = LlavaSPForCausalLM(config)
-        if found.lora is not None and text_is_known:
-            model.add_adapter(_adapter_config(found), adapter_name=ADAPTER_NAME)
-    brought, untold = [PROJECTOR], []
-    if found.lora is not None:
-        (brought if text_is_known else untold).append(_LORA)
-    if found.holds_language_model:
-        brought += [LANGUAGE, HEAD]
-    if found.format in ("llava_sp", "llava_hf"):
-        brought.append(TOWER)
-    elif found.part(TOWER):  # of the original, a tower that was trained; its shapes stand in its own folder only
-        (brought if getattr(config.vision_config, "num_hidden_layers", 1) else untold).append(TOWER)
-    shapes = {_plain(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    needed = {name: shape for name, shape in shapes.items() if _part(name).startswith(tuple(brought))}
-    if found.format == "original_full":  # left out there: of a CLIP, it serves the pooled output only
-        needed = {n: s for n, s in needed.items() if not n.startswith(f"{TOWER}post_layernorm") or n in found.tensors}
-    known = {name for name in map(_plain, model.state_dict()) if _part(name).startswith(tuple(brought))}
-    return needed, known | {name for name in found.tensors if _part(name).startswith(tuple(untold))}
-
-
-def _part(name: str) -> str:
-    """LoRA is a part of its own, wherever in the model it is."""
-    return _LORA if _LORA in name else name
-
-
-def _plain(name: str) -> str:
-    """A parameter's name in the model -> as `Checkpoint.tensors` has it, for every version of transformers and without PEFT."""
-    name = name.replace("vision_tower.vision_model.", "vision_tower.").replace(".base_layer.", ".")
-    return name.replace(f".{ADAPTER_NAME}.", ".") if _LORA in name else name
-
-
-def _adapter_config(found: Checkpoint) -> LoraConfig:
-    return (
-        LoraConfig.from_pretrained(str(found.folder / LORA_FOLDER))
-        if found.format in _OURS
-        else lora_config(found.lora)
-    )
-
-
-def _entry(found: Checkpoint, tensor: StoredTensor) -> dict[str, Any]:
-    return {"key": tensor.key, "shape": tensor.shape, "file": str(tensor.file.relative_to(found.folder))}
-
-
-def _their_key(found: Checkpoint, name: str) -> str:
-    """Our name -> the key under which the checkpoint's own files would hold it."""
-    if _LORA in name:
-        wrapped = name if found.format in _OURS else name.replace(LANGUAGE, "model.")
-        return f"base_model.model.{wrapped}"
-    if found.format == "llava_sp_adapter":
-        return name.removeprefix(PROJECTOR)
-    if not found.format.startswith("original"):
-        return name
-    if name.startswith(PROJECTOR):
-        held = [tensor.key for tensor in found.part(PROJECTOR).values()]
-        wrapper = held[0].removesuffix(bare(held[0])) if held else "model."
-        variant = found.spatial.get("spatial_variant", "none")
-        return wrapper + original_projector_name(name.removeprefix(PROJECTOR), variant, ORIGINAL_GRID)
-    return name.replace(TOWER, "model.vision_tower.vision_tower.vision_model.").replace(LANGUAGE, "model.")
-
-
-def _their_file(found: Checkpoint, name: str) -> str:
-    """The file that holds its like; the folder, where several do."""
-    part = found.part("", lora=True) if _LORA in name else found.part(PROJECTOR if name.startswith(PROJECTOR) else "")
-    files = {tensor.file for tensor in part.values()}
-    return str(files.pop().relative_to(found.folder)) if len(files) == 1 else str(found.folder)
-
-
 # ---- what is told
 
 
@@ -367,14 +252,14 @@ def _spatial(found: Checkpoint, config: LlavaSPConfig | None) -> dict[str, Any]:
 def _template(found: Checkpoint) -> dict[str, Any]:
     """What our processor's files record; other code records no template, and LLaVA-1.5's is meant."""
     file = found.folder / "processor_config.json"
-    settings = read_json(file) if found.format in _OURS and file.is_file() else {}
+    settings = read_json(file) if found.format in OURS and file.is_file() else {}
     ratio = settings.get("image_aspect_ratio") or found.config.get("image_aspect_ratio")
     return {"recorded": settings.get("conversation_template"), "image_aspect_ratio": ratio}
 
 
 def _parts(found: Checkpoint) -> dict[str, dict[str, Any]]:
     groups = {
-        part: [t for n, t in found.tensors.items() if n.startswith(prefixes) and _LORA not in n]
+        part: [t for n, t in found.tensors.items() if n.startswith(prefixes) and LORA not in n]
         for part, prefixes in _PARTS.items()
     }
     groups["LoRA"] = list(found.part("", lora=True).values())
@@ -393,7 +278,7 @@ def _lora(found: Checkpoint) -> dict[str, Any] | None:
     if found.lora is None:
         return None
     targets = found.lora.get("target_modules") or []
-    layers = {name.split(_LORA)[0] for name in found.part("", lora=True)}
+    layers = {name.split(LORA)[0] for name in found.part("", lora=True)}
     return {
         "r": found.lora.get("r"),
         "alpha": found.lora.get("lora_alpha"),
@@ -404,7 +289,7 @@ def _lora(found: Checkpoint) -> dict[str, Any] | None:
 
 def _run(found: Checkpoint) -> dict[str, Any] | None:
     file = found.folder / MANIFEST
-    run = read_json(file).get("run") if found.format in _OURS and file.is_file() else None
+    run = read_json(file).get("run") if found.format in OURS and file.is_file() else None
     return run or None
 
 
@@ -418,7 +303,7 @@ def _calls(path: str | os.PathLike, found: Checkpoint, given: list[str]) -> list
     keywords = "".join(f', {keyword}="{PLACEHOLDERS[keyword]}"' for keyword in given)
     place = json.dumps(str(path), ensure_ascii=False)
     processor = f"LlavaSPProcessor.from_pretrained({place}{keywords})"
-    if found.format in _OURS and not (found.folder / "processor_config.json").is_file():
+    if found.format in OURS and not (found.folder / "processor_config.json").is_file():
         processor = "LlavaSPProcessor.from_backbones(model.config)"
     return [f"model = LlavaSPForCausalLM.from_pretrained({place}{keywords})", f"processor = {processor}"]
 
@@ -520,7 +405,7 @@ def _template_text(template: dict[str, Any], kind: str) -> str:
     images = {"pad": "; images padded to a square", "crop": "; images cropped to a square"}.get(ratio, "")
     if recorded is not None:
         return recorded + images
-    if kind in _OURS:
+    if kind in OURS:
         return "not recorded: no processor files beside the weights; vicuna_v1 unless you say otherwise"
     return f"not recorded by this format; vicuna_v1 is meant{images}"
 

@@ -7,34 +7,34 @@ left out, and a tensor that cannot be right is named with its file.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 
-from ..model.backbone_configs import load_tokenizer, vision_config
+from ..model.backbone_configs import language_config, load_tokenizer, vision_config
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.image_preprocessing import image_processor_of
 from ..model.modeling_llava_sp import ADAPTER_FILE
 from ..model.other_formats import is_missing_folder
 from ..model.processing_llava_sp import LlavaSPProcessor, add_special_tokens
-from .adapter import (
-    ADAPTER_NAME,
-    MANIFEST,
-    _copy_strictly,
-    _fetch,
-    _find_base,
-    _from_hub,
-    _with_adapter_name,
-    open_adapter,
-)
+from .adapter import MANIFEST, _copy_strictly, _fetch, _find_base, _from_hub, _with_adapter_name, open_adapter
 from .backbones import _hub_kwargs, from_backbones, from_llava_hf
-from .formats import FORMATS, ORIGINAL_GRID, PROJECTOR, TOWER, Checkpoint, original_projector_name, recognise
-from .tensor_files import StoredTensor, read_json, read_tensors, value_problem
+from .compare import check_fits, check_values
+from .formats import (
+    ADAPTER_NAME,
+    FORMATS,
+    ORIGINAL_GRID,
+    PROJECTOR,
+    TOWER,
+    Checkpoint,
+    feature_layer,
+    lora_config,
+    original_projector_name,
+    recognise,
+)
+from .tensor_files import read_checked, read_json
 
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
@@ -98,6 +98,8 @@ def open_original(
     found = recognise(_fetch(path, **load_kwargs))
     check_complete(found)
     language, tower = bases_of(found, base_model, vision_tower, **_hub_kwargs(load_kwargs))
+    if found.holds_language_model:
+        check_fits(found, _full_config(found, language, tower, **_hub_kwargs(load_kwargs)))
     for name in ("trust_remote_code", "_from_auto", "_commit_hash", "adapter_kwargs", "revision", "force_download"):
         load_kwargs.pop(name, None)
     dtype = load_kwargs.pop("torch_dtype", dtype)  # its name in older code
@@ -115,6 +117,8 @@ def open_original(
     if found.lora is not None:
         model.add_adapter(lora_config(found.lora), adapter_name=ADAPTER_NAME)
     fill(model, found)
+    if found.holds_language_model:
+        check_values(model, found)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         if ".lora_" in name:
@@ -129,7 +133,43 @@ def open_llava_hf(cls, path: str | os.PathLike, **load_kwargs):
             raise ValueError(f"{path} is a full checkpoint, with its own backbones: drop {keyword}=")
     for name in ("trust_remote_code", "_from_auto", "_commit_hash", "adapter_kwargs"):
         load_kwargs.pop(name, None)
-    return from_llava_hf(cls, path, **load_kwargs)
+    found = recognise(_fetch(path, **load_kwargs))
+    if "quantization_config" not in found.config:
+        check_fits(found, _full_config(found, found.folder, found.folder))
+    model = from_llava_hf(cls, found.folder, **load_kwargs)
+    check_values(model, found)
+    return model
+
+
+def check_full(path: str | os.PathLike, **load_kwargs) -> Checkpoint | None:
+    """Whether our full checkpoint at `path` is whole, before it is opened; what to check its values against afterwards.
+
+    None where there is nothing to look at here: a hub id, quantised weights, weights that come from elsewhere.
+
+    Raises:
+        ValueError: a tensor is missing, left over or of another shape; a file is cut off.
+    """
+    elsewhere = ("state_dict", "subfolder", "variant", "gguf_file")
+    if not Path(path).is_dir() or any(load_kwargs.get(name) for name in elsewhere):
+        return None
+    found = recognise(path)
+    if "quantization_config" in found.config:
+        return None
+    check_fits(found, LlavaSPConfig.from_pretrained(found.folder))
+    return found
+
+
+def _full_config(
+    found: Checkpoint, language: str | os.PathLike, tower: str | os.PathLike, **hub_kwargs
+) -> LlavaSPConfig:
+    """What a full checkpoint of other code says that it is."""
+    layer = found.config.get("vision_feature_layer", -2) if found.format == "llava_hf" else feature_layer(found)
+    return LlavaSPConfig(
+        text_config=language_config(language, **hub_kwargs),
+        vision_config=vision_config(tower, **hub_kwargs),
+        vision_feature_layer=layer,
+        **found.spatial,
+    )
 
 
 _OPENERS = {"llava_sp_adapter": open_adapter, "llava_hf": open_llava_hf}
@@ -181,41 +221,6 @@ def bases_of(
     return language, tower
 
 
-def feature_layer(found: Checkpoint) -> int:
-    """The tower's layer that the original reads. Raises `ValueError` where it also keeps the class token."""
-    kept = found.config.get("mm_vision_select_feature", "patch")
-    if kept != "patch":
-        raise ValueError(f"{found.folder}: mm_vision_select_feature is {kept!r}; the patch grid alone can be opened")
-    return found.config.get("mm_vision_select_layer", -2)
-
-
-def lora_config(settings: dict[str, Any]) -> LoraConfig:
-    """PEFT's settings as the original saved them, held to the language model.
-
-    Raises `ValueError` for a kind of adapter that is not plain LoRA on linear layers.
-    """
-    targets = settings.get("target_modules")
-    if settings.get("peft_type") != "LORA" or isinstance(targets, str) or not targets:
-        raise ValueError(
-            f"adapter_config.json: peft_type {settings.get('peft_type')!r} on {targets!r} cannot be opened"
-        )
-    leaves = "|".join(sorted(re.escape(target) for target in targets))
-    keys = (
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_rslora",
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "fan_in_fan_out",
-    )
-    kept = {key: settings[key] for key in keys if key in settings}
-    return LoraConfig(
-        **kept, target_modules=rf"model\.language_model\..*\.({leaves})", bias="none", task_type="CAUSAL_LM"
-    )
-
-
 def check_complete(found: Checkpoint) -> None:
     """Raises `ValueError` naming what is missing or has no place, with the file."""
     if found.missing:
@@ -236,23 +241,6 @@ def _layout(found: Checkpoint) -> str:
     variant = found.spatial.get("spatial_variant")
     fusion = {True: " with", False: " without"}.get(found.spatial.get("spatial_fusion"))
     return f"{FORMATS[found.format]}, variant {variant}" + (f"{fusion} integrator" if fusion else "")
-
-
-def read_checked(stored: dict[str, StoredTensor]) -> dict[str, Tensor]:
-    """The tensors, each file read once. Raises `ValueError` for every value that training cannot have given."""
-    tensors: dict[str, Tensor] = {}
-    problems = []
-    for file in sorted({tensor.file for tensor in stored.values()}):
-        here = {name: tensor for name, tensor in stored.items() if tensor.file == file}
-        content = read_tensors(file, [tensor.key for tensor in here.values()])
-        for name, tensor in here.items():
-            tensors[name] = content[tensor.key]
-            problem = value_problem(content[tensor.key], zeros_allowed=".lora_B" in name)
-            problems += [f"{tensor.key} in {file} {problem}"] if problem else []
-    if problems:
-        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError("these cannot be trained weights:\n  " + "\n  ".join(problems[:8]) + more)
-    return tensors
 
 
 def fill(model: nn.Module, found: Checkpoint) -> None:

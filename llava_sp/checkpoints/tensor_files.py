@@ -163,6 +163,28 @@ def value_problem(tensor: Tensor, zeros_allowed: bool = False) -> str | None:
     return None
 
 
+def read_checked(stored: dict[str, StoredTensor], zeros_allowed: bool = False) -> dict[str, Tensor]:
+    """The tensors under the same names, each file read once. Raises `ValueError` for values that training cannot give."""
+    tensors: dict[str, Tensor] = {}
+    problems = []
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        here = {name: tensor for name, tensor in stored.items() if tensor.file == file}
+        content = read_tensors(file, [tensor.key for tensor in here.values()])
+        for name, tensor in here.items():
+            tensors[name] = content[tensor.key]
+            problem = value_problem(content[tensor.key], zeros_allowed or ".lora_B" in name)
+            problems += [f"{tensor.key} in {file} {problem}"] if problem else []
+    raise_problems(problems)
+    return tensors
+
+
+def raise_problems(problems: list[str]) -> None:
+    """Raises `ValueError` with the first of them, if there are any."""
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError("these cannot be trained weights:\n  " + "\n  ".join(problems[:8]) + more)
+
+
 def tensor_lines(file: Path) -> list[str]:
     """One line per floating-point tensor: key, shape, type, hash of its first and last 64 values."""
     lines = []

@@ -277,11 +277,19 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         quantization = kwargs.get("quantization_config")
         if getattr(quantization, "llm_int8_skip_modules", FULL_PRECISION) is None:
             quantization.llm_int8_skip_modules = FULL_PRECISION  # the language model is what is large
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        whole = None if package is None else package.check_full(pretrained_model_name_or_path, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if whole is not None:
+            package.check_values(loaded[0] if isinstance(loaded, tuple) else loaded, whole)
+        return loaded
 
     @classmethod
-    def from_backbones(cls, language_model: str | os.PathLike, vision_tower: str | os.PathLike, **kwargs):
+    def from_backbones(
+        cls, language_model: str | os.PathLike | None = None, vision_tower: str | os.PathLike | None = None, **kwargs
+    ):
         """Assemble a model from a language model and a vision tower, with a fresh projector between them.
+
+        `warm_start=` (a trained LLaVA-1.5) keeps its patch MLP and its LoRA or language model.
 
         The keywords, formats and errors are those of `llava_sp.checkpoints.from_backbones`.
         """

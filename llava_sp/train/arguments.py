@@ -44,7 +44,15 @@ class ModelArguments:
     )
     projector_checkpoint: str | None = field(
         default=None,
-        metadata={"help": "Output of stage 1, for stage 2. 'scratch' starts the projector from random weights."},
+        metadata={
+            "help": "Output of stage 1, for stage 2. 'scratch' starts what warm_start does not give from random weights."
+        },
+    )
+    warm_start: str | None = field(
+        default=None,
+        metadata={
+            "help": "A trained LLaVA-1.5: its patch MLP and its LoRA or language model are kept, the spatial branch is fresh."
+        },
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2 ..."})
     lora_r: int = field(default=128, metadata={"help": "Rank of the LoRA matrices."})
@@ -152,7 +160,12 @@ ARGUMENTS = (ModelArguments, DataArguments, TrainArguments)
 # the file that names them.
 FILE_RELATIVE_KEYS = ("deepspeed", "mixture")
 PATH_KEYS = ("mixture", "data_path", "image_folder", "eval_data_path", "eval_image_folder", "output_dir")
-MODEL_KEYS = ("language_model", "vision_tower", "projector_checkpoint")  # a folder, or a name that is no path
+MODEL_KEYS = (
+    "language_model",
+    "vision_tower",
+    "projector_checkpoint",
+    "warm_start",
+)  # a folder, or a name that is no path
 RESERVED_KEY = "provenance"  # in run.yaml: facts about a run, no settings
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import nn
 
 from llava_sp import LlavaSPForCausalLM
-from llava_sp.checkpoints import load_projector
+from llava_sp.checkpoints import load_projector, start_from
 from llava_sp.data.from_config import spatial_settings
 from llava_sp.train.arguments import ModelArguments, TrainArguments
 from llava_sp.train.stages import STAGES, apply_stage, table
@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 
 def build_model(arguments: ModelArguments, args: TrainArguments) -> LlavaSPForCausalLM:
-    """Backbones, projector (fresh, or stage 1's whole one), LoRA if the stage trains it; frozen as the stage says."""
+    """Backbones, LoRA if the stage trains it, projector (fresh, a warm start's patch MLP, or stage 1's whole one); frozen as
+    the stage says."""
     options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
     model = LlavaSPForCausalLM.from_backbones(
         language_model=arguments.language_model,
@@ -32,11 +33,19 @@ def build_model(arguments: ModelArguments, args: TrainArguments) -> LlavaSPForCa
         seed=args.seed,
         **options,
     )
+    if "lora" in STAGES[args.stage]:
+        add_lora(model, arguments, args.seed)
+    if arguments.warm_start is not None:
+        taken = start_from(model, arguments.warm_start)
+        if "LoRA" in taken and "lora" not in STAGES[args.stage]:
+            raise ValueError(
+                f"warm_start = {arguments.warm_start} has LoRA, which the stage {args.stage} does not train: merge it first "
+                "(python -m llava_sp.checkpoints.merge), and start from the merged model"
+            )
+        logger.info("Starting from %s: its %s.", arguments.warm_start, taken)
     if arguments.projector_checkpoint not in (None, SCRATCH):
         load_projector(model, arguments.projector_checkpoint)
         logger.info("The projector starts from %s.", arguments.projector_checkpoint)
-    if "lora" in STAGES[args.stage]:
-        add_lora(model, arguments, args.seed)
     prepare_stage(model, args)
     return model
 

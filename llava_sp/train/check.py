@@ -45,6 +45,9 @@ def _named(key: str, value: object) -> str:
 
 
 def _models(model: ModelArguments) -> Iterator[str]:
+    start = model.warm_start
+    if start is not None and is_local_path(start) and not Path(start).exists():
+        yield f"warm_start = {start}: it is not there; give a trained LLaVA-1.5 (folder, projector file or hub id), or null."
     for key, source in MODEL_SOURCES.items():
         name = getattr(model, key)
         if name is None:

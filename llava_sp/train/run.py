@@ -20,10 +20,18 @@ from typing import Any, NoReturn
 
 from transformers import IntervalStrategy, set_seed
 
+from llava_sp.checkpoints import language_model_within
 from llava_sp.data.collator import Collator
 from llava_sp.data.from_config import build_datasets, build_processor
 from llava_sp.data.records import BadSample
-from llava_sp.train.arguments import DataArguments, ModelArguments, TrainArguments, load_config, settings_of
+from llava_sp.train.arguments import (
+    DataArguments,
+    ModelArguments,
+    TrainArguments,
+    is_local_path,
+    load_config,
+    settings_of,
+)
 from llava_sp.train.build import build_model
 from llava_sp.train.check import check_inputs
 from llava_sp.train.config_files import FailedHere, UsageError
@@ -82,6 +90,10 @@ def train(config: str | Path | None, words: Sequence[str]) -> dict[str, Any]:
     model_args, data_args, args = load_config(config, words)
     if become_a_group_of_one(args):  # the arguments find their devices when they are made
         model_args, data_args, args = load_config(config, words)
+    start = model_args.warm_start
+    if start is not None and (Path(start).exists() or not is_local_path(start)):
+        with _explained():
+            model_args.language_model = str(language_model_within(start, model_args.language_model))
     check_inputs(model_args, data_args, args)
 
     with contextlib.closing(RunFolder(args.output_dir)) as folder:

@@ -115,10 +115,10 @@ def test_a_private_path_says_what_was_recorded_and_what_to_pass(golden, tmp_path
     recorded = {"adapter_config.json": "base_model_name_or_path", "config.json": "mm_vision_tower"}
     for file, field in recorded.items():
         settings = json.loads((folder / file).read_text())
-        (folder / file).write_text(json.dumps(settings | {field: f"/home/author/private/{field}"}))
+        (folder / file).write_text(json.dumps(settings | {field: f"/mnt/private/{field}"}))
     given = {name: place for name, place in bases(golden).items() if name != key}
     for opens in (LlavaSPForCausalLM, LlavaSPProcessor):
-        with pytest.raises(ValueError, match=rf"/home/author/private/.* is not there; pass {key}="):
+        with pytest.raises(ValueError, match=rf"/mnt/private/.* is not there; pass {key}="):
             opens.from_pretrained(folder, **given)
 
 
@@ -293,3 +293,35 @@ def test_a_full_llava_is_a_language_model_to_start_from(golden, none, llava_hf, 
         for name, tensor in state(none).items():
             if "multi_modal_projector" not in name:
                 assert torch.equal(state(model)[name], tensor), name
+
+
+# ---------------------------------------------------------------- a warm start
+
+
+def patch_mlp(model) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in state(model).items() if ".linear_1." in n or ".linear_2." in n}
+
+
+def test_warm_start_keeps_patch_mlp_and_language_model_or_lora(golden, none, llava_hf, tmp_path):
+    write_original(tmp_path / "full", none, golden, tower=False, beside=False)
+    fresh = LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", spatial_width=3, seed=5)
+    for start in (tmp_path / "full", llava_hf):
+        model = LlavaSPForCausalLM.from_backbones(
+            vision_tower=golden / "clip", warm_start=start, spatial_width=3, seed=5
+        )
+        assert model.config.base_language_model == str(start.resolve())
+        for name, tensor in patch_mlp(none).items():
+            assert torch.equal(state(model)[name], tensor), name
+        for name, tensor in state(fresh).items():
+            if ".spatial." in name:
+                assert torch.equal(state(model)[name], tensor), name
+    released = load_released(golden, "pooling")
+    model = LlavaSPForCausalLM.from_backbones(
+        golden / "base", golden / "clip", warm_start=released_folder(golden, "pooling"), spatial_width=3
+    )
+    assert model.config.spatial_variant == "cropping"
+    for name, tensor in state(released).items():
+        if ".lora_" in name or name in patch_mlp(released):
+            assert torch.equal(state(model)[name], tensor), name
+    with pytest.raises(ValueError, match="language_model is not set"):
+        LlavaSPForCausalLM.from_backbones(vision_tower=golden / "clip")

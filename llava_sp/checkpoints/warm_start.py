@@ -1,0 +1,70 @@
+"""Starting from a trained LLaVA-1.5: its patch MLP, and its LoRA or whole language model; the spatial branch is fresh."""
+
+from __future__ import annotations
+
+import os
+
+from torch import nn
+
+from .adapter import _copy_strictly, _fetch, _with_adapter_name
+from .formats import ADAPTER_NAME, PROJECTOR, Checkpoint, lora_config, recognise
+from .original import check_complete
+from .tensor_files import read_checked
+
+PATCH_MLP = (f"{PROJECTOR}linear_1.", f"{PROJECTOR}linear_2.")
+
+
+def language_model_within(
+    path: str | os.PathLike | None, otherwise: str | os.PathLike | None
+) -> str | os.PathLike | None:
+    """The language model that a run with this warm start has: the one within it, or `otherwise` where it holds none.
+
+    Raises `ValueError` where there is neither.
+    """
+    if path is not None:
+        found = recognise(_fetch(path))
+        if found.format in ("original_full", "llava_hf"):
+            return str(found.folder)
+        if found.holds_language_model:
+            raise ValueError(
+                f"warm_start: {found.folder} is a full LLaVA-SP; start from its adapter, or from LLaVA-1.5"
+            )
+    if otherwise is None:
+        raise ValueError("language_model is not set, and there is no warm_start that holds one")
+    return otherwise
+
+
+def start_from(model: nn.Module, path: str | os.PathLike) -> str:
+    """Put the patch MLP and the LoRA of a checkpoint into the model; returns what was taken, in words.
+
+    A model without LoRA gets the checkpoint's own.
+
+    Raises:
+        ValueError: a tensor does not fit or cannot be trained weights; LoRA of another rank, scale or other layers.
+    """
+    found = recognise(_fetch(path))
+    check_complete(found)
+    stored = {name: tensor for name, tensor in found.part(PROJECTOR).items() if name.startswith(PATCH_MLP)}
+    parameters = dict(model.named_parameters())
+    own = {name: parameter for name, parameter in parameters.items() if name.startswith(PATCH_MLP)}
+    _copy_strictly(own, read_checked(stored), f"the patch MLP of {found.folder}", [])
+    taken = ["patch MLP"] + (["language model"] if found.holds_language_model else [])
+    if found.lora:
+        _start_lora(model, found)
+        taken.append(f"LoRA (r {found.lora['r']})")
+    return " and ".join(taken)
+
+
+def _start_lora(model: nn.Module, found: Checkpoint) -> None:
+    theirs = lora_config(found.lora)
+    present = (getattr(model, "peft_config", None) or {}).get(ADAPTER_NAME)
+    if present is None:
+        model.add_adapter(theirs, adapter_name=ADAPTER_NAME)
+    elif (present.r, present.lora_alpha, present.use_rslora) != (theirs.r, theirs.lora_alpha, theirs.use_rslora):
+        raise ValueError(
+            f"warm_start: the LoRA in {found.folder} has r {theirs.r} and alpha {theirs.lora_alpha}; this run has r "
+            f"{present.r} and alpha {present.lora_alpha}. Set lora_r and lora_alpha to its values"
+        )
+    own = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    tensors = read_checked(found.part("", lora=True))
+    _copy_strictly(own, {_with_adapter_name(n): t for n, t in tensors.items()}, f"the LoRA of {found.folder}", [])
