@@ -95,7 +95,7 @@ def test_settings_of_the_spatial_branch(tmp_path):
 
 def test_every_argument_of_a_fresh_model_is_a_key():
     """`from_backbones` has no setting that a run cannot state."""
-    passed = {"language_model", "vision_tower", "cls", "config", "dtype", "seed", "load_kwargs"}
+    passed = {"language_model", "vision_tower", "warm_start", "cls", "config", "dtype", "seed", "load_kwargs"}
     arguments = {
         name for name in inspect.signature(from_backbones).parameters if not name.endswith("_revision")
     } - passed
