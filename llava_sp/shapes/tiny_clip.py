@@ -44,7 +44,7 @@ class Cycle:
 
 
 # Shapes first; then handwriting, which is the hardest and rare.
-CYCLES = (Cycle(700, 2e-3, 1.0), Cycle(500, 1.5e-3, 3.0))
+CYCLES = (Cycle(700, 2e-3, 1.0), Cycle(500, 1.5e-3, 3.0), Cycle(700, 1.5e-3, 8.0))
 
 
 def phrase_grid(scene: Scene) -> np.ndarray:
