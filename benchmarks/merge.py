@@ -1,7 +1,7 @@
 """Peak memory and time of merging LoRA at growing size, beside the usual way to do it.
 
     python benchmarks/merge.py [--size 0.25 0.5 1 2 4] [--folder /tmp]
-    python benchmarks/merge.py --size 7b                    the real thing: 20 GiB of memory, 45 GiB of disk, on a CPU
+    python benchmarks/merge.py --size 7b                    the real thing: 18 GiB of memory, 30 GiB of disk, on a CPU
 
 Each size is a Llama and a CLIP with random weights in bfloat16 on the disk, in shards (named by the Llama's GiB; "7b" is
 Vicuna-7B's and CLIP-L/14-336's shape), with LoRA of rank 128 on its seven linears. Two commands run on it, each a process of
