@@ -117,7 +117,7 @@ def test_folder_without_processor(checkpoint, tmp_path, capsys):
 def test_other_kinds_of_model_are_named(golden, capsys):
     for folder, kind in (("base", "llama"), ("clip", "clip")):
         line = one_error(capsys, "--model", golden / folder)
-        assert f"is no LLaVA-SP checkpoint: the model_type in its config.json is '{kind}'" in line
+        assert f"is no LLaVA-SP checkpoint: {golden / folder} ({kind}) holds a model without a projector" in line
 
 
 def test_wrong_backbones_are_one_short_line(checkpoint, golden, tmp_path, capsys):

@@ -23,7 +23,6 @@ The proof has two parts, since 16-bit logits differ by rounding alone, which a s
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import gc
 import json
@@ -31,11 +30,9 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +44,6 @@ import transformers
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -55,6 +51,7 @@ from ..model.modeling_llava_sp import LlavaSPForCausalLM, is_missing_folder
 from ..model.processing_llava_sp import LlavaSPProcessor
 from .adapter import _fetch, checkpoint_hash
 from .formats import recognise
+from .new_folder import check_new, new_folder, readable
 from .original import needs_processor
 
 RECORD = "merged.json"
@@ -117,7 +114,7 @@ def merge(
     _check_target(target, record["base_language_model"]["path"], record["base_vision_tower"]["path"])
     processor = _processor(source, model)
     sample = proof_sample(processor).to(device)
-    with _staging(target, _needed_bytes(model)) as stage:
+    with new_folder(target, _needed_bytes(model)) as stage:
         before = text_logits(model, sample)
         probes = merge_layers(model)
         model.save_pretrained(stage, max_shard_size=max_shard_size)
@@ -293,14 +290,9 @@ def _merged_from(folder: Path) -> str:
 
 
 def _check_target(target: Path, *sources: str | os.PathLike) -> None:
-    for source in sources:
-        if Path(source).is_dir() and target.is_relative_to(Path(source).resolve()):
-            raise ValueError(f"{target} lies in {source}, which is read: choose a folder elsewhere")
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target} is a file: choose a new folder")
-    if target.is_dir() and any(target.iterdir()):
-        holds = f"a model merged {_merged_from(target)}" if (target / RECORD).is_file() else "files"
-        raise ValueError(f"{target} holds {holds}: choose a new folder")
+    if (target / RECORD).is_file():
+        raise ValueError(f"{target} holds a model merged {_merged_from(target)}: choose a new folder")
+    check_new(target, *sources)
 
 
 def _describe(model: LlavaSPForCausalLM, source: Path) -> dict:
@@ -341,42 +333,12 @@ def _processor(source: Path, model: LlavaSPForCausalLM) -> LlavaSPProcessor:
     return LlavaSPProcessor.from_backbones(model.config)  # an adapter saved without one
 
 
-@contextlib.contextmanager
-def _staging(target: Path, needed: int) -> Iterator[Path]:
-    """A folder beside `target` that becomes it at the end, or is removed; `needed` bytes must be free there."""
-    anchor = next(folder for folder in target.parents if folder.is_dir())
-    free = shutil.disk_usage(anchor).free
-    if free < needed:
-        raise OSError(f"the merged model takes {_readable(needed)}, but {anchor} has {_readable(free)} free")
-    stage = anchor / f".{target.name}.part"
-    try:
-        stage.mkdir()
-    except FileExistsError:
-        raise ValueError(f"{stage} is there: another merge is at work, or was killed; then remove it") from None
-    try:
-        yield stage
-        for file in stage.iterdir():
-            with open(file, "rb") as stream:
-                os.fsync(stream.fileno())
-            file.chmod(anchor.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(stage, target)  # fails if somebody has put files there meanwhile
-    except SafetensorError as error:  # how it reports a full disk
-        raise OSError(f"{stage}: {error}") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
 def _needed_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if ".lora_" not in name)
 
 
 def _weight_bytes(folder: Path) -> dict[str, int]:
     return {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
-
-
-def _readable(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -403,7 +365,7 @@ def report(record: dict, to: str | os.PathLike) -> str:
     if layers["below_rounding"]:
         lines.append(f"        in {layers['below_rounding']}, LoRA is smaller than the rounding of {record['dtype']}")
     size = sum(files.values())
-    lines.append(f"done    {to}: {_readable(size)} in {len(files)} files, {record['seconds']:.0f} s")
+    lines.append(f"done    {to}: {readable(size)} in {len(files)} files, {record['seconds']:.0f} s")
     return "\n".join(lines)
 
 

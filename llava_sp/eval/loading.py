@@ -104,13 +104,14 @@ def load_processor(source: Source, image_mode: str | None = None) -> Any:
 
 def _check_processor_files(source: Source) -> None:
     """Raises ValueError if the folder is no checkpoint that can be opened, or one of ours without its processor."""
+    folder = source.folder
     try:
-        kind = format_of(source.folder)
+        kind = format_of(folder)
     except ValueError as error:
         raise ValueError(f"--model {source.path} is no LLaVA-SP checkpoint: {error}") from None
     if kind not in ("llava_sp", "llava_sp_adapter"):
         return  # what other code wrote; its processor is made from what it records
-    missing = [names[0] for names in _PROCESSOR_FILES if not any((source.folder / name).is_file() for name in names)]
+    missing = [names[0] for names in _PROCESSOR_FILES if not any((folder / name).is_file() for name in names)]
     if missing:
         raise ValueError(
             f"--model {source.path} has a model but not its whole processor ({' and '.join(missing)} missing): copy the "

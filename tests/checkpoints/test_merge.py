@@ -182,7 +182,7 @@ def test_where_it_must_not_go(golden, adapter, merged, tmp_path):
             merge_adapter(adapter, source / "merged")
         assert not (source / "merged").exists()
     (tmp_path / ".out.part").mkdir()
-    with pytest.raises(ValueError, match=r"\.out\.part is there: another merge is at work, or was killed"):
+    with pytest.raises(ValueError, match=r"\.out\.part is there: another command is writing it, or was killed"):
         merge_adapter(adapter, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="there is no folder ./nowhere"):
         merge_adapter("./nowhere", tmp_path / "out")
@@ -286,7 +286,7 @@ def test_the_first_model_is_gone_before_the_second_is_opened(adapter, tmp_path, 
 
 def test_too_small_a_disk_is_known_before(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
-    with pytest.raises(OSError, match=r"the merged model takes 4.1 MiB, but .* has 1.0 MiB free"):
+    with pytest.raises(OSError, match=r"out takes 4.1 MiB, but .* has 1.0 MiB free"):
         merge_adapter(adapter, tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
