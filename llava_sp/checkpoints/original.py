@@ -70,8 +70,8 @@ def opener(path: str | os.PathLike, **hub_kwargs) -> Callable | None:
 
 def needs_processor(path: str | os.PathLike, **hub_kwargs) -> bool:
     """Whether a checkpoint of other code stands at `path`, beside which there is no processor of ours."""
-    if Path(path).is_dir() and (Path(path) / "processor_config.json").is_file():
-        return format_of(path) == "llava_hf" if (Path(path) / "config.json").is_file() else False
+    if (Path(path) / "processor_config.json").is_file() and not (Path(path) / "config.json").is_file():
+        return False  # a processor that stands alone
     return not is_missing_folder(path) and format_of(path, **hub_kwargs) not in ("llava_sp", "llava_sp_adapter")
 
 

@@ -6,8 +6,10 @@ The processor decides all lengths: `<image>` becomes `num_image_tokens` placehol
 
 from __future__ import annotations
 
+import json
 import re
 from os import PathLike
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -147,7 +149,7 @@ class LlavaSPProcessor(LlavaProcessor):
         Of the latter, `base_model=` and `vision_tower=` take the place of recorded paths, as for the model;
         `image_aspect_ratio=` and `conversation_template=` that of what such checkpoints do not record.
         """
-        package = checkpoints_package()
+        package = None if _has_own_processor(pretrained_model_name_or_path) else checkpoints_package()
         if package is not None and package.needs_processor(pretrained_model_name_or_path, **kwargs):
             return package.open_processor(pretrained_model_name_or_path, *args, **kwargs)
         for keyword in ("base_model", "vision_tower"):  # needed to make a processor, not to read one
@@ -352,6 +354,12 @@ class LlavaSPProcessor(LlavaProcessor):
             return MultiModalData()
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
+
+def _has_own_processor(path: str | PathLike) -> bool:
+    """Whether a folder here holds what `save_pretrained` of this class wrote."""
+    file = Path(path) / "processor_config.json"
+    return file.is_file() and json.loads(file.read_text()).get("processor_class") == "LlavaSPProcessor"
 
 
 def _jinja(template, tokenizer) -> str:

@@ -70,7 +70,7 @@ def test_clip_matches_held_out_pictures_and_captions():
     assert (logits.argmax(1) == torch.arange(len(scenes))).float().mean() > 0.8
 
 
-@pytest.mark.parametrize(("family", "at_least"), [("existence", 0.8), ("count", 0.6), ("digit", 0.75)])
+@pytest.mark.parametrize(("family", "at_least"), [("existence", 0.7), ("count", 0.6), ("digit", 0.75)])
 def test_llama_answers_about_what_it_is_told(family, at_least):
     rng = np.random.default_rng(2)
     model = LlamaForCausalLM.from_pretrained(LLAMA, dtype=torch.float32).eval()
