@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.checkpoints.inspect import main
 from tests.checkpoints.kinds import NAMES
+from tests.released import LAYOUTS
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 TABLE = README.split("| you have | format | call |\n|---|---|---|\n")[1].split("\n\n")[0]
@@ -36,9 +38,15 @@ def test_the_call_opens_it(kinds, golden, what, kind, call):
         assert processor.num_image_tokens == model.config.num_image_tokens
 
 
-def test_the_inspection_shown_is_the_one_printed(repo, monkeypatch, capsys):
-    from llava_sp.checkpoints.inspect import main
+GOLDEN = [
+    *(f"checkpoint_{layout}/lora" for layout in LAYOUTS),
+    *(f"pretrain_artifacts/{variant}{end}" for variant in ("cropping", "pooling") for end in ("", "/checkpoint-1000")),
+]
 
+
+@pytest.mark.parametrize("folder", GOLDEN)
+def test_the_inspections_shown_are_those_printed(repo, monkeypatch, capsys, folder):
     monkeypatch.chdir(repo)
-    main(["tests/golden/checkpoint_cropping/lora"])
+    status = main([f"tests/golden/{folder}"])
+    assert status == int(folder.endswith("-1000"))  # an intermediate checkpoint lacks most of the projector
     assert capsys.readouterr().out.strip() in README
