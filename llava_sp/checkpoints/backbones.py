@@ -31,7 +31,7 @@ from ..model.backbone_configs import is_original, language_config, load_tokenize
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.processing_llava_sp import add_special_tokens
 from ..model.projector import SpatialProjector
-from .tensor_files import tensor_lines, weight_files
+from .tensor_files import stored_tensors, tensor_lines, weight_files
 
 # Enough for a paragraph; only where neither the caller nor the checkpoint says otherwise.
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -296,6 +296,9 @@ def weights_fingerprint(path: str | os.PathLike, **hub_kwargs) -> str:
 
 def _load_complete(auto_class, path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     """`from_pretrained`, but weights that the folder does not hold are an error, not random numbers."""
+    if Path(path).is_dir():  # cut off, missing, or code: named with the file before anything is read
+        for file in weight_files(Path(path)):
+            stored_tensors(file)
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else a CLIP's text half is reported, key by key, as unexpected
     try:

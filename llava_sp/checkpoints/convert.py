@@ -8,8 +8,8 @@
     llava_hf    transformers' LLaVA, for full models without spatial tokens
 
 Without --format: llava_sp, and original for what is ours. To `llava_sp` the source is opened on its backbones, so it is
-known to open; to `original` tensors are renamed and copied, and no backbone is needed. The original has no placeholder
-among its words: embedding rows from the placeholder on, which no answer depends on, are left out and made again.
+known to open; to `original` tensors are renamed and copied, and no backbone is needed. Embedding rows from the placeholder on,
+which are no words, stay: the original code leaves them out by itself when it opens a full model.
 """
 
 from __future__ import annotations
@@ -26,15 +26,13 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.modeling_llava_sp import LlavaSPForCausalLM
 from ..model.processing_llava_sp import LlavaSPProcessor
-from .adapter import _fetch, _find_base, _with_adapter_name, save_adapter
+from .adapter import _fetch, _find_base, _with_adapter_name, describe, save_adapter
 from .formats import (
-    HEAD,
     LANGUAGE,
     ORIGINAL_SCALES,
     PROJECTOR,
@@ -71,6 +69,8 @@ def convert(
     found, destination = recognise(_fetch(source)), Path(to).resolve()
     ours = found.format in ("llava_sp", "llava_sp_adapter")
     target = target or ("original" if ours else "llava_sp")
+    if found.format == "llava_sp_adapter":
+        describe(found.folder)
     if ours and target == "llava_sp":
         raise ValueError(f"{found.folder} is in our own format already")
     if target == "original" and found.format.startswith("original"):
@@ -96,6 +96,11 @@ def _to_ours(found: Checkpoint, folder: Path, bases: dict[str, Any], max_shard_s
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
         return "a full checkpoint"
+    if found.part(TOWER):
+        raise ValueError(
+            f"{found.folder} holds a trained vision tower, which an adapter checkpoint has not: merge it instead "
+            "(python -m llava_sp.checkpoints.merge)"
+        )
     stored = {**found.part(PROJECTOR), **found.part("", lora=True)}
     state = {(_with_adapter_name(n) if ".lora_" in n else n): t.contiguous() for n, t in read_checked(stored).items()}
     save_adapter(model, processor, folder, state_dict=state, run={"converted_from": str(found.folder.resolve())})
@@ -118,14 +123,19 @@ def _to_original(found: Checkpoint, folder: Path, bases: dict[str, Any], max_sha
     settings = _original_settings(found, config, bases)
     _write_json(folder / "config.json", settings)
     source = _find_tokenizer(found, config, bases)
+    if source is None and found.holds_language_model:
+        raise ValueError(f"{found.folder} has no tokenizer.model, which the original code needs: give --base with one")
+    if found.format == "llava_hf" and "vision_tower" not in bases:
+        raise ValueError(
+            "the original code reads its tower from elsewhere: give --vision-tower (a CLIP folder or hub id)"
+        )
     for name in _TOKENIZER:
         if source is not None and (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     projector = {_original_name(name, config): t for name, t in read_checked(found.part(PROJECTOR)).items()}
     if found.holds_language_model:
-        words = config.image_token_id
         state = {f"model.{key}": tensor for key, tensor in projector.items()}
-        state |= {_full_name(name): _words(name, stored.read(), words) for name, stored in _rest(found).items()}
+        state |= {_full_name(name): stored.read() for name, stored in _rest(found).items()}
         save_torch_state_dict(
             {key: tensor.contiguous() for key, tensor in state.items()},
             folder,
@@ -152,7 +162,7 @@ def _our_config(found: Checkpoint) -> LlavaSPConfig:
     if found.format == "llava_hf":
         llava = LlavaConfig.from_pretrained(found.folder)
         shared = ("text_config", "vision_config", "image_token_index", "vision_feature_layer", "pad_token_id")
-        return LlavaSPConfig(**{name: getattr(llava, name) for name in shared}, spatial_variant="none")
+        return LlavaSPConfig(**{name: getattr(llava, name, None) for name in shared}, spatial_variant="none")
     return LlavaSPConfig.from_pretrained(found.folder)
 
 
@@ -194,7 +204,7 @@ def _original_settings(found: Checkpoint, config: LlavaSPConfig, bases: dict[str
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava_llama",
         "torch_dtype": str(dtype).removeprefix("torch."),
-        "vocab_size": config.image_token_id,
+        "vocab_size": config.text_config.vocab_size if found.holds_language_model else config.image_token_id,
         "pad_token_id": 0,
         "image_aspect_ratio": _aspect_ratio(found),
         "mm_hidden_size": config.vision_width,
@@ -245,11 +255,6 @@ def _full_name(name: str) -> str:
     if name.startswith(TOWER):
         return _TOWER_WITHIN + name.removeprefix(TOWER).removeprefix("vision_model.")
     return name.replace(LANGUAGE, "model.")
-
-
-def _words(name: str, tensor: Tensor, words: int) -> Tensor:
-    """Embedding and head without the rows from the placeholder on."""
-    return tensor[:words].clone() if name.startswith((f"{LANGUAGE}embed_tokens", HEAD)) else tensor
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

@@ -43,6 +43,15 @@ LORA_FOLDER = "lora"
 _LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 _PROJECTOR_FILES = ("model.bin", "mm_projector.bin")
+# Settings of the original's that change what a model does with an image, and what is understood of each; the first is usual.
+_UNDERSTOOD: dict[str, tuple] = {
+    "mm_projector_type": ("mlp2x_gelu",),
+    "mm_use_im_start_end": (False, None),
+    "mm_use_im_patch_token": (False, None),
+    "mm_patch_merge_type": ("flat", None),
+    "image_aspect_ratio": ("pad", "square", "crop", None),
+    "s2": (False, None),
+}
 _INTEGRATOR = {"query_projector": "query", "key_projector": "key", "value_projector": "value"}
 _CONSTANTS = ("rotary_emb.inv_freq", "position_ids")  # in older files; no weights
 _CONV = re.compile(r"conv_(\d+)(\.1)?\.weight")
@@ -240,9 +249,10 @@ def _original(folder: Path, config: dict, kind: str) -> Checkpoint:
     found = Checkpoint(folder, kind, config)
     found.language_model = config.get("_name_or_path") or None
     found.vision_tower = config.get("mm_vision_tower") or config.get("vision_tower") or None
-    kind_of_mlp = config.get("mm_projector_type", "mlp2x_gelu")
-    if kind_of_mlp != "mlp2x_gelu":
-        raise ValueError(f"{folder}: mm_projector_type is {kind_of_mlp!r}; only LLaVA-1.5's mlp2x_gelu can be opened")
+    for key, allowed in _UNDERSTOOD.items():
+        value = config.get(key, allowed[0])
+        if value not in allowed:
+            raise ValueError(f"{folder}: {key} is {value!r} in its config.json; only {allowed[0]!r} can be opened")
     return found
 
 
@@ -403,6 +413,12 @@ def lora_config(settings: dict[str, Any]) -> LoraConfig:
         raise ValueError(
             f"adapter_config.json: peft_type {settings.get('peft_type')!r} on {targets!r} cannot be opened"
         )
+    extra = {key: settings.get(key) for key in ("bias", "modules_to_save", "layers_to_transform")}
+    extra = {key: value for key, value in extra.items() if value not in (None, "none", [])}
+    lacking = [key for key in ("r", "lora_alpha") if not isinstance(settings.get(key), int)]
+    if extra or lacking:
+        what = f"has {extra}" if extra else f"gives no number for {', '.join(lacking)}"
+        raise ValueError(f"adapter_config.json {what}: only plain LoRA on linear layers can be opened")
     if not ours:
         leaves = "|".join(sorted(re.escape(target) for target in targets))
         targets = rf"model\.language_model\..*\.({leaves})"

@@ -25,6 +25,8 @@ from .compare import check_fits, check_values
 from .formats import (
     ADAPTER_NAME,
     FORMATS,
+    HEAD,
+    LANGUAGE,
     ORIGINAL_GRID,
     PROJECTOR,
     TOWER,
@@ -100,6 +102,7 @@ def open_original(
     language, tower = bases_of(found, base_model, vision_tower, **_hub_kwargs(load_kwargs))
     if found.holds_language_model:
         check_fits(found, _full_config(found, language, tower, **_hub_kwargs(load_kwargs)))
+    check_tokenizers(found, language, **_hub_kwargs(load_kwargs))
     for name in ("trust_remote_code", "_from_auto", "_commit_hash", "adapter_kwargs", "revision", "force_download"):
         load_kwargs.pop(name, None)
     dtype = load_kwargs.pop("torch_dtype", dtype)  # its name in older code
@@ -195,8 +198,8 @@ def open_processor(
     hub_kwargs = _hub_kwargs(hub_kwargs)
     language, tower = bases_of(found, base_model, vision_tower, **hub_kwargs)
     config = LlavaSPConfig(vision_config=vision_config(tower, **hub_kwargs), **found.spatial)
-    own = any((found.folder / name).is_file() for name in _TOKENIZER_FILES)
-    tokenizer = load_tokenizer(found.folder if own else language, **hub_kwargs)
+    check_tokenizers(found, language, **hub_kwargs)
+    tokenizer = load_tokenizer(found.folder if _has_tokenizer(found) else language, **hub_kwargs)
     add_special_tokens(tokenizer)
     if image_aspect_ratio is None:
         recorded = found.config.get("image_aspect_ratio")
@@ -221,17 +224,42 @@ def bases_of(
     return language, tower
 
 
+def check_tokenizers(found: Checkpoint, language: str | os.PathLike, **hub_kwargs) -> None:
+    """Raises `ValueError` where a checkpoint's tokenizer and its base's put image and padding at different ids."""
+    if found.holds_language_model or not _has_tokenizer(found):
+        return
+    ids = [
+        add_special_tokens(load_tokenizer(folder, **hub_kwargs))[:2] for folder in (str(found.folder), str(language))
+    ]
+    if ids[0] != ids[1]:
+        raise ValueError(
+            f"the tokenizer in {found.folder} has its image and padding tokens at {ids[0]}, that of {language} at {ids[1]}: "
+            "they are not of one model; pass base_model= with the language model that the checkpoint was trained on"
+        )
+
+
+def _has_tokenizer(found: Checkpoint) -> bool:
+    return any((found.folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def check_complete(found: Checkpoint) -> None:
     """Raises `ValueError` naming what is missing or has no place, with the file."""
     if found.missing:
         more = f" and {len(found.missing) - 4} more" if len(found.missing) > 4 else ""
-        file = next(iter(found.part(PROJECTOR).values())).file
+        file = next((tensor.file for tensor in found.part(PROJECTOR).values()), found.folder)
         names = [name.removeprefix(PROJECTOR) for name in found.missing[:4]]
         keys = [original_projector_name(name, found.spatial["spatial_variant"], ORIGINAL_GRID) for name in names]
         raise ValueError(
             f"{file} holds part of a projector only ({_layout(found)}): it lacks {', '.join(keys)}{more}. An intermediate checkpoint of "
             "the original's first stage does; its model.bin holds all"
         )
+    if not found.holds_language_model:
+        trained = {**found.part(LANGUAGE), **found.part(HEAD)}
+        for tensor in trained.values():
+            raise ValueError(
+                f"{tensor.file} holds {tensor.key}, a trained part of the language model beside LoRA; the base's own would take "
+                "its place, so it is not opened"
+            )
     if found.unknown:
         odd = found.unknown[0]
         raise ValueError(f"{odd.file} holds {odd.key} {odd.shape}, which has no place in LLaVA-SP ({_layout(found)})")

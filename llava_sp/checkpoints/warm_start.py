@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 
+import torch
 from torch import nn
 
-from .adapter import _copy_strictly, _fetch, _with_adapter_name
-from .formats import ADAPTER_NAME, PROJECTOR, Checkpoint, lora_config, recognise
+from .adapter import _copy_strictly, _fetch, _with_adapter_name, describe
+from .backbones import gathered
+from .formats import ADAPTER_NAME, PROJECTOR, TOWER, Checkpoint, lora_config, recognise
 from .original import check_complete
 from .tensor_files import read_checked
 
@@ -44,6 +46,9 @@ def start_from(model: nn.Module, path: str | os.PathLike) -> str:
     """
     found = recognise(_fetch(path))
     check_complete(found)
+    if found.format == "llava_sp_adapter":
+        describe(found.folder)
+    _check_tower(model, found)
     stored = {name: tensor for name, tensor in found.part(PROJECTOR).items() if name.startswith(PATCH_MLP)}
     parameters = dict(model.named_parameters())
     own = {name: parameter for name, parameter in parameters.items() if name.startswith(PATCH_MLP)}
@@ -53,6 +58,22 @@ def start_from(model: nn.Module, path: str | os.PathLike) -> str:
         _start_lora(model, found)
         taken.append(f"LoRA (r {found.lora['r']})")
     return " and ".join(taken)
+
+
+def _check_tower(model: nn.Module, found: Checkpoint) -> None:
+    """Raises `ValueError` where the checkpoint's own tower is not the one that the model has: only full ones keep a tower."""
+    parameters = {n.replace("vision_tower.vision_model.", "vision_tower."): p for n, p in model.named_parameters()}
+    for name, tensor in read_checked(found.part(TOWER)).items():
+        own = parameters.get(name)
+        if own is None:
+            continue
+        with gathered([own]):
+            same = own.shape == tensor.shape and torch.equal(own.detach().cpu(), tensor.to(own.dtype))
+        if not same:
+            raise ValueError(
+                f"warm_start: {found.folder} holds a vision tower of its own ({name} differs), which would be lost; pass "
+                "vision_tower=<that folder> if it is transformers' LLaVA, else the tower it was trained from is not this one"
+            )
 
 
 def _start_lora(model: nn.Module, found: Checkpoint) -> None:

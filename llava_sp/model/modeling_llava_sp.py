@@ -278,10 +278,16 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         if getattr(quantization, "llm_int8_skip_modules", FULL_PRECISION) is None:
             quantization.llm_int8_skip_modules = FULL_PRECISION  # the language model is what is large
         whole = None if package is None else package.check_full(pretrained_model_name_or_path, **kwargs)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            lacking = ", ".join(sorted(info["missing_keys"])[:4])
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(info['missing_keys'])} tensors, such as {lacking}: they would be random"
+            )
         if whole is not None:
-            package.check_values(loaded[0] if isinstance(loaded, tuple) else loaded, whole)
-        return loaded
+            package.check_values(model, whole)
+        return (model, info) if wants_info else model
 
     @classmethod
     def from_backbones(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -92,18 +93,23 @@ def test_a_full_checkpoint_both_ways(golden, tmp_path, kind):
     assert len(list((tmp_path / "original").glob("*.safetensors"))) > 1
     found = recognise(tmp_path / "original")
     assert found.format == "original_full" and not found.unknown and not found.missing
-    assert found.tensors["lm_head.weight"].shape[0] == found.config["vocab_size"] == 1000
+    assert found.tensors["lm_head.weight"].shape[0] == found.config["vocab_size"] == 1024  # no row is lost
     convert(tmp_path / "original", tmp_path / "again")
     assert_same(stored(tmp_path / "ours"), stored(tmp_path / "again"))
 
 
-def test_transformers_llava_both_ways(tmp_path, llava_hf, images):  # noqa: F811
+def test_transformers_llava_both_ways(golden, tmp_path, llava_hf, images):  # noqa: F811
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     convert(llava_hf, tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "hf", target="llava_hf")
     assert_same(stored(llava_hf), stored(tmp_path / "hf"))
-    convert(llava_hf, tmp_path / "original", target="original")
+    given = bases(golden)
+    with pytest.raises(ValueError, match="give --vision-tower"):
+        convert(llava_hf, tmp_path / "original", target="original", base_model=given["base_model"])
+    convert(llava_hf, tmp_path / "original", target="original", **given)
+    convert(tmp_path / "original", tmp_path / "again")
+    assert_same(stored(tmp_path / "ours"), stored(tmp_path / "again"))
     assert recognise(tmp_path / "original").format == "original_full"
     llava = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
     inputs = AutoProcessor.from_pretrained(tmp_path / "hf")(text=PROMPT, images=images[0], return_tensors="pt")
@@ -154,3 +160,32 @@ def test_command(golden, tmp_path):
     )
     assert done.returncode == 0 and done.stdout.endswith("an adapter checkpoint\n"), done.stderr
     assert LlavaSPForCausalLM.from_pretrained(tmp_path / "x").config.spatial_variant == "pooling"
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "norm", "vision_tower"])
+def test_what_an_adapter_cannot_keep_is_not_lost_silently(golden, tmp_path, part):
+    """Trained parts beside LoRA: of the language model they are refused; a tower's open, but do not become an adapter."""
+    folder = tmp_path / "x"
+    shutil.copytree(released_folder(golden, "pooling"), folder)
+    file = folder / "non_lora_trainables.bin"
+    added = {"embed_tokens.weight": torch.rand(1000, 96)} if part == "embed_tokens" else {"norm.weight": torch.rand(96)}
+    if part == "vision_tower":
+        tower = load_released(golden, "pooling").model.vision_tower.state_dict()
+        prefix = "vision_tower.vision_tower.vision_model."
+        added = {prefix + name.removeprefix("vision_model."): 1.5 * tensor for name, tensor in tower.items()}
+    added = {f"base_model.model.model.{key}": tensor for key, tensor in added.items()}
+    torch.save(torch.load(file, weights_only=True) | added, file)
+    refusals = {"open": "a trained part", "convert": "a trained part", "warm start": "a trained part"}
+    if part == "vision_tower":
+        refusals = {"convert": "holds a trained vision tower", "warm start": "holds a vision tower of its own"}
+        model = LlavaSPForCausalLM.from_pretrained(folder, **bases(golden))
+        for name, tensor in model.model.vision_tower.state_dict().items():
+            assert torch.equal(tensor, 1.5 * tower[name]), name
+    ways = {
+        "open": lambda: LlavaSPForCausalLM.from_pretrained(folder, **bases(golden)),
+        "convert": lambda: convert(folder, tmp_path / "y", **bases(golden)),
+        "warm start": lambda: LlavaSPForCausalLM.from_backbones(*bases(golden).values(), warm_start=folder),
+    }
+    for way, message in refusals.items():
+        with pytest.raises(ValueError, match=message):
+            ways[way]()

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from llava_sp import LlavaSPForCausalLM
 from llava_sp.checkpoints.formats import (
@@ -16,6 +17,7 @@ from llava_sp.checkpoints.formats import (
     our_projector_name,
     recognise,
 )
+from llava_sp.checkpoints.inspect import inspect
 from tests.checkpoints.kinds import NAMES, Kind, load, save
 from tests.released import LAYOUTS
 
@@ -175,3 +177,61 @@ def test_what_is_no_checkpoint(golden, tmp_path):
             LlavaSPForCausalLM.from_pretrained(place)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         recognise(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
+        ("config.json", {"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
+        ("config.json", {"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad'"),
+        ("adapter_config.json", {"bias": "all"}, "has .*bias"),
+        ("adapter_config.json", {"modules_to_save": ["lm_head"]}, "has .*modules_to_save"),
+        ("adapter_config.json", {"lora_alpha": None}, "no number for lora_alpha"),
+    ],
+)
+def test_settings_that_would_change_the_model_are_refused(kinds, tmp_path, file, change, message):
+    copy = kinds["original_lora"].copy(tmp_path / "x")
+    settings = json.loads((copy.folder / file).read_text())
+    (copy.folder / file).write_text(json.dumps(settings | change))
+    with pytest.raises(ValueError, match=message):
+        copy.open()
+    assert not inspect(copy.folder)["loads"]
+
+
+def test_another_tokenizer_than_the_bases(kinds, tmp_path):
+    copy = kinds["original_lora"].copy(tmp_path / "x")
+    tokenizer = AutoTokenizer.from_pretrained(copy.keywords["base_model"])
+    tokenizer.add_tokens(["<im_start>", "<im_end>"])
+    tokenizer.save_pretrained(copy.folder)
+    with pytest.raises(ValueError, match=r"at \(1002, 1003\), that of .* at \(1000, 1001\): they are not of one model"):
+        copy.open()
+
+
+def test_a_hub_checkpoint_is_never_half_loaded(kinds, tmp_path):
+    """The same check without a folder to look at: what transformers finds missing is an error."""
+    copy = kinds["llava_sp"].copy(tmp_path / "models--me--mine/snapshots/abc")
+    copy.edit(lambda tensors: tensors.pop(copy.key))
+    index = copy.folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = json.loads(index.read_text())
+        shards["weight_map"].pop(copy.key)
+        index.write_text(json.dumps(shards))
+    refs = tmp_path / "models--me--mine/refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    with pytest.raises(ValueError, match="me/mine lacks 1 tensors, such as .*spatial.linear.weight"):
+        LlavaSPForCausalLM.from_pretrained("me/mine", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_broken_base_is_named(kinds, golden, tmp_path, how):
+    shutil.copytree(golden / "base", tmp_path / "base")
+    shard = sorted((tmp_path / "base").glob("*.bin"))[0]
+    if how == "cut":
+        shard.write_bytes(shard.read_bytes()[:-300])
+    else:
+        shard.unlink()
+    kind = kinds["original_lora"]
+    with pytest.raises(ValueError, match=rf"{shard.name}.*(cut off|not there)"):
+        LlavaSPForCausalLM.from_pretrained(kind.folder, base_model=tmp_path / "base", vision_tower=golden / "clip")
