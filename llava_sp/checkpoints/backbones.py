@@ -31,7 +31,7 @@ from ..model.backbone_configs import is_original, language_config, load_tokenize
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.processing_llava_sp import add_special_tokens
 from ..model.projector import SpatialProjector
-from .tensor_files import stored_tensors, tensor_lines, weight_files
+from .tensor_files import StoredTensor, raise_problems, stored_tensors, tensor_lines, value_problem, weight_files
 
 # Enough for a paragraph; only where neither the caller nor the checkpoint says otherwise.
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -295,14 +295,19 @@ def weights_fingerprint(path: str | os.PathLike, **hub_kwargs) -> str:
 
 
 def _load_complete(auto_class, path: str | os.PathLike, **kwargs) -> PreTrainedModel:
-    """`from_pretrained`, but weights that the folder does not hold are an error, not random numbers."""
-    if Path(path).is_dir():  # cut off, missing, or code: named with the file before anything is read
-        for file in weight_files(Path(path)):
-            stored_tensors(file)
+    """`from_pretrained`, but what the folder does not hold whole is an error, not random numbers or NaN.
+
+    Raises:
+        ValueError: a file is cut off, missing or holds code; a tensor is missing, of another shape, or cannot be trained
+            weights. Each is named.
+    """
+    stored = []
+    if Path(path).is_dir():  # before anything is read
+        stored = [tensor for file in weight_files(Path(path)) for tensor in stored_tensors(file)]
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else a CLIP's text half is reported, key by key, as unexpected
-    try:
-        model, info = auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    try:  # a wrong shape is then in `info`, with its name
+        model, info = auto_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
     problems = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -311,7 +316,22 @@ def _load_complete(auto_class, path: str | os.PathLike, **kwargs) -> PreTrainedM
             f"{path} does not hold all weights of {type(model).__name__}: {len(problems)} missing or of another shape, "
             f"such as {', '.join(problems[:5])}"
         )
+    _check_values(model, path, stored)
     return model
+
+
+def _check_values(model: PreTrainedModel, path: str | os.PathLike, stored: list[StoredTensor]) -> None:
+    """Raises `ValueError` for weights that cannot have been trained; some 4 GiB a second and core are looked at."""
+    problems = []
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or hasattr(parameter, "ds_id"):  # kept on the disk; split by ZeRO-3
+            continue
+        problem = value_problem(parameter.detach(), zeros_allowed=True)
+        if problem:
+            tail = f".{'.'.join(name.split('.')[-5:])}"  # backbones are saved with and without their head's prefix
+            held = next((tensor for tensor in stored if f".{tensor.key}".endswith(tail)), None)
+            problems.append(f"{held.key} in {held.file} {problem}" if held else f"{name} in {path} {problem}")
+    raise_problems(problems)
 
 
 @contextmanager

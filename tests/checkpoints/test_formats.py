@@ -224,14 +224,29 @@ def test_a_hub_checkpoint_is_never_half_loaded(kinds, tmp_path):
         LlavaSPForCausalLM.from_pretrained("me/mine", cache_dir=tmp_path)
 
 
-@pytest.mark.parametrize("how", ["cut", "gone"])
-def test_a_broken_base_is_named(kinds, golden, tmp_path, how):
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("cut", "{shard}.*cut off"),
+        ("gone", "{shard}.*not there"),
+        ("nan", "layers.0.mlp.up_proj.weight in .*{shard} holds NaN or infinity in 1 of"),
+        ("shape", "does not hold all weights.*layers.0.mlp.up_proj.weight"),
+    ],
+)
+def test_a_broken_base_is_named(kinds, golden, tmp_path, how, message):
     shutil.copytree(golden / "base", tmp_path / "base")
-    shard = sorted((tmp_path / "base").glob("*.bin"))[0]
+    key = "model.layers.0.mlp.up_proj.weight"
+    shard = next(file for file in sorted((tmp_path / "base").glob("*.bin")) if key in load(file))
+    tensors = load(shard)
     if how == "cut":
         shard.write_bytes(shard.read_bytes()[:-300])
-    else:
+    elif how == "gone":
         shard.unlink()
-    kind = kinds["original_lora"]
-    with pytest.raises(ValueError, match=rf"{shard.name}.*(cut off|not there)"):
-        LlavaSPForCausalLM.from_pretrained(kind.folder, base_model=tmp_path / "base", vision_tower=golden / "clip")
+    else:
+        tensors[key] = tensors[key].clone() if how == "nan" else tensors[key][:, 1:].clone()
+        tensors[key][3, 3] = float("nan") if how == "nan" else 0.0
+        save(tensors, shard)
+    with pytest.raises(ValueError, match=message.format(shard=shard.name)):
+        LlavaSPForCausalLM.from_pretrained(
+            kinds["original_lora"].folder, base_model=tmp_path / "base", vision_tower=golden / "clip"
+        )
