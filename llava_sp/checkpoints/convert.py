@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -214,6 +215,8 @@ def _original_settings(found: Checkpoint, config: LlavaSPConfig, bases: dict[str
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": config.vision_feature_layer,
         "mm_vision_tower": str(bases.get("vision_tower") or found.vision_tower or ""),
+        # The tower's weights are within a full model; with this the original code reads them there.
+        "unfreeze_mm_vision_tower": found.holds_language_model and bool(found.part(TOWER)),
         "tune_mm_mlp_adapter": not found.holds_language_model and not found.lora,
         "use_mm_proj": True,
     }
@@ -314,6 +317,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--vision-tower", help="vision tower, in place of the recorded one")
     parser.add_argument("--max-shard-size", default="5GB", help="of one file with weights (default: %(default)s)")
     args = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the staging folder is removed
     try:
         written = convert(
             args.source,

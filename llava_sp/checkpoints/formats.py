@@ -296,7 +296,21 @@ def _full_of_others(folder: Path, config: dict) -> Checkpoint:
             "LlavaSPForCausalLM.from_backbones(language_model=..., vision_tower=...) makes a model of it"
         )
     _place(found, tensors if within else [*tensors, *stored_tensors(beside)])
+    if within and beside is not None:
+        _check_beside(found, beside)
     return found
+
+
+def _check_beside(found: Checkpoint, beside: Path) -> None:
+    """LLaVA-1.5 is published with its projector twice, within and beside; raises `ValueError` where they are not alike."""
+    for tensor in stored_tensors(beside):
+        name = _our_name(tensor.key)
+        own = found.tensors.get(name)
+        if name is not None and (own is None or own.shape != tensor.shape):
+            raise ValueError(
+                f"{beside} holds {tensor.key} {tensor.shape}, but the model in {found.folder} "
+                f"{'has no such tensor' if own is None else f'has it as {own.shape}'}: remove the one that is not meant"
+            )
 
 
 def spatial_layout(projector: dict[str, StoredTensor]) -> tuple[dict[str, Any], list[str]]:

@@ -107,7 +107,7 @@ def open_original(
         load_kwargs.pop(name, None)
     dtype = load_kwargs.pop("torch_dtype", dtype)  # its name in older code
     if dtype == "auto":
-        dtype = found.config.get("torch_dtype") or found.config.get("dtype") or "auto"
+        dtype = str(found.config.get("torch_dtype") or found.config.get("dtype") or "auto").removeprefix("torch.")
     model = from_backbones(
         cls,
         language,

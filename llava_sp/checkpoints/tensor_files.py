@@ -258,6 +258,8 @@ def _open_pickle(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"{file} is cut off, or it is no file of tensors ({reason})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} holds a {type(content).__name__}; expected a dict of tensors")
+    if not all(isinstance(key, str) for key in content):
+        raise ValueError(f"{file} holds tensors under keys that are no names, such as {next(iter(content))!r}")
     others = [key for key, value in content.items() if not isinstance(value, Tensor)]
     if others:
         kind = type(content[others[0]]).__name__

@@ -29,7 +29,8 @@ def language_model_within(
             return str(found.folder)
         if found.holds_language_model:
             raise ValueError(
-                f"warm_start: {found.folder} is a full LLaVA-SP; start from its adapter, or from LLaVA-1.5"
+                f"warm_start: {found.folder} is a full checkpoint in our own format; start from its adapter, or where it has no "
+                "spatial tokens, convert it first (python -m llava_sp.checkpoints.convert --format llava_hf)"
             )
     if otherwise is None:
         raise ValueError("language_model is not set, and there is no warm_start that holds one")

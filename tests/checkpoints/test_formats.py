@@ -250,3 +250,15 @@ def test_a_broken_base_is_named(kinds, golden, tmp_path, how, message):
         LlavaSPForCausalLM.from_pretrained(
             kinds["original_lora"].folder, base_model=tmp_path / "base", vision_tower=golden / "clip"
         )
+
+
+def test_a_projector_beside_that_is_another_one(kinds, golden, tmp_path):
+    """Within and beside may both be there, as LLaVA-1.5 is published; then they must be alike."""
+    copy = kinds["original_full"].copy(tmp_path / "x")
+    within = {t.key: t.read() for t in recognise(copy.folder).part("model.multi_modal_projector.").values()}
+    torch.save(within, copy.folder / "mm_projector.bin")
+    assert recognise(copy.folder).spatial["spatial_variant"] == "cropping"
+    pooling = torch.load(golden / "pretrain_artifacts/pooling/model.bin", weights_only=True)
+    torch.save(pooling, copy.folder / "mm_projector.bin")
+    with pytest.raises(ValueError, match=r"mm_projector.bin holds model.conv_\S+ .*, but the model in .* has"):
+        recognise(copy.folder)
