@@ -302,7 +302,7 @@ def _load_complete(auto_class, path: str | os.PathLike, **kwargs) -> PreTrainedM
             weights. Each is named.
     """
     stored = []
-    if Path(path).is_dir():  # before anything is read
+    if (Path(path) / "config.json").is_file():  # before anything is read; without one, transformers says what it is not
         stored = [tensor for file in weight_files(Path(path)) for tensor in stored_tensors(file)]
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else a CLIP's text half is reported, key by key, as unexpected
