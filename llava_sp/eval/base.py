@@ -20,11 +20,12 @@ files), `runner` (generation) and `answers` (LLaVA's answer files); a benchmark 
     if __name__ == "__main__":
         sys.exit(main(ColourQA))                # from llava_sp.eval.cli import main
 
-`python -m llava_sp.eval.colourqa --model M --data D --output O`, `--answers FILE`, resuming, several processes, provenance
-and the hash of every file read through `self.read_*` follow from that. What else can be overridden, each only where a
-benchmark needs it: `generation`, `conversation`, `image_mode`, `splits`, `protocols`, `add_arguments`, `record` (fields
-of an answer line), `match` (which answer belongs to which item; by default `question_id`), `summary` (lines printed below
-the headline), `submission`, `validate`.
+`python -m llava_sp.eval.colourqa --model M --data D --output O`, `--answers FILE`, resuming, several processes, provenance,
+the hash of every file read through `self.read_*`, a row in the table of `python -m llava_sp.eval --all`, and
+`python -m llava_sp.eval.compare` follow from that. What else can be overridden, each only where a benchmark needs it:
+`generation`, `conversation`, `image_mode`, `splits`, `protocols` (with `generations`), `published`, `folders`,
+`add_arguments`, `record` (fields of an answer line), `match` (which answer belongs to which item; by default
+`question_id`), `judge`, `headline` (how the score follows from the per-item records), `summary`, `submission`, `validate`.
 
 Neither torch nor transformers is imported here.
 """
@@ -32,17 +33,30 @@ Neither torch nor transformers is imported here.
 from __future__ import annotations
 
 import argparse
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 from llava_sp.eval.answers import match_by_question_id
-from llava_sp.eval.files import read_json, read_jsonl
+from llava_sp.eval.files import read_json, read_jsonl, read_table
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
 IMAGE_MARK = "<image>"
+
+# Rows of published figures; `SOURCES` says where each was read.
+LLAVA15 = "LLaVA-1.5-7B"
+LLAVA15_LORA = "LLaVA-1.5-7B LoRA"
+LLAVA_SP = "LLaVA-SP-7B"
+SOURCES: Mapping[str, str] = {
+    LLAVA15: "LLaVA docs/MODEL_ZOO.md",
+    LLAVA15_LORA: "LLaVA docs/MODEL_ZOO.md",
+    LLAVA_SP: "TrustCLIP, table 3 (which variant is not said)",
+}
 
 
 @dataclass(frozen=True)
@@ -83,13 +97,31 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class Category:
+    """A figure on a part of the questions, on the scale 0 to `highest`."""
+
+    score: float
+    count: int
+    highest: float = 100.0
+
+
+@dataclass(frozen=True)
 class Scores:
-    """`score`: the headline as it is published, or None where only a server knows. `metrics`: all other figures.
-    `per_item`: one record per item, in order, with `question_id` and `score`."""
+    """What `score` returns.
+
+    Attributes:
+        score: the headline as it is published; None where only a server or a judge knows.
+        metrics: all other figures.
+        per_item: one record per item, in order, with `question_id`, `score` (0 to 100) and the `answer` that was judged;
+            `unit` where items are only judged together (the two questions of a picture, the rotations of a question):
+            equal units are drawn together by `llava_sp.eval.compare`.
+        categories: figures by category, for tables and bars.
+    """
 
     score: float | None
     metrics: dict[str, Any]
     per_item: list[dict[str, Any]]
+    categories: dict[str, Category] = field(default_factory=dict)
 
 
 class Benchmark(ABC):
@@ -98,8 +130,13 @@ class Benchmark(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     splits: ClassVar[tuple[str, ...]] = ()  # of --split; () where there is only one
-    protocols: ClassVar[tuple[str, ...]] = ("llava15",)  # the first is the default
-    generation: ClassVar[Generation] = Generation()
+    protocols: ClassVar[tuple[str, ...]] = ("llava15",)  # whose rules for prompt and score; the first is the default
+    generation: Generation = Generation()
+    generations: ClassVar[Mapping[str, Generation]] = {}  # of protocols that have their own
+    published: ClassVar[Mapping[str, float]] = {}  # row of SOURCES -> headline
+    published_on: ClassVar[str] = ""  # what of, where a local score is not comparable: "test-dev, from the server"
+    folders: ClassVar[tuple[str, ...]] = ()  # what else than `name` the data folder is called, as in LLaVA's layout
+    unscored: ClassVar[str] = "only the server can score them"
     conversation: ClassVar[str | None] = None  # conversation template; None is the checkpoint's own
     image_mode: ClassVar[str | None] = None  # "pad" or "crop"; None is the checkpoint's own
 
@@ -113,6 +150,7 @@ class Benchmark(ABC):
             raise ValueError(f"{self.name} has no protocol {protocol!r}: use one of {', '.join(self.protocols)}")
         self.split = split
         self.protocol = protocol or self.protocols[0]
+        self.generation = self.generations.get(self.protocol, type(self).generation)
         self.images = images
         self.files: list[Path] = []  # what was read; their hashes go into the provenance
 
@@ -131,6 +169,17 @@ class Benchmark(ABC):
     def read_jsonl(self, path: Path) -> list[dict[str, Any]]:
         self.files.append(path)
         return read_jsonl(path)
+
+    def read_table(self, path: Path, delimiter: str) -> list[tuple[int, dict[str, str]]]:
+        """The rows of a CSV or TSV file with a header: `(line number, {column: text})`."""
+        self.files.append(path)
+        return read_table(path, delimiter)
+
+    def under(self, protocol: str) -> Benchmark:
+        """The same benchmark, with what was loaded, under another protocol's rule for scores."""
+        other = copy.copy(self)
+        other.protocol = protocol
+        return other
 
     @abstractmethod
     def load(self, data: Path) -> list[Item]:
@@ -152,13 +201,24 @@ class Benchmark(ABC):
         """The answers in the order of the items, from the lines of an answers file."""
         return match_by_question_id(items, records, what=f"{self.name} {self.split or ''}".strip())
 
+    def judge(  # noqa: B027 - most benchmarks need none
+        self, items: Sequence[Item], answers: Sequence[str], output: Path | None
+    ) -> None:
+        """Asks a judge what `score` will need; called once before it. See `llava_sp.eval.judge`."""
+
     @abstractmethod
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:
-        """Judges `answers`, which are in the order of the items, exactly one each."""
+        """Judges `answers`, which are in the order of the items, exactly one each, by the rule of `self.protocol`."""
+
+    @classmethod
+    def headline(cls, per_item: Sequence[Mapping[str, Any]]) -> float:
+        """The headline that follows from these records (all of a run, or a sample of their units): their mean score."""
+        return round(fmean(record["score"] for record in per_item), 2)
 
     def summary(self, scores: Scores) -> list[str]:
         """Lines to print under the headline figure, for a person; all figures are in `metrics.json` anyway."""
-        return []
+        width = max(map(len, scores.categories), default=0)
+        return [f"{name:{width}}  {c.score:6.2f}  ({c.count} questions)" for name, c in scores.categories.items()]
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], output: Path) -> Path | None:
         """Writes the file that the evaluation server wants into folder `output`; None where there is no server."""

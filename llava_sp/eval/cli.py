@@ -4,10 +4,13 @@
     --answers FILE --data D [--output O]     score an existing answers file (LLaVA's JSONL) without a model
     --validate FILE --data D                 check a finished submission file
 
+Of every score the protocol is part: whose prompts, generation settings and scoring rule. `--protocol` chooses; where there
+are several, `scored_as` in metrics.json holds the score of the same answers under each one's scoring rule.
+
 Under `torchrun`, `accelerate launch` or `deepspeed` the questions are shared among the processes. The same command again
 goes on where the last one stopped. What it writes:
 
-    O/metrics.json     score (the headline figure as published), metrics (all other figures), provenance
+    O/metrics.json     score (the headline figure as published), categories, metrics (all other figures), provenance
     O/per_item.jsonl   the score of each item
     O/answers.jsonl    the answers in LLaVA's format; O/answers/ holds each process's own log, O/run.json the settings
     O/submission.json  for splits that a server scores
@@ -23,15 +26,16 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from llava_sp.eval.answers import read_answers
-from llava_sp.eval.base import Benchmark, Item
+from llava_sp.eval.base import Benchmark, Generation, Item
 from llava_sp.eval.files import checkpoints_hint, examples, sha256, write_json, write_jsonl
 from llava_sp.eval.provenance import check_output, provenance, run_settings, settings_id
 from llava_sp.eval.ranks import Ranks
+from llava_sp.eval.records import first_folder
 from llava_sp.eval.runner import generate_answers, merge
 
 DEFAULT_MODEL = "llava-sp-7b-cropping-lora"  # what configs/finetune_lora_7b_cropping.yaml writes, below the runs folder
@@ -78,6 +82,8 @@ def _parser(benchmark: type[Benchmark]) -> argparse.ArgumentParser:
     add("--protocol", choices=benchmark.protocols, help=f"default {benchmark.protocols[0]}")
     add("--batch-size", type=int, default=8, help="questions at once per process (default 8)")
     add("--max-new-tokens", type=int, help=f"default {benchmark.generation.max_new_tokens}")
+    add("--temperature", type=float, help="0 is greedy; more draws answers, one by one, each with a seed of its own")
+    add("--image-mode", choices=("pad", "crop"), help="pad to a square, or crop its middle (default: the checkpoint's)")
     add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",
         help="auto: float16 on a GPU, as LLaVA evaluates, else float32")  # fmt: skip
     add("--device", help="cuda, cuda:1, cpu, ... (default: this process's GPU if there is one)")
@@ -152,13 +158,11 @@ def _run_on_ranks(
     from llava_sp.eval import loading  # torch and transformers from here on
 
     items = all_items[: args.limit]
-    generation = benchmark.generation
-    if args.max_new_tokens is not None:
-        generation = replace(generation, max_new_tokens=args.max_new_tokens)
+    generation = _generation(benchmark, args)
     source = loading.Source(model_path, args.base_model, args.vision_tower)
     device = loading.choose_device(args.device, ranks.local_rank)
     dtype = loading.choose_dtype(args.dtype, device)
-    processor = loading.load_processor(source, benchmark.image_mode)
+    processor = loading.load_processor(source, args.image_mode or benchmark.image_mode)
 
     def claim() -> dict[str, Any]:
         check_images(items)
@@ -178,20 +182,29 @@ def _run_on_ranks(
         return settings
 
     settings = _by_first_rank(ranks, claim)
+    about = {"generation": asdict(generation)}
     start = time.perf_counter()
     answered = generate_answers(
         benchmark,
         items,
         lambda: loading.ModelAnswerer(source.model(dtype, device), processor, benchmark, generation, args.seed),
         output,
-        batch_size=args.batch_size,
+        batch_size=1 if generation.do_sample else args.batch_size,
         ranks=ranks,
+        about=about,
     )
     seconds = round(time.perf_counter() - start, 2)
     ranks.wait()
     if not ranks.first:
         return 0
-    records = merge(benchmark, items, output, model_id=source.name, settings_id=settings_id(settings))
+    records = merge(
+        benchmark,
+        items,
+        output,
+        model_id=source.name,
+        settings_id=settings_id(settings),
+        metadata=about,
+    )
     run = {
         "model": model_path,
         "device": loading.device_name(device),
@@ -206,6 +219,16 @@ def _run_on_ranks(
     if len(items) < len(all_items):
         print(f"note: --limit: the first {len(items)} of {len(all_items)} questions; not comparable", file=sys.stderr)
     return 0
+
+
+def _generation(benchmark: Benchmark, args: argparse.Namespace) -> Generation:
+    """The benchmark's generation settings with what the command line changes."""
+    generation = benchmark.generation
+    if args.max_new_tokens is not None:
+        generation = replace(generation, max_new_tokens=args.max_new_tokens)
+    if args.temperature is not None:
+        generation = replace(generation, temperature=args.temperature, do_sample=args.temperature > 0)
+    return generation
 
 
 def _by_first_rank(ranks: Ranks, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -225,9 +248,16 @@ def _by_first_rank(ranks: Ranks, function: Callable[[], dict[str, Any]]) -> dict
 def _finish(
     benchmark: Benchmark, items: Sequence[Item], answers: Sequence[str], output: Path | None, origin: dict[str, Any]
 ) -> None:
-    """Scores, writes, and prints the headline."""
+    """Has the answers judged where that needs a judge, scores them, writes, and prints the headline."""
+    benchmark.judge(items, answers, output)
     scores = benchmark.score(items, answers)
-    result = {"score": scores.score, "metrics": scores.metrics, "provenance": origin}
+    result: dict[str, Any] = {"score": scores.score}
+    if len(benchmark.protocols) > 1 and scores.score is not None:
+        others = [protocol for protocol in benchmark.protocols if protocol != benchmark.protocol]
+        result["scored_as"] = {benchmark.protocol: scores.score}
+        result["scored_as"] |= {p: benchmark.under(p).score(items, answers).score for p in others}
+    result["categories"] = {name: asdict(category) for name, category in scores.categories.items()}
+    result |= {"metrics": scores.metrics, "provenance": origin}
     if output is None:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
@@ -241,8 +271,10 @@ def _finish(
         print(f"{benchmark.title}{split}: {scores.score} ({len(items)} questions)")
         for line in benchmark.summary(scores):
             print(f"  {line}")
+        for protocol, value in list(result.get("scored_as", {}).items())[1:]:
+            print(f"the same answers scored as {protocol} does: {value}")
     else:
-        print(f"{benchmark.title}{split}: {len(items)} questions answered; only the server can score them")
+        print(f"{benchmark.title}{split}: {len(items)} questions answered; {benchmark.unscored}")
     if submission is not None:
         print(f"to submit:    {submission}")
     print(f"results:      {output / 'metrics.json'}")
@@ -274,6 +306,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if args.temperature is not None and not 0 <= args.temperature < float("inf"):
+        raise ValueError(f"--temperature is {args.temperature}; it must be 0 (greedy) or more")
 
 
 def _find_data(benchmark: type[Benchmark], data: Path | None) -> Path:
@@ -281,7 +315,7 @@ def _find_data(benchmark: type[Benchmark], data: Path | None) -> Path:
         if not data.is_dir():
             raise ValueError(f"--data {data} is not a directory")
         return data
-    found = _default_data(benchmark)
+    found = default_data(benchmark)
     if not found.is_dir():
         raise ValueError(f"no data: {found} does not exist (LLaVA's layout); give --data DIR")
     return found
@@ -300,7 +334,7 @@ def _find_inputs(benchmark: type[Benchmark], args: argparse.Namespace) -> tuple[
                 f"--model DIR names another{checkpoints_hint(default)}"
             )
     if data is None:
-        data = _default_data(benchmark)
+        data = default_data(benchmark)
         if not data.is_dir():
             missing.append(f"  data: no {data} (LLaVA's layout, with the official files); --data DIR names another")
     elif not data.is_dir():
@@ -314,5 +348,7 @@ def _find_inputs(benchmark: type[Benchmark], args: argparse.Namespace) -> tuple[
     return model, data
 
 
-def _default_data(benchmark: type[Benchmark]) -> Path:
-    return Path(os.environ.get("LLAVA_SP_DATA", "playground/data")) / "eval" / benchmark.name
+def default_data(benchmark: type[Benchmark], root: Path | None = None) -> Path:
+    """The benchmark's folder below `root` (LLaVA's playground/data/eval), under any name that it goes by."""
+    root = root or Path(os.environ.get("LLAVA_SP_DATA", "playground/data")) / "eval"
+    return first_folder([root / name for name in (benchmark.name, *benchmark.folders)])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
+import sys
 from codecs import BOM_UTF8
 from collections.abc import Iterable
 from pathlib import Path
@@ -53,6 +56,35 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         if line.strip():
             records.append(parse_line(line, f"{path}, line {number}"))
     return records
+
+
+def read_table(path: Path, delimiter: str) -> list[tuple[int, dict[str, str]]]:
+    """The rows of a CSV or TSV file whose first line names the columns: `(line number, {column: text})`.
+
+    Raises ValueError naming the line of a row that has too few or too many fields (a file that was cut off, or another
+    delimiter), and if there is no row.
+    """
+    csv.field_size_limit(sys.maxsize)  # MMBench has whole pictures in a field
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, strict=True)
+    rows, columns = [], None
+    start = 1
+    try:
+        for fields in reader:
+            if columns is None:
+                columns = fields
+            elif fields and len(fields) != len(columns):
+                raise ValueError(
+                    f"{path}, line {start} has {len(fields)} fields, not {len(columns)} ({', '.join(columns)}): an "
+                    "interrupted download or copy?"
+                )
+            elif fields:
+                rows.append((start, dict(zip(columns, fields))))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {start} is not a row of a table: {error} (is the file cut off?)") from None
+    if not rows:
+        raise ValueError(f"{path} has no rows below its header")
+    return rows
 
 
 def parse_line(line: str, where: str) -> dict[str, Any]:

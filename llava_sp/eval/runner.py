@@ -1,7 +1,8 @@
 """Generates the answers to a list of items: batched by length, sharded over processes, resumable.
 
 * Process r of n takes items r, r + n, r + 2n, ... of the list: every item belongs to exactly one process, whatever the
-  counts. Within its share the longest come first (memory trouble shows at once; batches hold items of similar length).
+  counts. Within its share the longest come first (memory trouble shows at once; batches hold items of similar length),
+  and the questions about one image stay together, so that it can be encoded once for all of them.
 * Each process appends to `OUTPUT/answers/rank-R.jsonl`. What any process of any earlier run has answered there is not
   asked again, so the number of processes may change between runs.
 * `merge` puts all answers, in the order of the items, into one file in LLaVA's format.
@@ -15,9 +16,10 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
@@ -50,15 +52,20 @@ def generate_answers(
     batch_size: int,
     ranks: Ranks,
     progress: bool = True,
+    about: Mapping[str, Any] = MappingProxyType({}),
 ) -> int:
-    """Answers this process's share of `items` that nobody has answered yet; returns how many those were."""
+    """Answers this process's share of `items` that nobody has answered yet; returns how many those were.
+
+    Each line of the log holds the item's record, the answer (`text`), `key`, the fields of `about`, and `seconds`: the
+    time of the batch divided by its size.
+    """
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be at least 1")
     share = items[ranks.rank :: ranks.world]
     with AnswerLog(output / LOGS / f"rank-{ranks.rank:05d}.jsonl") as log:
         done = read_logs(output / LOGS)
         todo = [item for item in share if item.key not in done]
-        todo.sort(key=lambda item: (len(item.images), len(benchmark.message(item))), reverse=True)
+        todo = in_order(benchmark, todo)
         if not todo:
             return 0
         answerer = make_answerer()
@@ -72,15 +79,36 @@ def generate_answers(
                 assert len(texts) == len(batch), f"{len(texts)} answers for {len(batch)} items"
                 seconds = round((time.perf_counter() - start) / len(batch), 4)
                 log.append(
-                    {**benchmark.record(item), "text": text, "key": item.key, "seconds": seconds}
+                    {**benchmark.record(item), "text": text, "key": item.key, **about, "seconds": seconds}
                     for item, text in zip(batch, texts)
                 )
                 bar.update(len(batch))
     return len(todo)
 
 
+def in_order(benchmark: Benchmark, items: Sequence[Item]) -> list[Item]:
+    """The longest message first; the items of an image follow its longest one."""
+    lengths = {item.key: (len(item.images), len(benchmark.message(item))) for item in items}
+    longest: dict[tuple[Path | bytes, ...], tuple[int, int]] = {}
+    for item in items:
+        longest[item.images] = max(longest.get(item.images, (0, 0)), lengths[item.key])
+    first = {images: number for number, images in enumerate(longest)}  # separates images of equal length
+
+    def place(item: Item) -> tuple:
+        shared = (longest[item.images], -first[item.images]) if item.images else (lengths[item.key], 0)
+        return *shared, lengths[item.key]
+
+    return sorted(items, key=place, reverse=True)
+
+
 def merge(
-    benchmark: Benchmark, items: Sequence[Item], output: Path, *, model_id: str, settings_id: str
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    output: Path,
+    *,
+    model_id: str,
+    settings_id: str,
+    metadata: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[dict[str, Any]]:
     """Writes `OUTPUT/answers.jsonl`: one line per item, in the order of the items. Returns the lines.
 
@@ -97,7 +125,7 @@ def merge(
     for item in items:
         answer_id = hashlib.sha256(f"{settings_id}/{item.key}".encode()).hexdigest()[:22]
         record = {**benchmark.record(item), "text": logged[item.key]["text"]}
-        records.append({**record, "answer_id": answer_id, "model_id": model_id, "metadata": {}})
+        records.append({**record, "answer_id": answer_id, "model_id": model_id, "metadata": dict(metadata)})
     write_jsonl(output / MERGED, records)
     return records
 

@@ -26,16 +26,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_sp.eval.base import SHORT_ANSWER, Benchmark, Item, Scores
+from llava_sp.eval.base import SHORT_ANSWER, Benchmark, Category, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.files import examples, write_json
+from llava_sp.eval.files import write_json
+from llava_sp.eval.records import compare_ids, expect, expect_all, expect_once, find, first_folder, inside
 from llava_sp.eval.vqa_metrics import evalai_answer, score_vqa
 
 SUBTYPES = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015", "train": "train2014"}
 FULL_TEST = "test"
 ANSWER_TYPES = ("yes/no", "number", "other")  # in the order of the published tables
 _ANNOTATION = {"question_id": (int, str), "answers": list, "answer_type": str, "question_type": str}
-_KINDS = {int: "a whole number", str: "text", list: "a list"}
 
 
 class VQAv2(Benchmark):
@@ -78,15 +78,12 @@ class VQAv2(Benchmark):
             line |= {"score": value, "question": item.metadata["question"], "image": item.images[0].name}
             line |= {**kinds, "references": references}
         metrics = {"per_answer_type": scores.per_answer_type, "per_question_type": scores.per_question_type}
-        metrics["count_per_answer_type"] = dict(Counter(a["answer_type"] for a in annotations))
+        counts = Counter(a["answer_type"] for a in annotations)
+        metrics["count_per_answer_type"] = dict(counts)
         metrics["count_per_question_type"] = dict(Counter(a["question_type"] for a in annotations))
-        return Scores(score=scores.overall, metrics=metrics, per_item=per_item)
-
-    def summary(self, scores: Scores) -> list[str]:
-        values, counts = (scores.metrics.get(key, {}) for key in ("per_answer_type", "count_per_answer_type"))
-        kinds = [kind for kind in ANSWER_TYPES if kind in values] + sorted(set(values).difference(ANSWER_TYPES))
-        width = max(map(len, kinds), default=0)
-        return [f"{kind:{width}}  {values[kind]:6.2f}  ({counts[kind]} questions)" for kind in kinds]
+        kinds = [kind for kind in ANSWER_TYPES if kind in counts] + sorted(set(counts).difference(ANSWER_TYPES))
+        categories = {kind: Category(scores.per_answer_type[kind], counts[kind]) for kind in kinds}
+        return Scores(score=scores.overall, metrics=metrics, per_item=per_item, categories=categories)
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], output: Path) -> Path | None:
         if not self.split.startswith("test"):
@@ -105,11 +102,11 @@ class VQAv2(Benchmark):
             raise ValueError(f"{data} has no question file of a test split to compare with ({_names('test-dev')})")
         results = self.read_json(file)
         _check_result_fields(file, results)
-        found = Counter(result["question_id"] for result in results)
+        found = [result["question_id"] for result in results]
         problems = []
         for split in splits:
             wanted = {record["question_id"] for record in self._records(split)[1]}
-            trouble = _compare(found, wanted)
+            trouble = compare_ids(found, wanted)
             if not trouble:
                 empty = sum(1 for result in results if not result["answer"])
                 return f"{file} answers all {len(wanted)} questions of {split} once ({empty} answers are empty)"
@@ -126,7 +123,7 @@ class VQAv2(Benchmark):
 
     def _question_files(self, split: str) -> list[Path]:
         subtype = SUBTYPES[split]
-        return _find(self.data, f"llava_vqav2_mscoco_{subtype}.jsonl", f"v2_OpenEnded_mscoco_{subtype}_questions.json")
+        return find(self.data, f"llava_vqav2_mscoco_{subtype}.jsonl", f"v2_OpenEnded_mscoco_{subtype}_questions.json")
 
     def _records(self, split: str) -> tuple[Path, list[dict[str, Any]]]:
         """The question file of a split and its records, each with a question_id of its own."""
@@ -135,16 +132,8 @@ class VQAv2(Benchmark):
             raise ValueError(f"{self.data} has no {split} questions: looked for {_names(split)}")
         file = files[0]
         records = self.read_jsonl(file) if file.suffix == ".jsonl" else self._official(file)
-        if not records:
-            raise ValueError(f"{file} holds no questions")
-        for number, record in enumerate(records):
-            where = f"{file}: question {number} (counted from 0)"
-            if not isinstance(record, dict) or "question_id" not in record:
-                raise ValueError(f"{where} has no question_id: {str(record)[:80]}")
-            _expect(record, "question_id", (int, str), where)
-        twice = [i for i, count in Counter(record["question_id"] for record in records).items() if count > 1]
-        if twice:
-            raise ValueError(f"{file}: {len(twice)} question ids occur more than once ({examples(twice)})")
+        expect_all(records, {"question_id": (int, str)}, file)
+        expect_once((record["question_id"] for record in records), file)
         return file, records
 
     def _official(self, file: Path) -> list[dict[str, Any]]:
@@ -157,14 +146,13 @@ class VQAv2(Benchmark):
         if self.images is not None:
             return self.images
         name = "test2015" if split.startswith("test") else SUBTYPES[split]
-        places = [self.data / name, self.data / "images" / name, self.data / "images"]
-        return next((place for place in places if place.is_dir()), places[0])
+        return first_folder([self.data / name, self.data / "images" / name, self.data / "images"])
 
     def _annotated(self, items: list[Item]) -> list[Item]:
         name = f"v2_mscoco_{SUBTYPES[self.split]}_annotations.json"
-        file = next(iter(_find(self.data, name)), None)
-        if file is None:
+        if not find(self.data, name):
             raise ValueError(f"{self.data} has the questions of {self.split} but not their answers, {name}")
+        file = find(self.data, name)[0]
         content = self.read_json(file)
         if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
             raise ValueError(f'{file} is not an official annotations file: it has no list "annotations"')
@@ -172,7 +160,7 @@ class VQAv2(Benchmark):
         for number, record in enumerate(content["annotations"]):
             _check_annotation(record, f"{file}: annotation {number} (counted from 0)")
             by_id[record["question_id"]] = record
-        trouble = _compare(Counter(by_id.keys()), {item.id for item in items}, "annotation")
+        trouble = compare_ids(by_id, [item.id for item in items], "annotation")
         if trouble:
             raise ValueError(f"{file} does not fit the questions: {trouble}")
         return [Item(i.id, i.text, i.images, by_id[i.id], i.metadata) for i in items]
@@ -181,16 +169,10 @@ class VQAv2(Benchmark):
 def _item(record: dict[str, Any], folder: Path, split: str, file: Path) -> Item:
     """An item from a line of the official questions or of LLaVA's."""
     text_key, image_key = ("text", "image") if "text" in record else ("question", "image_id")
-    absent = [key for key in (text_key, image_key) if key not in record]
     where = f"{file}: question {record['question_id']}"
-    if absent:
-        raise ValueError(f"{where} has no {', '.join(absent)}")
-    _expect(record, text_key, str, where)
-    _expect(record, image_key, str if image_key == "image" else int, where)
+    expect(record, {text_key: str, image_key: str if image_key == "image" else int}, where)
     if image_key == "image":
-        image = folder / record["image"]
-        if ".." in Path(record["image"]).parts or Path(record["image"]).is_absolute():
-            raise ValueError(f"{where}: image {record['image']!r} is outside {folder}")
+        image = inside(folder, record["image"], where)
     else:
         name = "test2015" if split.startswith("test") else SUBTYPES[split]
         image = folder / f"COCO_{name}_{record['image_id']:012d}.jpg"
@@ -198,22 +180,9 @@ def _item(record: dict[str, Any], folder: Path, split: str, file: Path) -> Item:
     return Item(record["question_id"], record[text_key], (image,), metadata={"question": question})
 
 
-def _expect(record: dict[str, Any], key: str, kind: type | tuple[type, ...], where: str) -> None:
-    """Raises ValueError if a field of a record is of another kind."""
-    if not isinstance(record[key], kind) or isinstance(record[key], bool):
-        kinds = " or ".join(_KINDS[k] for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise ValueError(f"{where}: {key} is {str(record[key])[:60]!r}, not {kinds}")
-
-
 def _check_annotation(record: Any, where: str) -> None:
     """Raises ValueError unless it is `{"question_id", "answer_type", "question_type", "answers": [{"answer": text}, ...]}`."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is {str(record)[:60]!r}, not an object with {', '.join(_ANNOTATION)}")
-    absent = [key for key in _ANNOTATION if key not in record]
-    if absent:
-        raise ValueError(f"{where} has no {', '.join(absent)}")
-    for key, kind in _ANNOTATION.items():
-        _expect(record, key, kind, where)
+    expect(record, _ANNOTATION, where)
     if not record["answers"]:
         raise ValueError(f"{where} has no answers")
     for number, answer in enumerate(record["answers"]):
@@ -222,11 +191,6 @@ def _check_annotation(record: Any, where: str) -> None:
                 f"{where}: answer {number} is {str(answer)[:60]!r}, not an annotator's record "
                 '{"answer": text, "answer_id": number, ...}'
             )
-
-
-def _find(data: Path, *names: str) -> list[Path]:
-    """Files of these names in `data` itself or one folder below, in the order of the names."""
-    return [path for name in names for path in [data / name, *sorted(data.glob(f"*/{name}"))] if path.is_file()]
 
 
 def _names(split: str) -> str:
@@ -243,19 +207,6 @@ def _check_result_fields(file: Path, results: Any) -> None:
             raise ValueError(
                 f'{file}: result {number} is {str(result)[:80]}, not {{"question_id": number, "answer": text}}'
             )
-
-
-def _compare(found: Counter, wanted: set, noun: str = "answer") -> str:
-    """What is wrong with the ids in `found`, with counts and examples; empty if nothing is."""
-    problems = [
-        (f"questions have more than one {noun}", [i for i, count in found.items() if count > 1]),
-        (f"{noun}s are for questions that are not in the file", [i for i in found if i not in wanted]),
-        (
-            f"questions have no {noun}",
-            sorted((i for i in wanted if i not in found), key=lambda i: (isinstance(i, str), i)),
-        ),
-    ]
-    return ", ".join(f"{len(ids)} {trouble} ({examples(ids)})" for trouble, ids in problems if ids)
 
 
 if __name__ == "__main__":

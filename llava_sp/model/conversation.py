@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 IMAGE_MARK = "<image>"
 
@@ -53,17 +53,20 @@ class Template:
     own_chat_template: bool = False
 
 
+_VICUNA_V1 = Template(
+    system=VICUNA_SYSTEM,
+    system_text="{system} ",
+    first_user="USER: ",
+    user="USER: ",
+    after_user=" ",
+    before_answer="ASSISTANT:",
+    answer_start=" ",  # the space before the first word belongs to that word's token
+    answer_end="{eos}",
+)
+
 TEMPLATES: dict[str, Template] = {
-    "vicuna_v1": Template(
-        system=VICUNA_SYSTEM,
-        system_text="{system} ",
-        first_user="USER: ",
-        user="USER: ",
-        after_user=" ",
-        before_answer="ASSISTANT:",
-        answer_start=" ",  # the space before the first word belongs to that word's token
-        answer_end="{eos}",
-    ),
+    "vicuna_v1": _VICUNA_V1,
+    "llava_v1": replace(_VICUNA_V1, system=VICUNA_SYSTEM.replace("user", "human")),
     "llama_2": Template(
         system=LLAMA_2_SYSTEM,
         opening="[INST] ",

@@ -20,25 +20,14 @@ ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 LLAVA_TEST = "llava_vqav2_mscoco_test2015.jsonl"
 
 
-@pytest.fixture(scope="module")
-def recorded(golden):
-    return json.loads((golden / "eval" / "vqav2.json").read_text(encoding="utf-8"))
+@pytest.fixture
+def recorded(official):
+    return official("vqav2")[0]
 
 
 @pytest.fixture
-def data(tmp_path, recorded) -> Path:
-    """The recorded files as they would be downloaded."""
-    folder = tmp_path / "data"
-    for name, file in recorded["files"].items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if file["kind"] == "json":
-            path.write_text(json.dumps(file["data"]))
-        elif file["kind"] == "jsonl":
-            path.write_text("".join(json.dumps(line) + "\n" for line in file["data"]))
-        else:
-            path.write_text(file["data"], encoding="utf-8")
-    return folder
+def data(official) -> Path:
+    return official("vqav2")[1]
 
 
 @pytest.fixture
@@ -83,8 +72,8 @@ def test_without_output_the_result_is_printed(data, answers, capsys):
     assert status == 0 and json.loads(out)["score"] == 70.25
 
 
-def test_prompts_and_generation_equal_llavas(data, golden):
-    expected = json.loads((golden / "eval" / "prompts.json").read_text(encoding="utf-8"))["expected"]["vqav2"]
+def test_prompts_and_generation_equal_llavas(data, recorded_prompts):
+    expected = recorded_prompts["vqav2"]
     generation = asdict(VQAv2.generation)
     assert generation == {key: value for key, value in expected["generate_kwargs"].items() if "image" not in key}
     for split in ("val", "test"):  # official questions and LLaVA's question file give the same prompts

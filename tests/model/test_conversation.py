@@ -95,7 +95,7 @@ def test_plain_takes_one_image_turn_and_one_caption(conversation):
 
 
 def test_unknown_template_lists_the_known():
-    with pytest.raises(ValueError, match="'vicuna'.*vicuna_v1, llama_2, plain, chatml"):
+    with pytest.raises(ValueError, match="'vicuna'.*vicuna_v1, llava_v1, llama_2, plain, chatml"):
         get_template("vicuna")
 
 
