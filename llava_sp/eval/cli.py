@@ -26,31 +26,48 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llava_sp.eval.answers import read_answers
-from llava_sp.eval.base import Benchmark, Generation, Item
+from llava_sp.eval.base import Benchmark, Generation, Item, Scores
 from llava_sp.eval.files import checkpoints_hint, examples, sha256, write_json, write_jsonl
 from llava_sp.eval.provenance import check_output, provenance, run_settings, settings_id
-from llava_sp.eval.ranks import Ranks
+from llava_sp.eval.ranks import Elsewhere, Ranks
 from llava_sp.eval.records import first_folder
 from llava_sp.eval.runner import generate_answers, merge
+
+if TYPE_CHECKING:
+    from llava_sp.eval.loading import Engine
+
+T = TypeVar("T")
 
 DEFAULT_MODEL = "llava-sp-7b-cropping-lora"  # what configs/finetune_lora_7b_cropping.yaml writes, below the runs folder
 QUICKSTART = "bash scripts/quickstart.sh"
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """A benchmark that was scored; `result` is what metrics.json holds."""
+
+    benchmark: Benchmark
+    items: Sequence[Item]
+    scores: Scores
+    result: dict[str, Any]
+
+
 def main(benchmark_class: type[Benchmark], argv: Sequence[str] | None = None) -> int:
     """Runs one benchmark; returns the exit status."""
-    args = _parser(benchmark_class).parse_args(argv)
+    args = make_parser(benchmark_class).parse_args(argv)
     try:
         if args.validate:
             return _validate(benchmark_class, args)
         if args.answers:
             return _score_answers(benchmark_class, args)
         return _run(benchmark_class, args)
+    except Elsewhere:  # the process it concerns says it
+        return 2
     except (ValueError, OSError, MemoryError) as error:
         if args.traceback:
             raise
@@ -61,7 +78,7 @@ def main(benchmark_class: type[Benchmark], argv: Sequence[str] | None = None) ->
         return 130
 
 
-def _parser(benchmark: type[Benchmark]) -> argparse.ArgumentParser:
+def make_parser(benchmark: type[Benchmark]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=f"python -m llava_sp.eval.{benchmark.name}",
         description=f"{benchmark.title}. {(sys.modules[benchmark.__module__].__doc__ or '').strip()}",
@@ -135,79 +152,86 @@ def _score_answers(benchmark_class: type[Benchmark], args: argparse.Namespace) -
 
 
 def _run(benchmark_class: type[Benchmark], args: argparse.Namespace) -> int:
-    _check_numbers(args)
-    model_path, data = _find_inputs(benchmark_class, args)
-    output = args.output or Path("runs") / "eval" / benchmark_class.name / Path(model_path).name
-    benchmark = benchmark_class.from_arguments(args)
-    all_items = benchmark.load(data)
+    check_numbers(args)
+    model, data = _find_inputs(benchmark_class, args)
+    output = args.output or Path("runs") / "eval" / benchmark_class.name / Path(model).name
     ranks = Ranks.from_environment()
     try:
-        return _run_on_ranks(benchmark, all_items, model_path, output, args, ranks)
+        evaluate(benchmark_class, args, data, output, open_engine(model, args, ranks), ranks)
     finally:
         ranks.close()
+    return 0
 
 
-def _run_on_ranks(
-    benchmark: Benchmark,
-    all_items: Sequence[Item],
-    model_path: str,
-    output: Path,
-    args: argparse.Namespace,
-    ranks: Ranks,
-) -> int:
+def open_engine(model: str, args: argparse.Namespace, ranks: Ranks) -> Engine:
+    """The checkpoint that the arguments name, on this process's device; nothing of it is read yet."""
     from llava_sp.eval import loading  # torch and transformers from here on
 
+    source = loading.Source(model, args.base_model, args.vision_tower)
+    return loading.Engine.choose(source, args.dtype, args.device, ranks.local_rank)
+
+
+def evaluate(
+    benchmark_class: type[Benchmark],
+    args: argparse.Namespace,
+    data: Path,
+    output: Path,
+    engine: Engine,
+    ranks: Ranks,
+) -> Outcome | None:
+    """Answers and scores one benchmark; the outcome on the first process, None on the others.
+
+    Raises:
+        ValueError, OSError: on the process that meets the problem; the others raise `Elsewhere`.
+    """
+    from llava_sp.eval import loading
+
+    benchmark = benchmark_class.from_arguments(args)
+    all_items = benchmark.load(data)
     items = all_items[: args.limit]
     generation = _generation(benchmark, args)
-    source = loading.Source(model_path, args.base_model, args.vision_tower)
-    device = loading.choose_device(args.device, ranks.local_rank)
-    dtype = loading.choose_dtype(args.dtype, device)
-    processor = loading.load_processor(source, args.image_mode or benchmark.image_mode)
+    about = {"generation": asdict(generation)}
+    processor = engine.processor(args.image_mode or benchmark.image_mode)
 
     def claim() -> dict[str, Any]:
         check_images(items)
         settings = run_settings(
             benchmark,
             all_items,
-            checkpoint=source.fingerprint(),
+            checkpoint=engine.source.fingerprint,
             template=benchmark.conversation or processor.conversation_template,
             example=loading.render_prompt(processor, benchmark.message(items[0]), benchmark.conversation),
             image_mode=processor.image_aspect_ratio,
             generation=generation,
-            dtype=dtype,
+            dtype=engine.dtype,
             seed=args.seed,
         )
         check_output(output, settings)
         print(f"{len(items)} questions of {benchmark.name} {benchmark.split or ''} -> {output}", file=sys.stderr)
         return settings
 
-    settings = _by_first_rank(ranks, claim)
-    about = {"generation": asdict(generation)}
+    def answer() -> int:
+        return generate_answers(
+            benchmark,
+            items,
+            lambda: loading.ModelAnswerer(engine.model, processor, benchmark, generation, args.seed),
+            output,
+            batch_size=1 if generation.do_sample else args.batch_size,
+            ranks=ranks,
+            about=about,
+        )
+
+    settings = _together(ranks, claim if ranks.first else dict)
     start = time.perf_counter()
-    answered = generate_answers(
-        benchmark,
-        items,
-        lambda: loading.ModelAnswerer(source.model(dtype, device), processor, benchmark, generation, args.seed),
-        output,
-        batch_size=1 if generation.do_sample else args.batch_size,
-        ranks=ranks,
-        about=about,
-    )
+    answered = _together(ranks, answer)
     seconds = round(time.perf_counter() - start, 2)
-    ranks.wait()
     if not ranks.first:
-        return 0
-    records = merge(
-        benchmark,
-        items,
-        output,
-        model_id=source.name,
-        settings_id=settings_id(settings),
-        metadata=about,
-    )
+        return None
+    model_id = engine.source.name
+    records = merge(benchmark, items, output, model_id=model_id, settings_id=settings_id(settings), metadata=about)
     run = {
-        "model": model_path,
-        "device": loading.device_name(device),
+        "model": engine.source.path,
+        "device": loading.device_name(engine.device),
         "batch_size": args.batch_size,
         "processes": ranks.world,
         "limit": args.limit,
@@ -215,10 +239,23 @@ def _run_on_ranks(
         "last_command": {"answered_by_first_process": answered, "seconds": seconds},
     }
     answers = [record["text"] for record in records]
-    _finish(benchmark, items, answers, output, provenance(benchmark, items, settings, **run))
+    outcome = _finish(benchmark, items, answers, output, provenance(benchmark, items, settings, **run))
     if len(items) < len(all_items):
         print(f"note: --limit: the first {len(items)} of {len(all_items)} questions; not comparable", file=sys.stderr)
-    return 0
+    return outcome
+
+
+def _together(ranks: Ranks, function: Callable[[], T]) -> T:
+    """Calls `function`; a problem on any process is raised on all of them, once all have come here."""
+    result, problem = None, None
+    try:
+        result = function()
+    except (ValueError, OSError, MemoryError) as error:
+        if ranks.world == 1:
+            raise
+        problem = str(error)
+    ranks.agree(problem)
+    return result
 
 
 def _generation(benchmark: Benchmark, args: argparse.Namespace) -> Generation:
@@ -231,23 +268,9 @@ def _generation(benchmark: Benchmark, args: argparse.Namespace) -> Generation:
     return generation
 
 
-def _by_first_rank(ranks: Ranks, function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Calls `function` on rank 0 ({} elsewhere); if it fails there, every rank fails, and rank 0 says why."""
-    result, problem = {}, None
-    if ranks.first:
-        try:
-            result = function()
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    problem = ranks.agree(problem)
-    if problem is not None:
-        raise ValueError(problem) if ranks.first else SystemExit(2)
-    return result
-
-
 def _finish(
     benchmark: Benchmark, items: Sequence[Item], answers: Sequence[str], output: Path | None, origin: dict[str, Any]
-) -> None:
+) -> Outcome:
     """Has the answers judged where that needs a judge, scores them, writes, and prints the headline."""
     benchmark.judge(items, answers, output)
     scores = benchmark.score(items, answers)
@@ -258,9 +281,10 @@ def _finish(
         result["scored_as"] |= {p: benchmark.under(p).score(items, answers).score for p in others}
     result["categories"] = {name: asdict(category) for name, category in scores.categories.items()}
     result |= {"metrics": scores.metrics, "provenance": origin}
+    outcome = Outcome(benchmark, items, scores, result)
     if output is None:
         print(json.dumps(result, indent=2, ensure_ascii=False))
-        return
+        return outcome
     write_jsonl(output / "per_item.jsonl", scores.per_item)
     submission = benchmark.submission(items, answers, output)
     if submission is not None:
@@ -279,6 +303,7 @@ def _finish(
         print(f"to submit:    {submission}")
     print(f"results:      {output / 'metrics.json'}")
     print(f"each answer:  {output / 'per_item.jsonl'}")
+    return outcome
 
 
 def check_images(items: Sequence[Item]) -> None:
@@ -301,7 +326,7 @@ def check_images(items: Sequence[Item]) -> None:
         )
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
+def check_numbers(args: argparse.Namespace) -> None:
     for name in ("batch_size", "max_new_tokens", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -15,7 +15,9 @@ from llava_sp.checkpoints import checkpoint_hash, format_of
 from llava_sp.eval.answerer import ModelAnswerer, render_prompt
 from llava_sp.eval.files import checkpoints_hint
 
-__all__ = ["ModelAnswerer", "Source", "choose_device", "choose_dtype", "device_name", "load_processor", "render_prompt"]
+__all__ = [
+    "Engine", "ModelAnswerer", "Source", "choose_device", "choose_dtype", "device_name", "load_processor", "render_prompt",
+]  # fmt: skip
 
 _PROCESSOR_FILES = (("processor_config.json",), ("tokenizer.json", "tokenizer.model", "vocab.json"))  # one of each
 
@@ -53,6 +55,7 @@ class Source:
                 f"--model {self.path} is neither a directory here nor a model on the hub ({reason})"
             ) from None
 
+    @cached_property
     def fingerprint(self) -> str:
         return checkpoint_hash(self.folder)
 
@@ -83,6 +86,28 @@ class Source:
         what = "language model" if language else "vision tower"
         given = f"{flag} {value}" if value else f"the {what} that --model {self.path} records ({flag} names another)"
         return f"{given} cannot be used as a {what}: {message}"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A checkpoint on a device: opened when first needed, and once for all benchmarks of a command."""
+
+    source: Source
+    dtype: str
+    device: torch.device
+
+    @classmethod
+    def choose(cls, source: Source, dtype: str, device: str | None, local_rank: int = 0) -> Engine:
+        """`dtype` and `device` as on the command line; see `choose_dtype` and `choose_device`."""
+        chosen = choose_device(device, local_rank)
+        return cls(source, choose_dtype(dtype, chosen), chosen)
+
+    @cached_property
+    def model(self) -> Any:
+        return self.source.model(self.dtype, self.device)
+
+    def processor(self, image_mode: str | None = None) -> Any:
+        return load_processor(self.source, image_mode)
 
 
 def merge_lora(model: Any) -> Any:

@@ -1,6 +1,6 @@
 """Which of how many processes this one is, under `torchrun`, `accelerate launch`, `deepspeed`, or none of them.
 
-Evaluation needs the others only to agree that the run may start and to wait for the last one, so gloo over CPU serves
+Evaluation needs the others only to agree that the run may start and that every share is done, so gloo over CPU serves
 every machine. torch is imported only if there is more than one process.
 """
 
@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 _LONGEST_WAIT = timedelta(days=7)  # for the slowest process at the end of a long benchmark
+
+
+class Elsewhere(ValueError):
+    """Another process has met a problem, and says it."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +39,23 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
-    def agree(self, problem: str | None) -> str | None:
-        """What rank 0 says (None if all is well) is what every rank gets."""
-        if self.world == 1:
-            return problem
-        import torch.distributed as dist
+    def agree(self, problem: str | None) -> None:
+        """Returns when every process has come here; raises on all of them if any brings a problem.
 
-        box = [problem]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def wait(self) -> None:
-        """Returns when every process has come here."""
+        Raises:
+            ValueError: on the process whose problem it is.
+            Elsewhere: on the others.
+        """
+        problems = [problem]
         if self.world > 1:
             import torch.distributed as dist
 
-            dist.barrier()
+            problems = [None] * self.world
+            dist.all_gather_object(problems, problem)
+        if problem is not None:
+            raise ValueError(problem)
+        if any(problems):
+            raise Elsewhere(next(p for p in problems if p is not None))
 
     def close(self) -> None:
         if self.world > 1:

@@ -51,7 +51,7 @@ def main() -> None:
     generate_answers(
         benchmark, items, lambda: Echo(seconds), output, batch_size=batch_size, ranks=ranks, progress=False
     )
-    ranks.wait()
+    ranks.agree(None)
     if ranks.first:
         merge(benchmark, items, output, model_id="fake", settings_id="settings")
     ranks.close()
