@@ -275,10 +275,9 @@ def _finish(
     benchmark.judge(items, answers, output)
     scores = benchmark.score(items, answers)
     result: dict[str, Any] = {"score": scores.score}
-    if len(benchmark.protocols) > 1 and scores.score is not None:
-        others = [protocol for protocol in benchmark.protocols if protocol != benchmark.protocol]
-        result["scored_as"] = {benchmark.protocol: scores.score}
-        result["scored_as"] |= {p: benchmark.under(p).score(items, answers).score for p in others}
+    scored_as = _scored_as(benchmark, items, answers, scores)
+    if scored_as:
+        result["scored_as"] = scored_as
     result["categories"] = {name: asdict(category) for name, category in scores.categories.items()}
     result |= {"metrics": scores.metrics, "provenance": origin}
     outcome = Outcome(benchmark, items, scores, result)
@@ -295,15 +294,24 @@ def _finish(
         print(f"{benchmark.title}{split}: {scores.score} ({len(items)} questions)")
         for line in benchmark.summary(scores):
             print(f"  {line}")
-        for protocol, value in list(result.get("scored_as", {}).items())[1:]:
-            print(f"the same answers scored as {protocol} does: {value}")
     else:
         print(f"{benchmark.title}{split}: {len(items)} questions answered; {benchmark.unscored}")
+    for protocol, value in scored_as.items():
+        if protocol != benchmark.protocol:
+            print(f"the same answers scored as {protocol} does: {value}")
     if submission is not None:
         print(f"to submit:    {submission}")
     print(f"results:      {output / 'metrics.json'}")
     print(f"each answer:  {output / 'per_item.jsonl'}")
     return outcome
+
+
+def _scored_as(benchmark: Benchmark, items: Sequence[Item], answers: Sequence[str], scores: Scores) -> dict[str, float]:
+    """The headline by the scoring rule of each protocol that can tell it; {} where there is but one."""
+    others = [protocol for protocol in benchmark.protocols if protocol != benchmark.protocol]
+    found = {benchmark.protocol: scores.score} if others else {}
+    found |= {protocol: benchmark.under(protocol).score(items, answers).score for protocol in others}
+    return {protocol: score for protocol, score in found.items() if score is not None}
 
 
 def check_images(items: Sequence[Item]) -> None:

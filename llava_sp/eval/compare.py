@@ -1,0 +1,201 @@
+"""Compare two runs of a benchmark: the difference with its uncertainty, and the questions whose answers changed.
+
+    python -m llava_sp.eval.compare A B [--samples 2000] [--seed 0] [--show 5] [--output FILE.json]
+
+A and B are output folders of `python -m llava_sp.eval.NAME`, or of `python -m llava_sp.eval --all` (then every benchmark
+that both hold is compared). Both must have scored the same questions by the same protocol.
+
+The interval is a paired bootstrap (Efron and Tibshirani 1993, chapter 8): questions are drawn with replacement, the same
+ones for A and B, the headline is computed anew for both, and the middle 95 % of the differences B - A is reported. Questions
+that are only judged together (the two questions on a picture of MME, the rotations of an MMBench question) are drawn
+together. It tells how much the difference owes to the choice of questions, and nothing about seeds of training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_sp.eval.base import Benchmark
+from llava_sp.eval.files import examples, read_json, read_jsonl, write_json
+from llava_sp.eval.registry import ORDER, load_benchmark
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Run:
+    """An output folder, read back."""
+
+    folder: Path
+    benchmark: type[Benchmark]
+    score: float
+    protocol: str
+    split: str | None
+    items: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Attributes: a, b, the headlines; difference, b - a; low, high, the middle 95 % of the bootstrap; better, worse, how
+    many questions gained or lost from a to b; changed, how many were answered differently; items, those whose score
+    changed, the largest change first."""
+
+    benchmark: str
+    protocol: str
+    split: str | None
+    count: int
+    a: float
+    b: float
+    difference: float
+    low: float
+    high: float
+    resamples: int
+    better: int
+    worse: int
+    changed: int
+    items: list[dict[str, Any]]
+
+
+def read_run(folder: Path) -> Run:
+    """Raises ValueError naming what is missing, or that the run has no score."""
+    if not (folder / "metrics.json").is_file():
+        raise ValueError(f"{folder} has no metrics.json: it is no output folder of a finished evaluation")
+    result, items = read_json(folder / "metrics.json"), read_jsonl(folder / "per_item.jsonl")
+    origin = result["provenance"]
+    if result["score"] is None:
+        raise ValueError(f"{folder} has answers of {origin['benchmark']} but no score (a server or a judge gives it)")
+    benchmark = load_benchmark(origin["benchmark"])
+    return Run(folder, benchmark, result["score"], origin["protocol"], origin["split"], items)
+
+
+def compare(a: Run, b: Run, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+    """Raises ValueError if the two did not score the same questions by the same rule."""
+    for what in ("benchmark", "protocol", "split"):
+        first, second = getattr(a, what), getattr(b, what)
+        if first != second:
+            first, second = (getattr(value, "name", value) for value in (first, second))
+            raise ValueError(
+                f"{a.folder} and {b.folder} do not compare: {what} is {first} in one, {second} in the other"
+            )
+    ids = [[record["question_id"] for record in run.items] for run in (a, b)]
+    if ids[0] != ids[1]:
+        only = sorted({*map(str, ids[0])} ^ {*map(str, ids[1])})
+        raise ValueError(
+            f"{a.folder} and {b.folder} did not score the same questions: {len(ids[0])} and {len(ids[1])}"
+            + (f"; {len(only)} are in one only ({examples(only)})" if only else ", in another order")
+        )
+    differences = bootstrap(a.benchmark, a.items, b.items, resamples, seed)
+    low, high = np.percentile(differences, [2.5, 97.5])
+    pairs = list(zip(a.items, b.items))
+    moved = [(first, second) for first, second in pairs if first["score"] != second["score"]]
+    moved.sort(key=lambda pair: -abs(pair[1]["score"] - pair[0]["score"]))
+    return Comparison(
+        benchmark=a.benchmark.name,
+        protocol=a.protocol,
+        split=a.split,
+        count=len(pairs),
+        a=a.score,
+        b=b.score,
+        difference=round(b.score - a.score, 4),
+        low=round(float(low), 4),
+        high=round(float(high), 4),
+        resamples=resamples,
+        better=sum(second["score"] > first["score"] for first, second in moved),
+        worse=sum(second["score"] < first["score"] for first, second in moved),
+        changed=sum(first.get("answer") != second.get("answer") for first, second in pairs),
+        items=[_changed_item(first, second) for first, second in moved],
+    )
+
+
+def bootstrap(
+    benchmark: type[Benchmark], a: Sequence[dict], b: Sequence[dict], resamples: int, seed: int
+) -> np.ndarray:
+    """Differences of the headline [resamples]: the units of both runs drawn alike, with replacement."""
+    units: dict[Any, list[int]] = {}
+    for position, record in enumerate(a):
+        units.setdefault(record.get("unit", ("item", position)), []).append(position)
+    members = list(units.values())
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(len(members), size=len(members)) for _ in range(resamples))
+    if benchmark.headline.__func__ is Benchmark.headline.__func__:  # the mean: sums of units are enough
+        gains = np.array([sum(b[i]["score"] - a[i]["score"] for i in unit) for unit in members])
+        sizes = np.array([len(unit) for unit in members])
+        return np.array([gains[draw].sum() / sizes[draw].sum() for draw in draws])
+    differences = []
+    for draw in draws:
+        chosen = [i for unit in draw for i in members[unit]]
+        differences.append(benchmark.headline([b[i] for i in chosen]) - benchmark.headline([a[i] for i in chosen]))
+    return np.array(differences)
+
+
+def _changed_item(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: a[key] for key in ("question_id", "question", "image", "category", "references") if key in a}
+    answers = {"answers": [a.get("answer"), b.get("answer")], "scores": [a["score"], b["score"]]}
+    return kept | answers
+
+
+def find_pairs(a: Path, b: Path) -> list[tuple[Path, Path]]:
+    """The folders to compare: a and b themselves, or the benchmarks below both."""
+    if (a / "metrics.json").is_file() or (b / "metrics.json").is_file():
+        return [(a, b)]
+    below = [{path.parent.name for path in folder.glob("*/metrics.json")} for folder in (a, b)]
+    names = sorted(below[0] & below[1], key=lambda name: (name not in ORDER, ORDER.index(name) if name in ORDER else 0))
+    if not names:
+        raise ValueError(f"{a} and {b} hold no results of a benchmark in common (metrics.json, or NAME/metrics.json)")
+    return [(a / name, b / name) for name in names]
+
+
+def _print(result: Comparison, show: int) -> None:
+    split = f", {result.split}" if result.split else ""
+    print(f"{result.benchmark}{split} ({result.protocol}, {result.count} questions)")
+    print(
+        f"  A {result.a:g}   B {result.b:g}   B - A {result.difference:+.2f}   95 % [{result.low:+.2f}, {result.high:+.2f}]"
+    )
+    print(f"  {result.changed} answers differ; {result.better} questions score better in B, {result.worse} worse")
+    for item in result.items[:show]:
+        (first, second), scores = item["answers"], item["scores"]
+        question = " ".join(str(item.get("question", "")).split())
+        print(f"    {item['question_id']}  {question[:70]}")
+        print(f"      A {scores[0]:g} {str(first)[:60]!r}   B {scores[1]:g} {str(second)[:60]!r}")
+    if len(result.items) > show:
+        print(f"    ... {len(result.items) - show} more; --show N, or --output FILE.json for all")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; see the module's docstring. Returns 0, or 2 with a message for runs that do not compare."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llava_sp.eval.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", type=Path, help="output folder of the first run")
+    parser.add_argument("b", type=Path, help="output folder of the second run")
+    parser.add_argument("--samples", type=int, default=RESAMPLES, help=f"bootstrap samples (default {RESAMPLES})")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--show", type=int, default=5, help="how many changed questions to print (default 5)")
+    parser.add_argument("--output", type=Path, help="write everything as JSON to this file")
+    args = parser.parse_args(argv)
+    if args.samples < 1:
+        parser.error(f"--samples is {args.samples}; it must be at least 1")
+    try:
+        pairs = find_pairs(args.a, args.b)
+        results = [compare(read_run(a), read_run(b), args.samples, args.seed) for a, b in pairs]
+        for result in results:
+            _print(result, args.show)
+        if args.output:
+            write_json(args.output, {"a": str(args.a), "b": str(args.b), "results": [asdict(r) for r in results]})
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Comparing two runs: the difference, its bootstrap interval, the changed items, and what may not be compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llava_sp.eval import compare as module
+from llava_sp.eval.base import Benchmark, Item, Scores
+from llava_sp.eval.compare import Run, bootstrap, compare, main
+from llava_sp.eval.vqav2 import VQAv2
+
+
+class Mean(Benchmark):
+    name = "mean"
+    title = "the mean"
+
+    def load(self, data) -> list[Item]:
+        return []
+
+    def score(self, items, answers) -> Scores:
+        return Scores(None, {}, [])
+
+
+class AllOfUnit(Mean):
+    """A unit counts if all its items are right."""
+
+    @classmethod
+    def headline(cls, per_item):
+        units: dict = {}
+        for number, record in enumerate(per_item):
+            units.setdefault((record["unit"], number // 2), []).append(record["score"])
+        return 100 * sum(min(scores) == 100 for scores in units.values()) / len(units)
+
+
+def run_of(scores, benchmark=Mean, name="a", **changes) -> Run:
+    items = [{"question_id": i, "score": float(s), "answer": str(s)} for i, s in enumerate(scores)]
+    return Run(
+        Path(name),
+        benchmark,
+        benchmark.headline(items),
+        **{"protocol": "llava15", "split": None, **changes},
+        items=items,
+    )
+
+
+def test_interval_is_that_of_the_normal_theory():
+    """For means of many questions the bootstrap's interval is 1.96 standard errors of the paired differences."""
+    rng = np.random.default_rng(0)
+    a = 100 * (rng.random(2000) < 0.6)
+    b = np.where(rng.random(2000) < 0.1, 100 - a, a)
+    result = compare(run_of(a), run_of(b, name="b"), resamples=4000)
+    half = 1.96 * np.std(b - a) / np.sqrt(len(a))
+    assert result.difference == pytest.approx((b - a).mean(), abs=0.011)  # the headlines are rounded
+    assert result.high - result.low == pytest.approx(2 * half, rel=0.06)
+    assert result.low < result.difference < result.high
+    assert result.better == (b > a).sum() and result.worse == (b < a).sum() and result.changed == (a != b).sum()
+    assert len(result.items) == result.better + result.worse
+
+
+def test_mean_and_general_headline_give_the_same_bootstrap(monkeypatch):
+    class AlsoMean(Mean):
+        @classmethod
+        def headline(cls, per_item):
+            return sum(record["score"] for record in per_item) / len(per_item)
+
+    rng = np.random.default_rng(1)
+    a, b = (run_of(100 * rng.integers(0, 2, 50)).items for _ in range(2))
+    quick, general = (bootstrap(cls, a, b, 100, seed=3) for cls in (Mean, AlsoMean))
+    assert np.allclose(quick, general)
+
+
+def test_units_are_drawn_whole():
+    items = [{"question_id": i, "unit": str(i // 2), "score": 100.0 * (i % 4 != 3)} for i in range(40)]
+    none = [record | {"score": 0.0} for record in items]
+    differences = bootstrap(AllOfUnit, none, items, 200, seed=0)
+    assert set(np.round(differences * 20 / 100, 6)) <= set(range(21))
+    assert abs(differences.mean() - 50) < 5
+
+
+def test_the_same_run_differs_by_nothing():
+    run = run_of([100, 0, 30, 60])
+    result = compare(run, run)
+    assert (result.difference, result.low, result.high, result.better, result.worse, result.items) == (
+        0,
+        0,
+        0,
+        0,
+        0,
+        [],
+    )
+
+
+def test_runs_that_do_not_compare():
+    a = run_of([1, 2])
+    with pytest.raises(ValueError, match="a and b do not compare: protocol is llava15 in one, lmms_eval in the other"):
+        compare(a, run_of([1, 2], name="b", protocol="lmms_eval"))
+    with pytest.raises(ValueError, match="benchmark is mean in one, vqav2 in the other"):
+        compare(a, Run(Path("b"), VQAv2, 1.0, "llava15", None, a.items))
+    with pytest.raises(ValueError, match=r"not score the same questions: 2 and 3; 1 are in one only \(2\)"):
+        compare(a, run_of([1, 2, 3], name="b"))
+
+
+@pytest.fixture
+def outputs(official, tmp_path):
+    """Two scored answer files of VQAv2: as recorded, and with some answers made right."""
+    from llava_sp.eval.cli import main as run
+
+    recorded, data = official("vqav2")
+    lines = recorded["files"]["answers/merge.jsonl"]["data"]
+    annotations = recorded["files"]["v2_mscoco_val2014_annotations.json"]["data"]["annotations"]
+    right = {a["question_id"]: a["multiple_choice_answer"] for a in annotations}
+    changed = [line | {"text": right.get(line["question_id"], line["text"])} for line in lines]
+    for name, answers in (("a", lines), ("b", changed)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in answers))
+        arguments = ["--answers", file, "--data", data, "--output", tmp_path / name / "vqav2"]
+        assert run(VQAv2, [str(argument) for argument in arguments]) == 0
+    return tmp_path / "a", tmp_path / "b"
+
+
+@pytest.mark.parametrize("inner", ["", "vqav2"])
+def test_command(outputs, tmp_path, capsys, inner):
+    a, b = (folder / inner for folder in outputs)
+    capsys.readouterr()
+    assert main([str(a), str(b), "--samples", "200", "--show", "1", "--output", str(tmp_path / "c.json")]) == 0
+    out = capsys.readouterr().out
+    assert "vqav2, val (llava15, 40 questions)" in out and "A 70.25" in out and "more; --show N" in out
+    (result,) = json.loads((tmp_path / "c.json").read_text())["results"]
+    assert result["a"] == 70.25 and result["b"] > 85 and result["low"] > 0 and result["worse"] == 0
+    first = result["items"][0]
+    assert first["scores"][0] < first["scores"][1] and len(first["answers"]) == 2 and first["question"]
+
+
+def test_command_says_what_is_missing(outputs, tmp_path, capsys):
+    assert main([str(outputs[0]), str(tmp_path / "nothing")]) == 2
+    assert "hold no results of a benchmark in common" in capsys.readouterr().err
+    assert main([str(outputs[0] / "vqav2"), str(tmp_path / "nothing")]) == 2
+    assert "nothing has no metrics.json" in capsys.readouterr().err
+
+
+def test_run_without_a_score(outputs):
+    file = outputs[0] / "vqav2" / "metrics.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"score": None}))
+    with pytest.raises(ValueError, match="has answers of vqav2 but no score"):
+        module.read_run(outputs[0] / "vqav2")

@@ -1,0 +1,32 @@
+"""Benchmarks are found by what their files define, and each keeps the promises of the base class."""
+
+from __future__ import annotations
+
+import pytest
+
+from llava_sp.eval.base import SOURCES, Benchmark
+from llava_sp.eval.registry import ORDER, benchmark_names, load_benchmark
+
+
+def test_all_benchmarks_are_found_in_the_papers_order():
+    assert tuple(benchmark_names()) == ORDER
+
+
+def test_a_new_file_is_found(tmp_path):
+    (tmp_path / "zebra.py").write_text('class Zebra(Benchmark):\n    name = "zebra"\n')
+    (tmp_path / "gqa.py").write_text('class GQA(Benchmark):\n    name = "gqa"\n')
+    (tmp_path / "helper.py").write_text('name = "helper"\nclass A:\n    name = "other"\n')
+    assert benchmark_names(tmp_path) == ["gqa", "zebra"]
+
+
+def test_unknown_name_lists_the_known():
+    with pytest.raises(ValueError, match="there is no benchmark 'vqa'; there are vqav2, gqa"):
+        load_benchmark("vqa")
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_each_is_complete(name):
+    cls = load_benchmark(name)
+    assert issubclass(cls, Benchmark) and cls.name == name and cls.title
+    assert cls.protocols[0] == "llava15" and set(cls.generations) <= set(cls.protocols)
+    assert set(cls.published) <= set(SOURCES)
