@@ -90,7 +90,7 @@ def test_questions_without_images_stand_alone(opened, pictures):
 def test_beams_are_not_shared(opened, pictures):
     items = make_items([(pictures[0],)] * 3)
     texts, encoded = answered(opened, items, True, num_beams=2)
-    assert encoded == 3 and texts == answered(opened, items, False, num_beams=2)[0]
+    assert encoded >= 3 and (texts, encoded) == answered(opened, items, False, num_beams=2)
 
 
 def test_sampled_answers_depend_on_seed_and_prompt_alone(opened, pictures):
