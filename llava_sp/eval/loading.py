@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ __all__ = [
     "Engine", "ModelAnswerer", "Source", "choose_device", "choose_dtype", "device_name", "load_processor", "render_prompt",
 ]  # fmt: skip
 
+_OURS = ("llava_sp", "llava_sp_adapter")
 _PROCESSOR_FILES = (("processor_config.json",), ("tokenizer.json", "tokenizer.model", "vocab.json"))  # one of each
 
 
@@ -57,7 +59,12 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        return checkpoint_hash(self.folder)
+        """Stands for all weights. Ours record their base and refuse another; for others the named backbones count too."""
+        own = checkpoint_hash(self.folder)
+        if format_of(self.folder) in _OURS or not self.overrides:
+            return own
+        parts = [checkpoint_hash(path) if Path(path).is_dir() else path for path in self.overrides.values()]
+        return hashlib.sha256("".join([own, *parts]).encode()).hexdigest()[:16]
 
     @property
     def overrides(self) -> dict[str, str]:
@@ -134,7 +141,7 @@ def _check_processor_files(source: Source) -> None:
         kind = format_of(folder)
     except ValueError as error:
         raise ValueError(f"--model {source.path} is no LLaVA-SP checkpoint: {error}") from None
-    if kind not in ("llava_sp", "llava_sp_adapter"):
+    if kind not in _OURS:
         return  # what other code wrote; its processor is made from what it records
     missing = [names[0] for names in _PROCESSOR_FILES if not any((folder / name).is_file() for name in names)]
     if missing:

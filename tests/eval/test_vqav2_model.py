@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -180,8 +182,15 @@ def test_lora_is_merged_and_changes_nothing_but_rounding(golden, opened, tmp_pat
 
 
 def command(*args: str) -> dict:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TQDM_DISABLE": "1"}
+    repo = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": repo, "TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
     return {"args": [sys.executable, *args], "env": environment}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def test_killed_and_resumed_equals_undisturbed(checkpoint, data, whole, tmp_path):
@@ -200,13 +209,46 @@ def test_killed_and_resumed_equals_undisturbed(checkpoint, data, whole, tmp_path
     assert (output / "per_item.jsonl").read_bytes() == (whole / "per_item.jsonl").read_bytes()
 
 
-def test_two_processes_under_torchrun(checkpoint, data, whole, tmp_path):
+LAUNCHERS = {
+    "torchrun": (3, "torch.distributed.run --standalone --nproc-per-node 3 -m"),
+    "accelerate launch": (
+        2,
+        "accelerate.commands.accelerate_cli launch --multi_gpu --num_processes 2 --main_process_port 0 -m",
+    ),
+    "deepspeed": (2, "deepspeed.launcher.runner --num_gpus 2 --master_port PORT --module"),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_several_processes_under_each_launcher(checkpoint, data, whole, tmp_path, launcher):
     output = tmp_path / "out"
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    run = subprocess.run(**command(*launcher, "-m", "llava_sp.eval.vqav2", *arguments(checkpoint, data, output)))
+    processes, words = LAUNCHERS[launcher]
+    words = words.replace("PORT", str(free_port())).split()
+    run = subprocess.run(**command("-m", *words, "llava_sp.eval.vqav2", *arguments(checkpoint, data, output)))
     assert run.returncode == 0
     assert (output / "answers.jsonl").read_bytes() == (whole / "answers.jsonl").read_bytes()
-    assert json.loads((output / "metrics.json").read_text())["provenance"]["processes"] == 2
+    assert json.loads((output / "metrics.json").read_text())["provenance"]["processes"] == processes
+
+
+def test_a_bad_image_on_one_process_ends_all_and_loses_nothing(checkpoint, data, tmp_path):
+    """The other process does its share first; once the image is mended, only what is missing is answered."""
+    folder, output = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(data, folder)
+    questions = folder / "v2_OpenEnded_mscoco_val2014_questions.json"
+    content = json.loads(questions.read_text())
+    content["questions"][1]["image_id"] = 900099  # a picture that only the second process meets
+    questions.write_text(json.dumps(content))
+    first, bad = (item.images[0] for item in VQAv2(split="val").load(folder)[:2])
+    bad.write_bytes(first.read_bytes()[:100])
+    words = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llava_sp.eval.vqav2")
+    given = arguments(checkpoint, folder, output)
+    failed = subprocess.run(**command("-m", *words, *given), capture_output=True, text=True)
+    assert failed.returncode != 0 and failed.stderr.count("error: question") == 1 and bad.name in failed.stderr
+    assert len((output / "answers" / "rank-00000.jsonl").read_text().splitlines()) == 20
+    bad.write_bytes(first.read_bytes())
+    assert main(VQAv2, given) == 0
+    assert main(VQAv2, arguments(checkpoint, folder, tmp_path / "again")) == 0
+    assert (output / "answers.jsonl").read_bytes() == (tmp_path / "again" / "answers.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -241,6 +283,17 @@ def test_other_model_or_questions_in_a_used_directory_are_refused(golden, opened
     assert main(VQAv2, arguments(checkpoint, tmp_path / "data", whole)) == 2
     err = capsys.readouterr().err
     assert "prompt_example was" in err and "questions was" in err
+
+
+def test_another_base_is_another_model(golden, opened, tmp_path):
+    """A folder of the original code does not say which weights it belongs to: the named ones count."""
+    opened[0].model.language_model.save_pretrained(tmp_path / "other")
+    released = str(golden / "checkpoint_cropping" / "lora")
+    base, tower = str(golden / "base"), str(golden / "clip")
+    first, again, moved = (
+        Source(released, base_model=named, vision_tower=tower).fingerprint for named in (base, base, tmp_path / "other")
+    )
+    assert first == again != moved
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture at all", None])
