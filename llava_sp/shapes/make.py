@@ -74,7 +74,7 @@ def make(output: Path, settings: Settings, log: Callable[[str], None] = print) -
     log(f"shapes data: {settings.conversations} conversations -> {output / 'finetune.json'}")
     _write(output / "finetune.json", _finetune(output, settings, graphs))
     log(f"shapes data: {settings.questions} held-out questions -> {output / 'vqav2'}")
-    counts = _vqav2(output / "vqav2", settings, graphs)
+    counts = write_vqav2(output / "vqav2", settings, graphs)
     _write(output / "scenes.json", {name: asdict(scene) for name, scene in graphs.items()})
     summary = {"settings": asdict(settings), "images": len(graphs), "held_out_answers": counts}
     _write(record, summary)
@@ -125,7 +125,7 @@ def _finetune(output: Path, settings: Settings, graphs: dict[str, Scene]) -> lis
     return records
 
 
-def _vqav2(output: Path, settings: Settings, graphs: dict[str, Scene]) -> dict[str, dict[str, int]]:
+def write_vqav2(output: Path, settings: Settings, graphs: dict[str, Scene]) -> dict[str, dict[str, int]]:
     """The held-out questions: as many of each family as of another, two or three on a picture."""
     rng = np.random.default_rng([settings.seed, 12])
     interviewer = Interviewer(rng)
