@@ -136,6 +136,7 @@ class Benchmark(ABC):
     published: ClassVar[Mapping[str, float]] = {}  # row of SOURCES -> headline
     published_on: ClassVar[str] = ""  # what of, where a local score is not comparable: "test-dev, from the server"
     folders: ClassVar[tuple[str, ...]] = ()  # what else than `name` the data folder is called, as in LLaVA's layout
+    submission_label: ClassVar[str] = "to submit"  # what the file of `submission` is for
     unscored: ClassVar[str] = "only the server can score them"
     conversation: ClassVar[str | None] = None  # conversation template; None is the checkpoint's own
     image_mode: ClassVar[str | None] = None  # "pad" or "crop"; None is the checkpoint's own

@@ -207,7 +207,8 @@ def evaluate(
             seed=args.seed,
         )
         check_output(output, settings)
-        print(f"{len(items)} questions of {benchmark.name} {benchmark.split or ''} -> {output}", file=sys.stderr)
+        asked = " ".join(filter(None, (benchmark.name, benchmark.split)))
+        print(f"{len(items)} questions of {asked} -> {output}", file=sys.stderr)
         return settings
 
     def answer() -> int:
@@ -300,7 +301,7 @@ def _finish(
         if protocol != benchmark.protocol:
             print(f"the same answers scored as {protocol} does: {value}")
     if submission is not None:
-        print(f"to submit:    {submission}")
+        print(f"{benchmark.submission_label + ':':13} {submission}")
     print(f"results:      {output / 'metrics.json'}")
     print(f"each answer:  {output / 'per_item.jsonl'}")
     return outcome

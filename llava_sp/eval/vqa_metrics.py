@@ -1,13 +1,17 @@
 """VQA accuracy and answer normalisation as the official scorers compute them, quirks included.
 
 Written from a description of the behaviour of GT-Vision-Lab/VQA `vqaEval.py` (the official scorer of VQAv2) and of the
-EvalAI answer processor that LLaVA applies before it writes a submission. Published numbers rest on the quirks below, so
-they are kept on purpose:
+EvalAI answer processor that LLaVA applies before it writes a submission. TextVQA, VizWiz and the harnesses put the same
+steps together in other ways; who does what is said in `vqav2`, `textvqa` and `vizwiz`. Published numbers rest on the quirks
+below, so they are kept on purpose:
 
 * a punctuation mark is deleted or replaced by a space depending on the *whole* original text, not on its neighbours;
 * the rule for periods was meant to look behind and does not (`5.` -> `5`, `a.b` -> `ab`), and removes 32 at most;
 * if the ten answers of the annotators are identical, nothing is normalised at all and raw strings are compared;
 * some contractions map to odd forms, and those with a capital I never match.
+
+Other copies of this code look for a comma between digits by a pattern that meets `1,,2` too; here, as in the official one,
+only `1,2` counts.
 
 Pure Python: importing this module imports neither torch nor transformers.
 """
@@ -59,17 +63,18 @@ ARTICLES = frozenset(("a", "an", "the"))
 NUMBERS: Mapping[str, str] = {"none": "0", "zero": "0"} | {word: str(i + 1) for i, word in enumerate(_COUNTING)}
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _LOOSE_PERIOD = re.compile(r"\.(?!\d)")
+_PERIOD_BY_NO_DIGIT = re.compile(r"(?<!\d)\.(?!\d)")  # VLMEvalKit's: `5.` stays
 _MOST_PERIODS = 32  # the official code passes re.UNICODE, which is 32, where re.sub expects a count
 
 
-def process_punctuation(text: str) -> str:
-    """Removes or spaces out 21 marks, then removes up to 32 periods that no digit follows."""
+def process_punctuation(text: str, period: re.Pattern[str] = _LOOSE_PERIOD) -> str:
+    """Removes or spaces out 21 marks, then removes up to 32 periods: by default those that no digit follows."""
     number_with_comma = _COMMA_IN_NUMBER.search(text) is not None
     result = text
     for mark in PUNCTUATION:
         touches_space = mark + " " in text or " " + mark in text
         result = result.replace(mark, "" if touches_space or number_with_comma else " ")
-    return _LOOSE_PERIOD.sub("", result, count=_MOST_PERIODS)
+    return period.sub("", result, count=_MOST_PERIODS)
 
 
 def process_digits_and_articles(text: str) -> str:
@@ -90,8 +95,14 @@ def evalai_answer(text: str) -> str:
 
 
 @lru_cache(maxsize=1 << 16)
-def _normalise(text: str) -> str:
-    return process_digits_and_articles(process_punctuation(text))
+def official_answer(text: str) -> str:
+    """All steps of the official scorer: line breaks, punctuation, number words, articles, contractions."""
+    return process_digits_and_articles(process_punctuation(clean(text)))
+
+
+def vlmevalkit_answer(text: str) -> str:
+    """The official scorer's steps with VLMEvalKit's rule for periods: only those beside no digit go (`1984.` stays)."""
+    return process_digits_and_articles(process_punctuation(clean(text), _PERIOD_BY_NO_DIGIT))
 
 
 def leave_one_out(prediction: str, answers: Sequence[str], identities: Sequence[object] | None = None) -> float:
@@ -111,18 +122,19 @@ def leave_one_out(prediction: str, answers: Sequence[str], identities: Sequence[
     return sum(scores) / len(scores)
 
 
-def vqa_accuracy(prediction: str, answers: Sequence[Mapping[str, object]]) -> float:
+def vqa_accuracy(prediction: str, answers: Sequence[Mapping[str, object]], always_normalise: bool = False) -> float:
     """Official VQAv2 accuracy (0 to 1) of one prediction.
 
     Args:
         prediction: the answer as submitted.
         answers: the annotators' records, `{"answer": str, "answer_id": int, ...}`; ten in the official files.
+        always_normalise: also where all annotators agree, as lmms-eval does.
     """
     prediction = clean(prediction)
     texts = [clean(str(record["answer"])) for record in answers]
-    if len(set(texts)) > 1:
-        texts = [_normalise(text) for text in texts]
-        prediction = _normalise(prediction)
+    if always_normalise or len(set(texts)) > 1:
+        texts = [official_answer(text) for text in texts]
+        prediction = official_answer(prediction)
     if len({record.get("answer_id") for record in answers}) == len(answers):
         return leave_one_out(prediction, texts)
     identities = [{key: value for key, value in record.items() if key != "answer"} for record in answers]
@@ -143,11 +155,13 @@ def score_vqa(
     predictions: Sequence[str],
     annotations: Sequence[Mapping[str, object]],
     prepare: Callable[[str], str] | None = evalai_answer,
+    always_normalise: bool = False,
 ) -> VQAScores:
     """Scores predictions against official VQAv2 annotation records of the same order and number.
 
     Args:
         prepare: applied to each prediction first. `evalai_answer` is LLaVA's path; None is the official scorer alone.
+        always_normalise: see `vqa_accuracy`.
 
     Raises:
         ValueError: if the numbers differ or there is nothing to score.
@@ -162,7 +176,8 @@ def score_vqa(
     by_question_type: dict[str, list[float]] = {}
     accuracies = []
     for prediction, annotation in zip(predictions, annotations):
-        accuracy = vqa_accuracy(prepare(prediction) if prepare else prediction, annotation["answers"])
+        prediction = prepare(prediction) if prepare else prediction
+        accuracy = vqa_accuracy(prediction, annotation["answers"], always_normalise)
         accuracies.append(accuracy)
         by_answer_type.setdefault(annotation["answer_type"], []).append(accuracy)
         by_question_type.setdefault(annotation["question_type"], []).append(accuracy)

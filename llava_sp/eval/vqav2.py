@@ -9,13 +9,18 @@ and for the test splits, whose answers only the EvalAI server knows,
 or LLaVA's question files llava_vqav2_mscoco_test-dev2015.jsonl. For a test split O/submission.json is written; it covers the
 whole of test2015 (empty answers outside test-dev, as LLaVA's) if the questions of test2015 are in D too.
 
-Published for LLaVA-1.5-7B: 78.5 on test-dev, from the server. Scores on val are not comparable with it.
+Published for LLaVA-1.5-7B: 78.5 (LoRA 79.1) on test-dev, from the server. Scores on val are not comparable with it.
 
 LLaVA's converter skips broken answer lines, lets the last of two answers win and fills gaps with empty answers; here each of
 these is an error that counts them (only a half-written last line is left out, and said).
 
-Protocols: `llava15` applies the EvalAI answer processor and then the official scorer; `official` is the official scorer on
-the raw answers. Quirks that are kept are listed in `vqa_metrics`.
+Protocols, all with the same prompt:
+    llava15    the EvalAI answer processor, then the official scorer (the default, and what published figures rest on)
+    official   the official scorer on the raw answers
+    lmms_eval  lmms-eval's val task: at most 16 new tokens; both sides are always normalised by the official steps, also
+               where the ten annotators agree (there the official scorer compares raw strings), and EvalAI's are left out
+A submission file holds the answers as the protocol hands them to its scorer. Quirks that are kept are listed in
+`vqa_metrics`.
 """
 
 from __future__ import annotations
@@ -24,13 +29,23 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from llava_sp.eval.base import SHORT_ANSWER, Benchmark, Category, Item, Scores
+from llava_sp.eval.base import (
+    LLAVA15,
+    LLAVA15_LORA,
+    LLAVA_SP,
+    SHORT_ANSWER,
+    Benchmark,
+    Category,
+    Generation,
+    Item,
+    Scores,
+)
 from llava_sp.eval.cli import main
 from llava_sp.eval.files import write_json
 from llava_sp.eval.records import compare_ids, expect, expect_all, expect_once, find, first_folder, inside
-from llava_sp.eval.vqa_metrics import evalai_answer, score_vqa
+from llava_sp.eval.vqa_metrics import evalai_answer, official_answer, score_vqa
 
 SUBTYPES = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015", "train": "train2014"}
 FULL_TEST = "test"
@@ -42,7 +57,10 @@ class VQAv2(Benchmark):
     name = "vqav2"
     title = "VQAv2 accuracy in percent"
     splits = tuple(SUBTYPES)
-    protocols = ("llava15", "official")
+    protocols = ("llava15", "official", "lmms_eval")
+    generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=16)}
+    published: ClassVar = {LLAVA15: 78.5, LLAVA15_LORA: 79.1, LLAVA_SP: 79.2}
+    published_on = "test-dev, from the EvalAI server"
 
     def load(self, data: Path) -> list[Item]:
         self.data = data
@@ -62,8 +80,7 @@ class VQAv2(Benchmark):
         return item.text if item.text.endswith(SHORT_ANSWER) else item.text + SHORT_ANSWER
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:
-        prepare = evalai_answer if self.protocol == "llava15" else None
-        final = [prepare(answer) if prepare else answer for answer in answers]
+        final = [self._final(answer) for answer in answers]
         per_item = [
             {"question_id": item.id, "answer": answer, "text": text}
             for item, answer, text in zip(items, final, answers)
@@ -71,7 +88,10 @@ class VQAv2(Benchmark):
         if any(item.reference is None for item in items):
             return Scores(score=None, metrics={}, per_item=per_item)
         annotations = [item.reference for item in items]
-        scores = score_vqa(final, annotations, prepare=None)
+        if self.protocol == "lmms_eval":  # from the raw answers: normalising twice is not the same as once
+            scores = score_vqa(answers, annotations, prepare=None, always_normalise=True)
+        else:
+            scores = score_vqa(final, annotations, prepare=None)
         for line, item, value in zip(per_item, items, scores.per_item):
             kinds = {key: item.reference[key] for key in ("answer_type", "question_type")}
             references = [record["answer"] for record in item.reference["answers"]]
@@ -83,12 +103,18 @@ class VQAv2(Benchmark):
         metrics["count_per_question_type"] = dict(Counter(a["question_type"] for a in annotations))
         kinds = [kind for kind in ANSWER_TYPES if kind in counts] + sorted(set(counts).difference(ANSWER_TYPES))
         categories = {kind: Category(scores.per_answer_type[kind], counts[kind]) for kind in kinds}
-        return Scores(score=scores.overall, metrics=metrics, per_item=per_item, categories=categories)
+        return Scores(self.headline(per_item), metrics, per_item, categories)
+
+    def _final(self, answer: str) -> str:
+        """The answer as the protocol hands it to its scorer, or to the server."""
+        if self.protocol == "official":
+            return answer
+        return official_answer(answer) if self.protocol == "lmms_eval" else evalai_answer(answer)
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], output: Path) -> Path | None:
         if not self.split.startswith("test"):
             return None
-        given = {item.id: evalai_answer(answer) for item, answer in zip(items, answers)}
+        given = {item.id: self._final(answer) for item, answer in zip(items, answers)}
         path = output / "submission.json"
         write_json(path, [{"question_id": i, "answer": given.get(i, "")} for i in self.submission_ids])
         return path

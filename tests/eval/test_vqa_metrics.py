@@ -13,9 +13,11 @@ from llava_sp.eval.vqa_metrics import (
     PUNCTUATION,
     evalai_answer,
     leave_one_out,
+    official_answer,
     process_digits_and_articles,
     process_punctuation,
     score_vqa,
+    vlmevalkit_answer,
     vqa_accuracy,
 )
 
@@ -43,6 +45,17 @@ def test_equals_official_scorer(recorded, scorer, prepare):
     assert scores.overall == expected["aggregate"]["overall"]
     assert scores.per_answer_type == expected["aggregate"]["perAnswerType"]
     assert scores.per_question_type == expected["aggregate"]["perQuestionType"]
+
+
+def test_always_normalising_equals_lmms_eval(recorded):
+    annotations = recorded["files"]["v2_mscoco_val2014_annotations.json"]["data"]["annotations"]
+    raw = {item["id"]: item["raw"] for item in recorded["items"]}
+    predictions = [raw[a["question_id"]] for a in annotations]
+    scores = score_vqa(predictions, annotations, prepare=None, always_normalise=True)
+    expected = recorded["expected"]["raw_answers.lmms_eval"]
+    per_item = {i: round(100 * value, 2) for i, value in expected["per_item"].items()}
+    assert {str(a["question_id"]): s for a, s in zip(annotations, scores.per_item)} == per_item
+    assert scores.overall == round(100 * expected["aggregate"]["exact_match"], 2)
 
 
 def test_evalai_equals_llava_upload(recorded):
@@ -100,6 +113,24 @@ def test_evalai(text, expected):
     assert evalai_answer(text) == expected
 
 
+@pytest.mark.parametrize(
+    "text, official, vlmevalkit",
+    [
+        ("1984.", "1984", "1984."),
+        ("5.x", "5x", "5.x"),
+        ("St. James.", "st james", "st james"),
+        ("3.5", "3.5", "3.5"),
+        (".5", ".5", ".5"),
+        ("The\tTwo\ncats!", "2 cats", "2 cats"),
+        ("man's", "man's", "man's"),
+        ("b." * 40, "b" * 32 + "b." * 8, "b" * 32 + "b." * 8),  # 32 at most
+    ],
+)
+def test_all_steps_with_either_rule_for_periods(text, official, vlmevalkit):
+    assert official_answer(text) == official
+    assert vlmevalkit_answer(text) == vlmevalkit
+
+
 @pytest.mark.parametrize("matches, expected", [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
 def test_leave_one_out_over_ten_answers(matches, expected):
     answers = ["yes"] * matches + ["no"] * (10 - matches)
@@ -111,6 +142,7 @@ def test_identical_annotations_switch_normalisation_off():
     same = [{"answer": "Blue", "answer_id": i} for i in range(10)]
     assert vqa_accuracy("blue", same) == 0
     assert vqa_accuracy("Blue", same) == 1
+    assert vqa_accuracy("the blue", same, always_normalise=True) == 1
 
 
 def test_records_without_distinct_ids_drop_out_together():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval.base import Generation
+from llava_sp.eval.base import LLAVA15, Generation
 from llava_sp.eval.cli import check_images, main
 from llava_sp.eval.vqav2 import VQAv2
 
@@ -67,6 +68,39 @@ def test_answers_file_scores_as_the_official_code(tmp_path, data, answers, recor
     assert str(output / "metrics.json") in out and str(output / "per_item.jsonl") in out
 
 
+def test_lmms_eval_scores_as_recorded(tmp_path, data, answers, recorded, capsys):
+    output = tmp_path / "out"
+    status, _, _ = run(
+        capsys, "--answers", answers, "--data", data, "--output", output, "--protocol", "lmms_eval"
+    )  # fmt: skip
+    assert status == 0
+    expected = recorded["expected"]["raw_answers.lmms_eval"]
+    result = json.loads((output / "metrics.json").read_text())
+    assert result["score"] == round(100 * expected["aggregate"]["exact_match"], 2) == 72.75
+    lines = [json.loads(line) for line in (output / "per_item.jsonl").open()]
+    assert {str(line["question_id"]): line["score"] for line in lines} == {
+        i: round(100 * value, 2) for i, value in expected["per_item"].items()
+    }
+    assert lines[0]["answer"] == "green" and lines[0]["text"] == "Green."
+    assert result["scored_as"] == {"lmms_eval": 72.75, "llava15": 70.25, "official": 65.25}
+
+
+@pytest.mark.parametrize("protocol", VQAv2.protocols)
+def test_headline_follows_from_the_per_item_records(data, answers, protocol):
+    benchmark = VQAv2(protocol=protocol)
+    items = benchmark.load(data)
+    scores = benchmark.score(items, [json.loads(line)["text"] for line in answers.open()])
+    assert VQAv2.headline(scores.per_item) == scores.score
+    assert VQAv2.headline([scores.per_item[0]] * 2 + [scores.per_item[6]]) == 66.67
+
+
+def test_lmms_eval_normalises_where_annotators_agree(data):
+    benchmark = VQAv2(protocol="lmms_eval")
+    item = next(item for item in benchmark.load(data) if item.id == 900012000)  # ten times "a hat"
+    assert benchmark.score([item], ["hat"]).score == 100.0
+    assert benchmark.under("llava15").score([item], ["hat"]).score == 0.0
+
+
 def test_without_output_the_result_is_printed(data, answers, capsys):
     status, out, _ = run(capsys, "--answers", answers, "--data", data)
     assert status == 0 and json.loads(out)["score"] == 70.25
@@ -76,8 +110,8 @@ def test_prompts_and_generation_equal_llavas(data, recorded_prompts):
     expected = recorded_prompts["vqav2"]
     generation = asdict(VQAv2.generation)
     assert generation == {key: value for key, value in expected["generate_kwargs"].items() if "image" not in key}
-    for split in ("val", "test"):  # official questions and LLaVA's question file give the same prompts
-        benchmark = VQAv2(split=split)
+    for split, protocol in itertools.product(("val", "test"), VQAv2.protocols):
+        benchmark = VQAv2(split, protocol)  # official questions and LLaVA's question file give the same prompts
         items = {item.id: item for item in benchmark.load(data)}
         for case in expected["items"]:
             item = items[case["question_record"]["question_id"]]
@@ -86,6 +120,14 @@ def test_prompts_and_generation_equal_llavas(data, recorded_prompts):
             assert benchmark.message(item) in case["prompt"]
             if split == "test":
                 assert item.images == (data / "test2015" / case["question_record"]["image"],)
+
+
+def test_lmms_eval_generates_16_tokens():
+    assert VQAv2(protocol="lmms_eval").generation == Generation(max_new_tokens=16)
+
+
+def test_published_figures_are_of_the_server():
+    assert VQAv2.published[LLAVA15] == 78.5 and "server" in VQAv2.published_on
 
 
 def test_images_have_coco_names(data):
@@ -123,6 +165,14 @@ def test_test_dev_submission_covers_the_whole_test_set(tmp_path, data, answers, 
     assert submission[0] == {"question_id": 900001000, "answer": "green"}
     status, out, _ = run(capsys, "--validate", output / "submission.json", "--data", data)
     assert status == 0 and "(30 answers are empty)" in out
+
+
+@pytest.mark.parametrize("protocol, answer", [("llava15", "green"), ("official", "Green."), ("lmms_eval", "green")])
+def test_submission_follows_the_protocol(tmp_path, data, answers, capsys, protocol, answer):
+    output = tmp_path / "out"
+    arguments = ["--split", "test", "--output", output, "--protocol", protocol]
+    assert run(capsys, "--answers", answers, "--data", data, *arguments)[0] == 0
+    assert json.loads((output / "submission.json").read_text())[0]["answer"] == answer
 
 
 def break_submission(kind: str, results: list):
@@ -347,7 +397,7 @@ def test_numbers_below_one_are_refused(data, capsys, flag):
 def test_splits_and_protocols_are_checked():
     with pytest.raises(ValueError, match="no split 'dev': use one of val, test-dev, test, train"):
         VQAv2(split="dev")
-    with pytest.raises(ValueError, match="no protocol 'mine': use one of llava15, official"):
+    with pytest.raises(ValueError, match="no protocol 'mine': use one of llava15, official, lmms_eval"):
         VQAv2(protocol="mine")
     assert Generation() == VQAv2.generation
 
