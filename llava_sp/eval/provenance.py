@@ -25,6 +25,7 @@ from llava_sp.eval.files import read_json, sha256, write_json
 
 RUN_FILE = "run.json"
 _OUTPUTS = ("answers", "answers.jsonl", "metrics.json", "per_item.jsonl")
+_MOST_FILES = 20  # of one folder that provenance names one by one
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "accelerate", "numpy", "pillow")
 
 
@@ -113,12 +114,27 @@ def provenance(benchmark: Benchmark, items: Sequence[Item], settings: dict[str, 
         "count": len(items),
         **settings,
         **extra,
-        "data_files": {str(path): sha256(path) for path in dict.fromkeys(benchmark.files)},
+        "data_files": _hash_files(benchmark.files),
         "versions": versions(),
         "platform": platform.platform(),
         "command": shlex.join(["python", "-m", f"llava_sp.eval.{benchmark.name}", *sys.argv[1:]]),
         "date": now(),
     }
+
+
+def _hash_files(files: Sequence[Path]) -> dict[str, str]:
+    """File -> SHA-256; the many files of one folder stand as one, with the hash of their names and hashes."""
+    folders: dict[Path, dict[Path, str]] = {}
+    for path in dict.fromkeys(files):
+        folders.setdefault(path.parent, {})[path] = sha256(path)
+    found: dict[str, str] = {}
+    for folder, hashes in folders.items():
+        if len(hashes) <= _MOST_FILES:
+            found |= {str(path): digest for path, digest in hashes.items()}
+        else:
+            lines = "".join(f"{digest}  {path.name}\n" for path, digest in sorted(hashes.items()))
+            found[str(folder / f"({len(hashes)} files)")] = hashlib.sha256(lines.encode()).hexdigest()
+    return found
 
 
 def now() -> str:
