@@ -301,9 +301,9 @@ def _finish(
         if protocol != benchmark.protocol:
             print(f"the same answers scored as {protocol} does: {value}")
     if submission is not None:
-        print(f"{benchmark.submission_label + ':':19} {submission}")
-    print(f"results:            {output / 'metrics.json'}")
-    print(f"each answer:        {output / 'per_item.jsonl'}")
+        print(f"{benchmark.submission_label + ':':13} {submission}")
+    print(f"results:      {output / 'metrics.json'}")
+    print(f"each answer:  {output / 'per_item.jsonl'}")
     return outcome
 
 
