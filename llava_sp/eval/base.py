@@ -24,8 +24,9 @@ files), `runner` (generation) and `answers` (LLaVA's answer files); a benchmark 
 the hash of every file read through `self.read_*`, a row in the table of `python -m llava_sp.eval --all`, and
 `python -m llava_sp.eval.compare` follow from that. What else can be overridden, each only where a benchmark needs it:
 `generation`, `conversation`, `image_mode`, `splits`, `protocols` (with `generations`), `published`, `folders`,
-`add_arguments`, `record` (fields of an answer line), `match` (which answer belongs to which item; by default
-`question_id`), `judge`, `headline` (how the score follows from the per-item records), `summary`, `submission`, `validate`.
+`add_arguments`, `record` (fields of an answer line), `read_answers`, `match` (which answer belongs to which item; by
+default `question_id`), `judge`, `headline` (how the score follows from the per-item records), `summary`, `submission`,
+`validate`.
 
 Neither torch nor transformers is imported here.
 """
@@ -41,7 +42,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-from llava_sp.eval.answers import match_by_question_id
+from llava_sp.eval.answers import match_by_question_id, read_answers
 from llava_sp.eval.files import read_json, read_jsonl, read_table
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -197,6 +198,10 @@ class Benchmark(ABC):
     def record(self, item: Item) -> dict[str, Any]:
         """The fields of the item's answer line that do not depend on the answer."""
         return {"question_id": item.id, "prompt": self.prompt(item)}
+
+    def read_answers(self, path: Path) -> tuple[list[dict[str, Any]], str | None]:
+        """The lines of a finished answers file, and a note if one had to be left out; see `answers.read_answers`."""
+        return read_answers(path)
 
     def match(self, items: Sequence[Item], records: Sequence[dict[str, Any]]) -> list[str]:
         """The answers in the order of the items, from the lines of an answers file."""

@@ -30,7 +30,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from llava_sp.eval.answers import read_answers
 from llava_sp.eval.base import Benchmark, Generation, Item, Scores
 from llava_sp.eval.files import checkpoints_hint, examples, sha256, write_json, write_jsonl
 from llava_sp.eval.provenance import check_output, provenance, run_settings, settings_id
@@ -132,7 +131,7 @@ def _score_answers(benchmark_class: type[Benchmark], args: argparse.Namespace) -
         raise ValueError("--model does not go with --answers: existing answers are scored without a model")
     benchmark = benchmark_class.from_arguments(args)
     items = benchmark.load(_find_data(benchmark_class, args.data))
-    records, note = read_answers(args.answers)
+    records, note = benchmark.read_answers(args.answers)
     try:
         answers = benchmark.match(items, records)
     except ValueError as error:

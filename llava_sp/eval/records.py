@@ -18,7 +18,7 @@ def expect(record: Any, fields: Mapping[str, type | tuple[type, ...]], where: st
         raise ValueError(f"{where} is {str(record)[:60]!r}, not an object with {', '.join(fields)}")
     absent = [key for key in fields if key not in record]
     if absent:
-        raise ValueError(f"{where} has no {', '.join(absent)}; it has {', '.join(map(str, record)) or 'nothing'}")
+        raise ValueError(f"{where} has no {', '.join(absent)}; it has {examples(record, 12) or 'nothing'}")
     for key, kind in fields.items():
         value = record[key]
         if not isinstance(value, kind) or isinstance(value, bool):

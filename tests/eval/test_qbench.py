@@ -1,0 +1,267 @@
+"""Q-Bench: prompts of LLaVA's script, scores by the rules of other programs, LLaVA's odd answers file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from llava_sp.eval.cli import check_images, main
+from llava_sp.eval.qbench import QBench
+
+QUESTIONS, ANSWERS = "llvisionqa_dev.json", "llvisionqa_dev_answers.json"
+
+
+@pytest.fixture
+def recorded(official):
+    return official("qbench")[0]
+
+
+@pytest.fixture
+def data(official) -> Path:
+    return official("qbench")[1]
+
+
+@pytest.fixture
+def answers(data, recorded) -> Path:
+    """The recorded answers as this command writes them."""
+    lines = [{"question_id": item["id"], "text": item["raw"]} for item in recorded["items"]]
+    (data / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return data / "answers.jsonl"
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    status = main(QBench, [str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def change(data: Path, edit) -> None:
+    content = json.loads((data / QUESTIONS).read_text())
+    edit(content)
+    (data / QUESTIONS).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("protocol", ["llava15", "vlmevalkit"])
+def test_scores_equal_vlmevalkits(tmp_path, data, answers, recorded, capsys, protocol):
+    output = tmp_path / "out"
+    status, out, _ = run(capsys, "--answers", answers, "--data", data, "--output", output, "--protocol", protocol)
+    expected = recorded["expected"]["vlmevalkit_head.exact_matching"]
+    result = json.loads((output / "metrics.json").read_text())
+    lines = [json.loads(line) for line in (output / "per_item.jsonl").open()]
+    assert status == 0 and "75.0 (40 questions)" in out
+    assert result["score"] == round(100 * expected["aggregate"]["Overall"], 2) == QBench.headline(lines)
+    assert {str(line["question_id"]): line["answer"] for line in lines} == expected["per_item_parsed"]
+    assert {str(line["question_id"]): line["score"] / 100 for line in lines} == expected["per_item_hit"]
+    concerns = ("global distortion", "global others", "local distortion", "local others")
+    found = {f"concern{number}": result["categories"][name]["score"] for number, name in enumerate(concerns)}
+    assert found == {name: round(100 * v, 2) for name, v in expected["aggregate"].items() if name != "Overall"}
+    assert list(result["categories"]) == ["yes/no", "how", "what", *concerns]
+    assert sum(result["categories"][name]["count"] for name in ("yes/no", "how", "what")) == 40
+
+
+def test_parses_as_lmms_eval(tmp_path, data, answers, recorded, capsys):
+    output = tmp_path / "out"
+    assert run(capsys, "--answers", answers, "--data", data, "--output", output, "--protocol", "lmms_eval")[0] == 0
+    lines = [json.loads(line) for line in (output / "per_item.jsonl").open()]
+    expected = recorded["expected"]["lmms_eval"]["per_item_parsed"]
+    assert {str(line["question_id"]): line["answer"] or "RANDOM" for line in lines} == expected
+    right = [expected[str(item["id"])] == item["gold"] for item in recorded["items"]]
+    result = json.loads((output / "metrics.json").read_text())
+    assert result["score"] == round(100 * sum(right) / 40, 2)  # where it would guess, the answer is wrong
+    assert result["scored_as"] == {"lmms_eval": result["score"], "llava15": 75.0, "vlmevalkit": 75.0}
+
+
+def test_prompts_and_generation_equal_llavas(data, recorded_prompts):
+    expected = recorded_prompts["qbench"]
+    generation = asdict(QBench.generation)
+    recorded = {key: v for key, v in expected["generate_kwargs"].items() if key not in ("images", "stopping_criteria")}
+    assert generation.items() >= recorded.items()
+    benchmark = QBench()
+    items = benchmark.load(data)
+    for case, item in zip(expected["items"], items):
+        assert f"USER: {benchmark.message(item)} ASSISTANT:" in case["prompt"]
+        assert "a curious human and" in case["prompt"] and benchmark.conversation == "llava_v1"
+        assert item.images == (data / case["question_record"]["img_path"],)
+    assert benchmark.image_mode == "crop"
+    options = "A. grainy\nB. noisy\nC. bright\nD. vivid\n"
+    prompt = f"How does region 0 look?\nChoose between one of the options as follows:\n{options}"
+    assert benchmark.record(items[0]) == {"question_id": 0, "prompt": prompt}
+
+
+def test_other_programs_ask_for_the_letter(data):
+    asked = (
+        "How does region 2 look?\nA. faded\nB. dark\nAnswer with the option's letter from the given choices directly."
+    )
+    vlmevalkit, lmms_eval = QBench(protocol="vlmevalkit"), QBench(protocol="lmms_eval")
+    assert vlmevalkit.prompt(vlmevalkit.load(data)[2]) == asked
+    assert lmms_eval.prompt(lmms_eval.load(data)[2]) == asked + "\n"
+    assert (vlmevalkit.conversation, vlmevalkit.image_mode, vlmevalkit.generation.max_new_tokens) == (
+        "llava_v1",
+        "pad",
+        512,
+    )
+    assert (lmms_eval.conversation, lmms_eval.image_mode, lmms_eval.generation.max_new_tokens) == (None, None, 32)
+
+
+def test_the_conversation_is_rendered_with_the_line_break_at_the_end(data, recorded_prompts):
+    from llava_sp.model.conversation import TEMPLATES
+
+    item = QBench().load(data)[0]
+    template = TEMPLATES["llava_v1"]
+    text = template.system_text.format(system=template.system) + template.first_user + QBench().message(item)
+    assert text + template.after_user + template.before_answer == recorded_prompts["qbench"]["items"][0]["prompt"]
+
+
+def test_images_are_looked_for_in_the_usual_places(data):
+    with pytest.raises(ValueError, match=r"40 image files are missing \(.*m_0.jpg, .*question 0"):
+        check_images(QBench().load(data))
+    (data / "LLVisionQA-QBench" / "images").mkdir(parents=True)
+    assert QBench().load(data)[0].images[0].parent == data / "LLVisionQA-QBench" / "images"
+    (data / "images").mkdir()
+    assert QBench().load(data)[0].images[0].parent == data / "images"
+    assert QBench(images=Path("/elsewhere")).load(data)[0].images[0] == Path("/elsewhere/m_0.jpg")
+    (data / "LLVisionQA-QBench" / QUESTIONS).write_text((data / QUESTIONS).read_text())
+    (data / QUESTIONS).unlink()
+    assert QBench().load(data)[0].images[0].parent == data / "LLVisionQA-QBench" / "images"
+
+
+def as_llava(records: list[dict], between: str = "") -> str:
+    return between.join(json.dumps(record) for record in records)
+
+
+@pytest.mark.parametrize("kind", ["one after another", "lines", "list", "other order"])
+def test_llavas_answers_file_is_read(data, kind):
+    file = data / ANSWERS
+    records = json.loads(file.read_text())
+    wanted = [record["response"] for record in records]
+    if kind in ("one after another", "lines"):
+        file.write_text(as_llava(records, "\n" if kind == "lines" else ""))
+    elif kind == "other order":
+        file.write_text(as_llava(records[::-1]))
+    benchmark = QBench()
+    items = benchmark.load(data)
+    answers, note = benchmark.read_answers(file)
+    assert benchmark.match(items, answers) == wanted and note is None
+    assert benchmark.score(items, benchmark.match(items, answers)).score == 75.0
+
+
+def test_own_answers_file_is_read_too(data, answers, recorded):
+    benchmark = QBench()
+    records, _ = benchmark.read_answers(answers)
+    assert benchmark.match(benchmark.load(data), records) == [item["raw"] for item in recorded["items"]]
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda text: text[:-40], "record 39 (counted from 0) is cut off or no JSON"),
+        (lambda text: "[" + text, "is not valid JSON"),
+        (
+            lambda text: text.replace('"response": "C"', '"response": 5', 1),
+            "record 0 (counted from 0): response is '5', not",
+        ),
+        (lambda text: text.replace('"response": "C."', '"text": "C."', 1), "record 1 (counted from 0) has no response"),
+        (lambda text: "[]", "holds no records"),
+        (lambda text: '{"question_id": 5}', "line 1 has no question_id or no text"),
+        (lambda text: "nothing", "line 1 is cut off"),
+    ],
+)
+def test_broken_answers_files(data, edit, message):
+    file = data / ANSWERS
+    file.write_text(edit(as_llava(json.loads(file.read_text()))))
+    try:
+        note = QBench().read_answers(file)[1]
+    except ValueError as error:
+        note = str(error)
+    assert ANSWERS in note and message in note
+
+
+def test_answers_must_fit(data, answers, capsys):
+    file = data / ANSWERS
+    records = json.loads(file.read_text())
+    benchmark = QBench()
+    items = benchmark.load(data)
+    file.write_text(as_llava([*records[1:], records[5], {**records[0], "question": "Another?"}]))
+    with pytest.raises(
+        ValueError, match=r"1 questions have more than one answer \(m_5.jpg: How does region 5"
+    ) as raised:
+        benchmark.match(items, benchmark.read_answers(file)[0])
+    assert "1 answers are for questions that are not in the file (m_0.jpg: Another?)" in str(raised.value)
+    assert "1 questions have no answer (m_0.jpg: How does region 0 look?)" in str(raised.value)
+    answers.write_text(
+        "".join(answers.read_text().splitlines(keepends=True)[2:]) + '{"question_id": 99, "text": "A"}\n'
+    )
+    status, _, err = run(capsys, "--answers", answers, "--data", data)
+    assert status == 2 and "2 question ids have no answer (0, 1)" in err and "not in qbench dev" in err
+
+
+def test_writes_llavas_file_and_validates_it(tmp_path, data, answers, capsys):
+    output = tmp_path / "out"
+    assert run(capsys, "--answers", answers, "--data", data, "--output", output)[0] == 0
+    assert json.loads((output / ANSWERS).read_text()) == json.loads((data / ANSWERS).read_text())
+    status, out, _ = run(capsys, "--validate", output / ANSWERS, "--data", data)
+    assert status == 0 and "answers all 40 questions of dev once (0 answers are empty)" in out
+    (output / ANSWERS).write_text(json.dumps(json.loads((output / ANSWERS).read_text())[1:]))
+    status, _, err = run(capsys, "--validate", output / ANSWERS, "--data", data)
+    assert status == 1 and "1 questions have no answer (m_0.jpg: How does region 0 look?)" in err
+
+
+def test_the_test_split_is_sent_away(tmp_path, data, answers, capsys):
+    questions = json.loads((data / QUESTIONS).read_text())
+    for question in questions:
+        del question["correct_ans"]
+    (data / "llvisionqa_test.json").write_text(json.dumps(questions))
+    output = tmp_path / "out"
+    status, out, _ = run(capsys, "--answers", answers, "--data", data, "--output", output, "--split", "test")
+    assert status == 0 and "40 questions answered; their authors alone can score them" in out
+    assert json.loads((output / "metrics.json").read_text())["score"] is None
+    sent = json.loads((output / "llvisionqa_test_answers.json").read_text())
+    assert sent[0] == {**questions[0], "response": "C"}
+    other = [{**question, "question": f"And here: {question['question']}"} for question in questions]
+    (data / "llvisionqa_test.json").write_text(json.dumps(other))
+    sent = [{**question, "response": "C"} for question in other]
+    (output / "sent.json").write_text(json.dumps(sent))
+    status, out, _ = run(capsys, "--validate", output / "sent.json", "--data", data)
+    assert status == 0 and "40 questions of test once" in out  # dev is there too
+    (data / QUESTIONS).unlink()
+    assert len(QBench().load(data)) == 40
+
+
+def test_unknown_numbers_keep_their_number(data, answers, capsys):
+    change(data, lambda questions: questions[0].update(type=9, concern="x"))
+    change(data, lambda questions: (questions[1].pop("type"), questions[1].pop("concern")))
+    status, out, _ = run(capsys, "--answers", answers, "--data", data)
+    categories = json.loads(out)["categories"]
+    assert status == 0 and categories["type 9"]["count"] == categories["concern x"]["count"] == 1
+    assert sum(categories[name]["count"] for name in ("yes/no", "how", "what")) == 38
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"candidates": "ab"}, "question 0 (counted from 0): candidates is 'ab', not a list"),
+        ({"candidates": ["a"]}, "question 0 (counted from 0): candidates is ['a'], not a list of two or more texts"),
+        ({"candidates": ["a", 1]}, "candidates is ['a', 1], not a list of two or more texts"),
+        ({"correct_ans": "green"}, "question 0 (counted from 0): correct_ans is 'green', not one of ['grainy', "),
+        ({"correct_ans": None}, "1 questions have no correct_ans, the first is question 0"),
+        ({"img_path": 5}, "img_path is '5', not text"),
+        ({"img_path": "../x.jpg"}, "question 0 (counted from 0): image '../x.jpg' is outside"),
+    ],
+)
+def test_wrong_fields_are_named(data, answers, capsys, changes, message):
+    change(data, lambda questions: questions[0].update(changes))
+    status, _, err = run(capsys, "--answers", answers, "--data", data)
+    assert status == 2 and QUESTIONS in err and message in err
+
+
+def test_files_must_be_there_and_whole(data, answers, capsys):
+    text = (data / QUESTIONS).read_text()
+    (data / QUESTIONS).write_text(text[:-30])
+    status, _, err = run(capsys, "--answers", answers, "--data", data)
+    assert status == 2 and f"{QUESTIONS} is not valid JSON" in err and "ends in the middle" in err
+    (data / QUESTIONS).unlink()
+    status, _, err = run(capsys, "--answers", answers, "--data", data)
+    assert status == 2 and "has no questions: looked for llvisionqa_dev.json, llvisionqa_test.json" in err
