@@ -62,6 +62,12 @@ def test_scores_equal_vlmevalkits(tmp_path, data, answers, recorded, capsys, pro
     assert sum(result["categories"][name]["count"] for name in ("yes/no", "how", "what")) == 40
 
 
+def test_llavas_answers_file_is_scored(tmp_path, data, capsys):
+    (data / ANSWERS).write_text(as_llava(json.loads((data / ANSWERS).read_text())))
+    status, out, _ = run(capsys, "--answers", data / ANSWERS, "--data", data, "--output", tmp_path / "out")
+    assert status == 0 and "75.0 (40 questions)" in out
+
+
 def test_parses_as_lmms_eval(tmp_path, data, answers, recorded, capsys):
     output = tmp_path / "out"
     assert run(capsys, "--answers", answers, "--data", data, "--output", output, "--protocol", "lmms_eval")[0] == 0

@@ -1,0 +1,263 @@
+"""LLaVA-Bench (in the wild) (Liu et al. 2023): 60 open questions on 24 pictures; a judge rates each answer beside GPT-4's.
+
+    python -m llava_sp.eval.llava_bench --model M --data D --output O --judge MODEL [--judge-runs 3] [--rules rule.json]
+    python -m llava_sp.eval.llava_bench --answers FILE --data D --judgements review.jsonl [more reviews ...]
+
+D holds LLaVA's files, in D itself or one folder below: questions.jsonl, context.jsonl (captions of each picture, which the
+judge reads in place of it), answers_gpt4.jsonl (the reference answers), and images/. The prompt is the question alone.
+`llava_sp.eval.judge` tells how judges are asked and their replies kept.
+
+The judge gets context, question, both answers and a rule, at temperature 0.2, and is to begin its reply with two scores
+from 1 to 10, the reference's first. The score is relative: 100 * mean of the model's / mean of the reference's. Beside it
+stand, as LLaVA prints them, 10 * both means, for all questions and by category (conv, detail, complex).
+
+The rule is our own wording of what LLaVA's asks for, and so is the system message. `--rules FILE` takes LLaVA's rule.json
+(llava/eval/table) instead; then the user message is LLaVA's to the letter (checked against recorded hashes). An entry
+{"system": {"prompt": TEXT}} that is added to the file replaces the system message. metrics.json says which was used.
+
+Protocols, which differ in how replies are read and added up:
+    llava15      the first line must be two numbers with one space or comma between them; means rounded to 3 decimals first
+    lmms_eval    the first two numbers anywhere in the first line
+    vlmevalkit   reads as llava15, divides unrounded means
+Several runs (--judge-runs, or several files of --judgements) are averaged.
+
+Published: 65.4 for LLaVA-1.5-7B is the mean of three runs of gpt-4-0314 (64.7, 65.3, 66.3), which is retired: a score by
+another judge does not compare with it. LLaVA's scripts of that time cropped pictures instead of padding (--image-mode crop).
+
+Kept on purpose: a reply that cannot be read ("8, 7", a trailing space, "8/10 7/10") counts as -1 for both sides, and numbers
+are read as Python does ("8_0" is 80); `metrics` counts such replies, and ratings outside 1 to 10. Different from LLaVA: where
+no reply can be read the score is 0, not the 100 of -1 / -1; "nan" and "inf" cannot be read; files are joined by question
+id, not by line. LLaVA's own review files are joined by id too, but hold neither the judge's name nor the answer: nothing can
+tell whether they belong to this answers file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, ClassVar
+
+from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, Category, Generation, Item, Scores
+from llava_sp.eval.cli import main
+from llava_sp.eval.files import read_jsonl, read_text, sha256
+from llava_sp.eval.judge import JudgedBenchmark, Request, Run, check_foreign_ids
+from llava_sp.eval.records import compare_ids, expect, expect_all, expect_once, find_one, first_folder, inside
+
+CATEGORIES = ("conv", "detail", "complex")
+UNREAD = (-1.0, -1.0)  # what LLaVA counts for a reply without two scores
+ROLE = "Assistant"
+SYSTEM = "You check the quality of answers, carefully and to the point."
+RULE = (
+    "Two AI assistants have answered the question above, which a user asked about a picture. You do not see the picture; "
+    "the context describes it.\n"
+    "Judge how helpful, relevant, accurate and detailed each answer is, and give each an overall score from 1 (worst) to "
+    "10 (best). Which answer stands first must make no difference.\n"
+    "Write nothing but the two scores on the first line, that of Assistant 1 before that of Assistant 2, with one space "
+    "between them. From the second line on, explain your scores."
+)
+_QUESTION = {"question_id": (int, str), "image": str, "category": str, "text": str}
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+Pair = tuple[float, float]
+
+
+class LLaVABench(JudgedBenchmark):
+    name = "llava_bench"
+    title = "LLaVA-Bench (in the wild) relative score"
+    folders = ("llava-bench-in-the-wild",)
+    protocols = ("llava15", "lmms_eval", "vlmevalkit")
+    generation = Generation(max_new_tokens=1024)
+    published: ClassVar = {LLAVA15: 65.4, LLAVA15_LORA: 67.9, LLAVA_SP: 61.7}
+    published_on = "judged by gpt-4-0314 (retired; LLaVA-SP's judge is not said)"
+    rules: Mapping[str, tuple[str, str]] | None = None  # category -> role and rule, of --rules
+    system = SYSTEM
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        super().add_arguments(parser)
+        parser.add_argument("--rules", type=Path, help="LLaVA's llava/eval/table/rule.json, for its own wording")
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace) -> LLaVABench:
+        benchmark = super().from_arguments(args)
+        if args.rules:
+            benchmark._read_rules(args.rules)
+        return benchmark
+
+    def load(self, data: Path) -> list[Item]:
+        self.data = data
+        file = find_one(data, "questions.jsonl", what="questions of LLaVA-Bench")
+        questions = self.read_jsonl(file)
+        expect_all(questions, _QUESTION, file)
+        expect_once((question["question_id"] for question in questions), file)
+        captions = self._captions(find_one(data, "context.jsonl", what="descriptions of LLaVA-Bench's pictures"))
+        reference = self._references(find_one(data, "answers_gpt4.jsonl", what="answers of GPT-4"), questions)
+        folder = self.images or first_folder([file.parent / "images", data / "images"])
+        items = []
+        for question in questions:
+            where = f"{file}: question {question['question_id']}"
+            if question["category"] not in CATEGORIES:
+                raise ValueError(f"{where}: category is {question['category']!r}, not one of {', '.join(CATEGORIES)}")
+            if question["image"] not in captions:
+                raise ValueError(f"{where}: context.jsonl has no caption of {question['image']}")
+            metadata = {"category": question["category"], "context": captions[question["image"]]}
+            images = (inside(folder, question["image"], where),)
+            identity = question["question_id"]
+            items.append(Item(identity, question["text"], images, reference[identity], metadata))
+        return items
+
+    def _captions(self, file: Path) -> dict[str, str]:
+        records = self.read_jsonl(file)
+        expect_all(records, {"image": str, "caption": (str, list)}, file, "picture")
+        expect_once((record["image"] for record in records), file, "picture")
+        for record in records:
+            if isinstance(record["caption"], list) and not all(isinstance(line, str) for line in record["caption"]):
+                raise ValueError(f"{file}: picture {record['image']}: caption holds something that is not text")
+        return {
+            record["image"]: "\n".join(record["caption"]) if isinstance(record["caption"], list) else record["caption"]
+            for record in records
+        }
+
+    def _references(self, file: Path, questions: Sequence[Mapping[str, Any]]) -> dict[int | str, str]:
+        records = self.read_jsonl(file)
+        expect_all(records, {"question_id": (int, str), "text": str}, file, "answer")
+        trouble = compare_ids(
+            (record["question_id"] for record in records), (question["question_id"] for question in questions)
+        )
+        if trouble:
+            raise ValueError(f"{file} does not fit the questions: {trouble}")
+        return {record["question_id"]: record["text"] for record in records}
+
+    def _read_rules(self, file: Path) -> None:
+        content = self.read_json(file)
+        entries = {category: f"llava_bench_{category}" for category in CATEGORIES}
+        expect(content, dict.fromkeys(entries.values(), dict), str(file))
+        for entry in entries.values():
+            expect(content[entry], {"role": str, "prompt": str}, f"{file}: {entry}")
+        self.rules = {c: (content[entry]["role"], content[entry]["prompt"]) for c, entry in entries.items()}
+        if "system" in content:
+            expect(content["system"], {"prompt": str}, f"{file}: system")
+            self.system = content["system"]["prompt"]
+        self.wording = f"{file} (sha256 {sha256(file)[:12]})"
+
+    def request(self, item: Item, answer: str, replies: Sequence[str]) -> Request | None:
+        if replies:
+            return None
+        role, rule = self.rules[item.metadata["category"]] if self.rules else (ROLE, RULE)
+        blocks = [
+            f"[Context]\n{item.metadata['context']}",
+            f"[Question]\n{item.text}",
+            f"[{role} 1]\n{item.reference}",
+            f"[End of {role} 1]",
+            f"[{role} 2]\n{answer}",
+            f"[End of {role} 2]",
+            f"[System]\n{rule}",
+        ]
+        user = "".join(f"{block}\n\n" for block in blocks)
+        return Request((("system", self.system), ("user", user)), temperature=0.2, max_tokens=1024)
+
+    def foreign_runs(self, file: Path, items: Sequence[Item]) -> tuple[list[Run], list[str]] | None:
+        """LLaVA's review file: one line per question, `content` is the reply."""
+        if '"request_sha256"' in (text := read_text(file)) or '"content"' not in text:
+            return None
+        records = read_jsonl(file)
+        expect_all(records, {"question_id": (int, str), "content": str}, file, "review")
+        check_foreign_ids(file, (record["question_id"] for record in records), items)
+        replies = {record["question_id"]: [record["content"]] for record in records}
+        return [{item.key: replies[item.id] for item in items}], []
+
+    def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:
+        per_item = [
+            {
+                "question_id": item.id,
+                "answer": answer,
+                "question": item.text,
+                "image": item.images[0].name,
+                "category": item.metadata["category"],
+                "references": [item.reference],
+            }
+            for item, answer in zip(items, answers)
+        ]
+        if self.judged is None:
+            return Scores(score=None, metrics={"judge": None}, per_item=per_item)
+        read = read_anywhere if self.protocol == "lmms_eval" else read_strictly
+        for record, item in zip(per_item, items):
+            replies = [run[0] for run in self.replies(item)]
+            record["ratings"] = [read(reply) for reply in replies]  # of the reference and of the model, by run
+            record["score"] = 10 * fmean(min(10.0, max(0.0, model)) for _, model in record["ratings"])
+            record["judgements"] = replies
+        rounded = self.protocol != "vlmevalkit"
+        categories = [category for category in CATEGORIES if any(r["category"] == category for r in per_item)]
+        parts = {"all": per_item} | {c: [r for r in per_item if r["category"] == c] for c in categories}
+        runs = [
+            {name: relative([record["ratings"][run] for record in part], rounded) for name, part in parts.items()}
+            for run in range(len(self.judged))
+        ]
+        ratings = [rating for record in per_item for rating in record["ratings"]]
+        columns = ("relative", "reference_x10", "model_x10")
+        metrics = {
+            name: {
+                column: round(fmean(run[name][place] for run in runs), 1 if rounded else 2)
+                for place, column in enumerate(columns)
+            }
+            for name in parts
+        }
+        metrics["runs"] = [run["all"][0] for run in runs]
+        metrics["unread_replies"] = sum(rating == UNREAD for rating in ratings)
+        metrics["ratings_outside_1_to_10"] = sum(
+            rating != UNREAD and not all(1 <= value <= 10 for value in rating) for rating in ratings
+        )
+        metrics["judge"] = self.about_judge
+        found = {name: Category(metrics[name]["relative"], len(parts[name])) for name in categories}
+        return Scores(metrics["all"]["relative"], metrics, per_item, found)
+
+    @classmethod
+    def headline(cls, per_item: Sequence[Mapping[str, Any]]) -> float:
+        runs = zip(*(record["ratings"] for record in per_item))
+        return round(fmean(relative(run)[0] for run in runs), 1)
+
+    def summary(self, scores: Scores) -> list[str]:
+        lines = super().summary(scores)
+        unread = scores.metrics.get("unread_replies")
+        return [*lines, f"{unread} replies could not be read; they count as -1 for both"] if unread else lines
+
+
+def read_strictly(reply: str) -> Pair:
+    """LLaVA's reading: the first line is two numbers with exactly one space or comma between them."""
+    parts = reply.split("\n")[0].replace(",", " ").split(" ")
+    if len(parts) != 2:
+        return UNREAD
+    try:
+        pair = float(parts[0]), float(parts[1])
+    except ValueError:
+        return UNREAD
+    return pair if all(map(math.isfinite, pair)) else UNREAD
+
+
+def read_anywhere(reply: str) -> Pair:
+    """lmms-eval's reading: the first two numbers of the first line that is not empty."""
+    numbers = _NUMBER.findall(reply.strip().split("\n")[0])
+    return (float(numbers[0]), float(numbers[1])) if len(numbers) >= 2 else UNREAD
+
+
+def relative(ratings: Sequence[Pair], rounded: bool = True) -> tuple[float, float, float]:
+    """The relative score of a run, 10 * the reference's mean and 10 * the model's: with one decimal, from means of three,
+    or with two, from unrounded means.
+
+    Replies that could not be read are in the means. The relative score is 0 where the reference's mean is not positive.
+    """
+    reference, model = (fmean(rating[side] for rating in ratings) for side in (0, 1))
+    if rounded:
+        reference, model = round(reference, 3), round(model, 3)
+    share = model / reference * 100 if reference > 0 else 0.0
+    digits = 1 if rounded else 2
+    return tuple(round(figure, digits) for figure in (share, reference * 10, model * 10))
+
+
+if __name__ == "__main__":
+    sys.exit(main(LLaVABench))

@@ -1,0 +1,173 @@
+"""Every benchmark end to end: a real model on the shapes world in the official formats, then the table and the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava_sp.eval.__main__ import main
+from llava_sp.eval.base import SOURCES
+from llava_sp.eval.compare import main as compare
+from llava_sp.eval.registry import ORDER, load_benchmark
+from llava_sp.eval.report import worst_items
+from llava_sp.shapes.benchmarks import Settings, write_all
+
+JUDGED = {"llava_bench", "mmvet", "mmvp"}
+SMALL = ("--max-new-tokens", "8", "--device", "cpu", "--batch-size", "16")
+
+
+@pytest.fixture(scope="module")
+def model(repo) -> Path:
+    return repo / "llava_sp" / "shapes" / "model"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    write_all(folder, Settings(questions=6), log=lambda _: None)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(model, data, tmp_path_factory) -> Path:
+    """The output of `python -m llava_sp.eval --all`."""
+    output = tmp_path_factory.mktemp("all") / "out"
+    arguments = ["--all", "--data", data, "--model", model, "--output", output, *SMALL]
+    environment = {**os.environ, "PYTHONPATH": str(model.parents[2]), "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "llava_sp.eval", *map(str, arguments)]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (output / "printed.txt").write_text(run.stdout)
+    return output
+
+
+def test_every_benchmark_ran(results, data):
+    found = json.loads((results / "results.json").read_text())
+    assert tuple(found["benchmarks"]) == ORDER and found["limited"] is False
+    for name, record in found["benchmarks"].items():
+        benchmark = load_benchmark(name)
+        metrics = json.loads((results / name / "metrics.json").read_text())
+        lines = [json.loads(line) for line in (results / name / "per_item.jsonl").open()]
+        assert record["score"] == metrics["score"] and record["count"] == len(lines) > 0
+        assert record["published"] == dict(benchmark.published)
+        if name in JUDGED:
+            assert record["score"] is None and record["note"] and record["protocol"] not in metrics.get("scored_as", {})
+            continue
+        assert 0 <= record["score"] <= (2000 if name == "mme" else 100)
+        assert benchmark.headline(lines) == record["score"]
+        assert all(0 <= line["score"] <= 100 for line in lines)
+        assert record["categories"] or name == "textvqa"
+    assert set(found["sources"]) == set(SOURCES)
+
+
+def test_answers_say_how_they_were_made(results):
+    for name in ORDER:
+        log = next((results / name / "answers").glob("rank-*.jsonl"))
+        for line in map(json.loads, log.read_text().splitlines()):
+            assert {"question_id", "text", "key", "generation", "seconds"} <= set(line)
+            assert line["generation"]["max_new_tokens"] == 8
+
+
+def test_printed_table_and_markdown(results):
+    printed, markdown = (results / "printed.txt").read_text(), (results / "results.md").read_text()
+    scores = {
+        name: record["score"]
+        for name, record in json.loads((results / "results.json").read_text())["benchmarks"].items()
+    }
+    for name, score in scores.items():
+        cells = re.search(rf"^\| {name} \|(.*)\|$", markdown, re.MULTILINE).group(1).split("|")
+        assert cells[2].strip() == ("-" if score is None else f"{score:.2f}")
+        assert re.search(rf"^{name} +{cells[0].strip()} +{cells[1].strip()} +", printed, re.MULTILINE)
+    assert (
+        "| pope | llava15 |" in markdown
+        and " 85.9 | 86.4 | 86.6 |" in markdown
+        and "LLaVA docs/MODEL_ZOO.md" in markdown
+    )
+
+
+def test_report_needs_no_other_file(results):
+    page = (results / "report.html").read_text()
+    for name in ORDER:
+        assert f'<h2 id="{name}">' in page
+    assert page.count('src="data:image/jpeg;base64,') > 20
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "http" not in page
+    assert 'class="track"' in page and "Worst answers" in page
+
+
+def test_the_same_command_again_answers_nothing(results, model, data, capsys):
+    before = {name: (results / name / "answers.jsonl").read_bytes() for name in ORDER}
+    logs = {path: path.read_bytes() for path in results.glob("*/answers/*.jsonl")}
+    assert main(["--all", "--data", str(data), "--model", str(model), "--output", str(results), *SMALL]) == 0
+    assert before == {name: (results / name / "answers.jsonl").read_bytes() for name in ORDER}
+    assert logs == {path: path.read_bytes() for path in results.glob("*/answers/*.jsonl")}
+
+
+def test_two_results_compare(results, capsys):
+    assert compare([str(results), str(results), "--samples", "20"]) == 2
+    assert "no score" in capsys.readouterr().err
+    scored = [name for name in ORDER if name not in JUDGED]
+    for name in scored:
+        assert compare([str(results / name), str(results / name), "--samples", "20"]) == 0
+    assert capsys.readouterr().out.count("B - A +0.00") == len(scored)
+
+
+def test_what_cannot_run_is_said_and_the_rest_runs(model, data, tmp_path, capsys):
+    for name in ("pope", "gqa"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for file in (data / name).iterdir():
+            os.symlink(file, tmp_path / "data" / name / file.name)
+    questions = tmp_path / "data" / "gqa" / "testdev_balanced_questions.json"
+    content = questions.read_bytes()
+    questions.unlink()
+    questions.write_bytes(content[: len(content) // 2])
+    output = tmp_path / "out"
+    arguments = ["--all", "--data", tmp_path / "data", "--model", model, "--output", output, *SMALL, "--limit", "4"]
+    assert main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert "error: gqa: " in err and "testdev_balanced_questions.json is not valid JSON" in err
+    assert "no data below" in err and "vqav2" in err
+    found = json.loads((output / "results.json").read_text())
+    assert found["limited"] and found["benchmarks"]["gqa"]["note"].startswith("not run: ")
+    assert found["benchmarks"]["pope"]["count"] == 4 and "only the first questions" in out
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--only", "nothing"], "there is no benchmark 'nothing'; there are vqav2"),
+        (["--all", "--batchsize", "3"], "unknown arguments: --batchsize 3"),
+        (["--all", "--answers", "x"], "--answers is for a single benchmark"),
+        (["--all", "--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
+        (["--only", "gqa", "--model", "nowhere/at/all"], "nowhere/at/all"),
+    ],
+)
+def test_bad_arguments(model, data, tmp_path, capsys, more, message):
+    assert main(["--data", str(data), "--model", str(model), "--output", str(tmp_path / "out"), *more]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_root(model, tmp_path, capsys):
+    assert main(["--all", "--data", str(tmp_path), "--model", str(model)]) == 2
+    assert f"{tmp_path} has no folder for vqav2" in capsys.readouterr().err
+
+
+def test_list(capsys):
+    assert main(["--list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(ORDER)
+
+
+def test_worst_items_are_spread():
+    items = [
+        {"score": s, "category": c, "image": i}
+        for s, c, i in ((100, "a", 1), (0, "a", 1), (0, "a", 1), (0, "b", 2), (50, "c", 3))
+    ]
+    assert worst_items(items, 3) == [1, 3, 2]
+    assert worst_items(items, 9) == [1, 3, 2, 4]
+    assert worst_items([{"score": None}, {"score": 100}]) == []
