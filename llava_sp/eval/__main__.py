@@ -134,7 +134,7 @@ def _rows(
                 print(f"error: {cls.name}: {error}", file=sys.stderr)
             rows.append(Row(cls, note=f"not run: {error}"))
             continue
-        note = outcome.benchmark.unscored if outcome and outcome.scores.score is None else ""
+        note = outcome.benchmark.unscored.splitlines()[0] if outcome and outcome.scores.score is None else ""
         rows.append(Row(cls, outcome, note, folder))
     return rows
 

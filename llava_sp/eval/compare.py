@@ -3,7 +3,7 @@
     python -m llava_sp.eval.compare A B [--samples 2000] [--seed 0] [--show 5] [--output FILE.json]
 
 A and B are output folders of `python -m llava_sp.eval.NAME`, or of `python -m llava_sp.eval --all` (then every benchmark
-that both hold is compared). Both must have scored the same questions by the same protocol.
+that both hold is compared). Both must have scored the same questions by the same protocol and, where there is one, judge.
 
 The interval is a paired bootstrap (Efron and Tibshirani 1993, chapter 8): questions are drawn with replacement, the same
 ones for A and B, the headline is computed anew for both, and the middle 95 % of the differences B - A is reported. Questions
@@ -39,6 +39,7 @@ class Run:
     protocol: str
     split: str | None
     items: list[dict[str, Any]]
+    judge: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,14 @@ def read_run(folder: Path) -> Run:
     if result["score"] is None:
         raise ValueError(f"{folder} has answers of {origin['benchmark']} but no score (a server or a judge gives it)")
     benchmark = load_benchmark(origin["benchmark"])
-    return Run(folder, benchmark, result["score"], origin["protocol"], origin["split"], items)
+    judge = result["metrics"].get("judge")
+    named = f"{judge['model']} (prompt: {judge['prompt']})" if judge else None
+    return Run(folder, benchmark, result["score"], origin["protocol"], origin["split"], items, named)
 
 
 def compare(a: Run, b: Run, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
     """Raises ValueError if the two did not score the same questions by the same rule."""
-    for what in ("benchmark", "protocol", "split"):
+    for what in ("benchmark", "protocol", "split", "judge"):
         first, second = getattr(a, what), getattr(b, what)
         if first != second:
             first, second = (getattr(value, "name", value) for value in (first, second))

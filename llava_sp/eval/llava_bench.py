@@ -45,7 +45,8 @@ from typing import Any, ClassVar
 from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, Category, Generation, Item, Scores
 from llava_sp.eval.cli import main
 from llava_sp.eval.files import read_jsonl, read_text, sha256
-from llava_sp.eval.judge import JudgedBenchmark, Request, Run, check_foreign_ids
+from llava_sp.eval.judge import JudgedBenchmark, Run, check_foreign_ids
+from llava_sp.eval.judge_client import Request
 from llava_sp.eval.records import compare_ids, expect, expect_all, expect_once, find_one, first_folder, inside
 
 CATEGORIES = ("conv", "detail", "complex")

@@ -41,7 +41,8 @@ from typing import Any, ClassVar
 from llava_sp.eval.base import OPTION_LETTER, Generation, Item, Scores
 from llava_sp.eval.cli import main
 from llava_sp.eval.files import read_jsonl, read_text, sha256
-from llava_sp.eval.judge import JudgedBenchmark, Request
+from llava_sp.eval.judge import JudgedBenchmark
+from llava_sp.eval.judge_client import Request
 from llava_sp.eval.options import by_letter, lettered, vlmevalkit
 from llava_sp.eval.records import expect, expect_all, find_one, first_folder
 

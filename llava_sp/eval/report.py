@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -112,13 +113,12 @@ def _worst(outcome: Outcome) -> str:
 def worst_items(per_item: Sequence[dict[str, Any]], count: int = WORST) -> list[int]:
     """Positions of the lowest scores below full marks, from as many categories and pictures as possible."""
     scored = [i for i, record in enumerate(per_item) if record.get("score") is not None and record["score"] < 100]
-    seen: dict[Any, int] = {}
+    seen: Counter = Counter()
     ranked = []
     for i in sorted(scored, key=lambda i: per_item[i]["score"]):
-        kinds = (str(per_item[i].get("category")), str(per_item[i].get("image")))
-        ranked.append((per_item[i]["score"], max(seen.get(kind, 0) for kind in kinds), i))
-        for kind in kinds:
-            seen[kind] = seen.get(kind, 0) + 1
+        kinds = [(name, str(per_item[i][name])) for name in ("image", "category") if per_item[i].get(name) is not None]
+        ranked.append((per_item[i]["score"], [seen[kind] for kind in kinds], i))
+        seen.update(kinds)
     return [i for _, _, i in sorted(ranked)[:count]]
 
 

@@ -40,11 +40,11 @@ class Table:
         return ["benchmark", "protocol", "questions", Path(self.model).name, *SOURCES]
 
     def cells(self, row: Row) -> list[str]:
-        """The row as text; `*` marks published figures of another split or from a server."""
+        """The row as text; `*` marks published figures of other questions or another judge."""
         outcome = row.outcome
         about = [outcome.benchmark.protocol, str(len(outcome.items))] if outcome else ["", ""]
         mark = "*" if row.benchmark.published_on else ""
-        published = [f"{row.benchmark.published[s]:g}{mark}" if s in row.benchmark.published else "" for s in SOURCES]
+        published = [f"{row.benchmark.published[s]:.1f}{mark}" if s in row.benchmark.published else "" for s in SOURCES]
         score = "-" if row.score is None else f"{row.score:.2f}"
         return [row.benchmark.name, *about, score, *published]
 
@@ -58,7 +58,7 @@ class Table:
             )
         of = [f"{row.benchmark.name}: {row.benchmark.published_on}" for row in self.rows if row.benchmark.published_on]
         if of:
-            notes.append("* published figures are of other questions than a local score: " + "; ".join(of))
+            notes.append("* published figures do not compare directly with a local score: " + "; ".join(of))
         shown = [source for source in SOURCES if any(source in row.benchmark.published for row in self.rows)]
         notes += [f"{source}: as published in {SOURCES[source]}" for source in shown]
         return notes

@@ -98,6 +98,8 @@ def test_runs_that_do_not_compare():
     a = run_of([1, 2])
     with pytest.raises(ValueError, match="a and b do not compare: protocol is llava15 in one, lmms_eval in the other"):
         compare(a, run_of([1, 2], name="b", protocol="lmms_eval"))
+    with pytest.raises(ValueError, match="judge is None in one, gpt-x in the other"):
+        compare(a, run_of([1, 2], name="b", judge="gpt-x"))
     with pytest.raises(ValueError, match="benchmark is mean in one, vqav2 in the other"):
         compare(a, Run(Path("b"), VQAv2, 1.0, "llava15", None, a.items))
     with pytest.raises(ValueError, match=r"not score the same questions: 2 and 3; 1 are in one only \(2\)"):

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval import judge
+from llava_sp.eval import judge_client
 from llava_sp.eval.answers import AnswerLog
 from llava_sp.eval.cli import main
-from llava_sp.eval.judge import JUDGEMENTS, JudgeOptions, read_judgements
+from llava_sp.eval.judge import JUDGEMENTS, read_judgements
+from llava_sp.eval.judge_client import JudgeOptions
 from llava_sp.eval.mmvp import MMVP
 from tests.eval.judge_server import JudgeServer, Reply, user_text
 
@@ -32,7 +33,7 @@ KEY = "sk-very-secret-0123456789"
 def environment(monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(judge, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(judge_client, "FIRST_WAIT", 0.01)
 
 
 @pytest.fixture
@@ -451,9 +452,9 @@ def test_nothing_heavy_is_imported_without_a_judge(repo):
 
 
 def test_retry_after_as_number_and_date():
-    assert judge._retry_after({"retry-after": "2.5"}) == 2.5
-    assert judge._retry_after({"retry-after-ms": "250", "retry-after": "9"}) == 0.25
-    assert 25 < judge._retry_after({"retry-after": formatdate(time.time() + 30, usegmt=True)}) <= 30
-    assert judge._retry_after({"retry-after": formatdate(time.time() - 30, usegmt=True)}) == 0.0
+    assert judge_client._retry_after({"retry-after": "2.5"}) == 2.5
+    assert judge_client._retry_after({"retry-after-ms": "250", "retry-after": "9"}) == 0.25
+    assert 25 < judge_client._retry_after({"retry-after": formatdate(time.time() + 30, usegmt=True)}) <= 30
+    assert judge_client._retry_after({"retry-after": formatdate(time.time() - 30, usegmt=True)}) == 0.0
     for said in ({}, {"retry-after": ""}, {"retry-after": "later"}):
-        assert judge._retry_after(said) is None
+        assert judge_client._retry_after(said) is None

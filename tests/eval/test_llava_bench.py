@@ -239,7 +239,7 @@ def test_without_a_judge(tmp_path, data, capsys):
     status, out, _ = run(capsys, data, "--output", tmp_path / "out")
     result, lines = written(tmp_path / "out")
     assert status == 0 and result["score"] is None and "scored_as" not in {key for key, v in result.items() if v}
-    assert "no judge was asked for a score. Later:" in out and "score" not in lines[0]
+    assert "no judge was asked for a score; the same command with --judge MODEL" in out and "score" not in lines[0]
 
 
 def line(**changes: object) -> str:
