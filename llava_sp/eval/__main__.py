@@ -78,7 +78,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
     classes = [load_benchmark(name) for name in dict.fromkeys(wanted)]
     parsed = {cls: _arguments(cls, args, rest) for cls in classes}
     _check_all_known(parsed)
-    present = [cls for cls in classes if default_data(cls, args.data).is_dir()]
+    present = [cls for cls in classes if _has_data(cls, parsed[cls][0], args.data)]
     absent = [cls.name for cls in classes if cls not in present]
     if not present or (args.only and absent):
         raise ValueError(f"{args.data} has no folder for {', '.join(absent)}")
@@ -111,6 +111,17 @@ def _check_all_known(parsed: dict[type[Benchmark], tuple[argparse.Namespace, lis
     nowhere = sorted(set.intersection(*left), key=str)
     if nowhere:
         raise ValueError(f"unknown arguments: {' '.join(nowhere)}")
+
+
+def _has_data(cls: type[Benchmark], known: argparse.Namespace, root: Path) -> bool:
+    """Whether there is a folder of the benchmark; one of another benchmark counts if it has files of this one too."""
+    folder = default_data(cls, root)
+    if folder.name == cls.name or folder.name not in benchmark_names():
+        return folder.is_dir()
+    try:
+        return bool(cls.from_arguments(known).load(folder))
+    except ValueError:
+        return False
 
 
 def _rows(

@@ -137,6 +137,19 @@ def test_what_cannot_run_is_said_and_the_rest_runs(model, data, tmp_path, capsys
     assert found["benchmarks"]["pope"]["count"] == 4 and "only the first questions" in out
 
 
+def test_chinese_tables_in_the_english_folder(model, data, tmp_path, capsys):
+    """As LLaVA's documents have it; an English folder alone is none of MMBench-CN."""
+    folder = tmp_path / "data" / "mmbench"
+    folder.mkdir(parents=True)
+    for name in ("mmbench", "mmbench_cn"):
+        arguments = ["--all", "--data", tmp_path / "data", "--model", model, "--output", tmp_path / name, *SMALL]
+        for file in (data / name).iterdir():
+            (folder / file.name).symlink_to(file)
+        assert main([str(argument) for argument in (*arguments, "--limit", 2)]) == 0
+        names = list(json.loads((tmp_path / name / "results.json").read_text())["benchmarks"])
+        assert names == (["mmbench"] if name == "mmbench" else ["mmbench", "mmbench_cn"])
+
+
 @pytest.mark.parametrize(
     "more, message",
     [

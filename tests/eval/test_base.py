@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -54,6 +55,43 @@ def test_example_scores_an_answers_file(colour_qa, data, tmp_path, capsys):
 def test_example_has_no_submissions_to_validate(colour_qa, data, capsys):
     assert main(colour_qa, ["--validate", "x.json", "--data", str(data)]) == 1
     assert "colourqa has no submission files" in capsys.readouterr().err
+
+
+def test_the_readmes_benchmark_is_one_file(repo, tmp_path):
+    """The README's example, as a file of the package: model run, table, comparison."""
+    package = tmp_path / "llava_sp"
+    (package / "eval").mkdir(parents=True)
+    for folder, own in ((repo / "llava_sp", package), (repo / "llava_sp" / "eval", package / "eval")):
+        for path in folder.iterdir():
+            if path.name not in ("eval", "__pycache__"):
+                (own / path.name).symlink_to(path)
+    blocks = (repo / "README.md").read_text().split("```python\n")
+    example = next(block.split("```")[0] for block in blocks if "class ColourQA" in block)
+    assert len(example.splitlines()) <= 36
+    (package / "eval" / "colourqa.py").write_text(example)
+    pictures = tmp_path / "data" / "colourqa" / "images"
+    pictures.mkdir(parents=True)
+    rows = []
+    for number, colour in enumerate(("red", "blue", "green")):
+        Image.new("RGB", (40, 30), colour).save(pictures / f"{number}.png")
+        row = {"id": number, "question": "What color is the square?", "image": f"{number}.png", "colour": colour}
+        rows.append(row)
+    (pictures.parent / "colourqa.json").write_text(json.dumps(rows))
+
+    def run(*arguments: object) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TQDM_DISABLE": "1"}
+        command = [sys.executable, "-m", *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    model = repo / "llava_sp" / "shapes" / "model"
+    table = run("llava_sp.eval", "--only", "colourqa", "--data", tmp_path / "data", "--model", model, "--output", "out")
+    assert "ColourQA accuracy in percent" in table and "\ncolourqa   llava15           3  100.00" in table
+    answers = tmp_path / "out" / "colourqa" / "answers.jsonl"
+    alone = run("llava_sp.eval.colourqa", "--answers", answers, "--data", pictures.parent, "--output", "again")
+    assert "(3 questions)" in alone
+    assert "B - A +0.00" in run("llava_sp.eval.compare", "out/colourqa", "again")
 
 
 def test_message_has_one_mark_per_image(colour_qa):
