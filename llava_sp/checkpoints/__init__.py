@@ -15,11 +15,11 @@ from .adapter import (
     save_adapter,
     trainable_state_dict,
 )
-from .backbones import from_backbones, weights_fingerprint
-from .compare import check_values
+from .backbones import weights_fingerprint
+from .filling import check_values
 from .formats import Checkpoint, recognise
 from .original import check_full, format_of, needs_processor, open_original, open_processor, opener
-from .warm_start import language_model_within, start_from
+from .warm_start import from_backbones, language_model_within, start_from
 
 __all__ = [
     "Checkpoint",

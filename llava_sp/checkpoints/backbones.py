@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -31,7 +30,9 @@ from ..model.backbone_configs import is_original, language_config, load_tokenize
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.processing_llava_sp import add_special_tokens
 from ..model.projector import SpatialProjector
-from .tensor_files import StoredTensor, raise_problems, stored_tensors, tensor_lines, value_problem, weight_files
+from .filling import check_values, gathered
+from .locating import hub_kwargs
+from .tensor_files import stored_tensors, tensor_lines, weight_files
 
 # Enough for a paragraph; only where neither the caller nor the checkpoint says otherwise.
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -39,10 +40,9 @@ DEFAULT_MAX_NEW_TOKENS = 512
 
 def from_backbones(
     cls: type[PreTrainedModel],
-    language_model: str | os.PathLike | None = None,
-    vision_tower: str | os.PathLike | None = None,
+    language_model: str | os.PathLike | None,
+    vision_tower: str | os.PathLike | None,
     *,
-    warm_start: str | os.PathLike | None = None,
     config: LlavaSPConfig | None = None,
     spatial_variant: str = "cropping",
     spatial_scales: list[int] | None = None,
@@ -58,12 +58,10 @@ def from_backbones(
     vision_tower_revision: str | None = None,
     **load_kwargs,
 ):
-    """Assemble a model with a fresh projector; `LlavaSPForCausalLM.from_backbones` calls this.
+    """Assemble a model with a fresh projector; see also `warm_start.from_backbones`.
 
     Args:
         language_model, vision_tower: hub ids or local folders; also those within a full LLaVA-1.5.
-        warm_start: a trained LLaVA-1.5 (any format, or its projector alone) whose patch MLP and LoRA are kept; a full
-            one's language model takes the place of `language_model`. The spatial branch is fresh.
         config: the configuration of an existing checkpoint; the `spatial_*` arguments are then taken from it.
         spatial_variant, ...: see `LlavaSPConfig`.
         dtype: of all weights; `"auto"` is the language model's own.
@@ -76,10 +74,9 @@ def from_backbones(
         ValueError: a backbone lacks weights, the tower has no square grid, or a spatial argument does not fit.
         OSError: a backbone is not there (transformers' message names the path).
     """
-    from .warm_start import language_model_within, start_from  # which needs the formats, which need this file
-
     dtype = _dtype(dtype)
-    language_model = language_model_within(warm_start, language_model)
+    if language_model is None:
+        raise ValueError("language_model is not set: a hub id or a folder")
     if vision_tower is None:
         raise ValueError("vision_tower is not set: a hub id or a folder")
     if "revision" in load_kwargs:
@@ -91,7 +88,7 @@ def from_backbones(
         load_kwargs["revision"] = language_model_revision
     tower = load_vision_tower(vision_tower, dtype=dtype, **tower_kwargs)
     language = load_language_model(language_model, dtype=dtype, **load_kwargs)
-    tokenizer = load_tokenizer(language_model, **_hub_kwargs(load_kwargs))
+    tokenizer = load_tokenizer(language_model, **hub_kwargs(load_kwargs))
     old_rows = language.get_input_embeddings().num_embeddings
     image_token_id, pad_token_id, rows = add_special_tokens(tokenizer, old_rows)
     _check_words_before(tokenizer, image_token_id, pad_token_id, language_model)
@@ -117,12 +114,10 @@ def from_backbones(
             dtype=dtype,
         )
     config.base_language_model, config.base_vision_tower = _recorded(language_model), _recorded(vision_tower)
-    config.base_language_model_hash = weights_fingerprint(language_model, **_hub_kwargs(load_kwargs))
-    config.base_vision_tower_hash = weights_fingerprint(vision_tower, **_hub_kwargs(tower_kwargs))
+    config.base_language_model_hash = weights_fingerprint(language_model, **hub_kwargs(load_kwargs))
+    config.base_vision_tower_hash = weights_fingerprint(vision_tower, **hub_kwargs(tower_kwargs))
     model = _assemble(cls, config, language, tower, fresh_projector(config, dtype, seed))
     model.generation_config = _generation_config(language, tokenizer, pad_token_id)
-    if warm_start is not None:
-        start_from(model, warm_start)
     return model.eval()
 
 
@@ -133,8 +128,8 @@ def from_llava_hf(
 
     Raises `ValueError` where it lacks weights or is no LLaVA-1.5 (another projector, several tower layers).
     """
-    llava = _load_complete(LlavaForConditionalGeneration, path, dtype=_dtype(dtype), **load_kwargs)
-    tokenizer = load_tokenizer(path, **_hub_kwargs(load_kwargs))
+    llava = _load_llava(path, dtype=_dtype(dtype), **load_kwargs)
+    tokenizer = load_tokenizer(path, **hub_kwargs(load_kwargs))
     image_token_id, pad_token_id, rows = add_special_tokens(tokenizer, llava.get_input_embeddings().num_embeddings)
     _check_words_before(tokenizer, image_token_id, pad_token_id, path)
     language, tower = _language_half(llava), llava.model.vision_tower
@@ -198,12 +193,17 @@ def _check_words_before(tokenizer, image_token_id: int, pad_token_id: int, path:
 
 def load_language_model(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     """A causal language model, or the one within a LLaVA-1.5 checkpoint (the original's, transformers')."""
-    settings, _ = PreTrainedConfig.get_config_dict(path, **_hub_kwargs(kwargs))
+    settings, _ = PreTrainedConfig.get_config_dict(path, **hub_kwargs(kwargs))
     if is_original(settings):
-        return _load_complete(AutoModelForCausalLM, path, config=language_config(path, **_hub_kwargs(kwargs)), **kwargs)
+        config = language_config(path, **hub_kwargs(kwargs))
+        return _load_complete(AutoModelForCausalLM, path, zeros_allowed=False, config=config, **kwargs)
     if settings.get("model_type") == "llava":
-        return _language_half(_load_complete(LlavaForConditionalGeneration, path, **kwargs))
+        return _language_half(_load_llava(path, **kwargs))
     return _load_complete(AutoModelForCausalLM, path, **kwargs)
+
+
+def _load_llava(path: str | os.PathLike, **kwargs) -> LlavaForConditionalGeneration:
+    return _load_complete(LlavaForConditionalGeneration, path, zeros_allowed=False, **kwargs)
 
 
 def _language_half(llava: LlavaForConditionalGeneration) -> PreTrainedModel:
@@ -221,9 +221,9 @@ def load_vision_tower(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
 
     The tower's `config` gets `hidden_size`, `image_size` and `patch_size` where it lacks them (timm).
     """
-    config = AutoConfig.from_pretrained(path, **_hub_kwargs(kwargs))
+    config = AutoConfig.from_pretrained(path, **hub_kwargs(kwargs))
     if config.model_type == "llava":
-        tower = _load_complete(LlavaForConditionalGeneration, path, **kwargs).model.vision_tower
+        tower = _load_llava(path, **kwargs).model.vision_tower
     else:
         tower = _load_complete(AutoModel, path, config=getattr(config, "vision_config", config), **kwargs)
     timm_model = getattr(tower, "timm_model", None)
@@ -273,15 +273,6 @@ def grow_vocabulary(language: PreTrainedModel, rows: int) -> None:
                 module.weight[old_rows:] = module.weight[:old_rows].float().mean(dim=0).to(module.weight.dtype)
 
 
-def gathered(parameters: list[nn.Parameter], modify: bool = False):
-    """A context in which parameters split by ZeRO-3 are whole; else nothing."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
-
-
 def weights_fingerprint(path: str | os.PathLike, **hub_kwargs) -> str:
     """Hash of every weight's name, shape, type and a few values, read without loading the tensors.
 
@@ -294,8 +285,10 @@ def weights_fingerprint(path: str | os.PathLike, **hub_kwargs) -> str:
     return digest.hexdigest()[:16]
 
 
-def _load_complete(auto_class, path: str | os.PathLike, **kwargs) -> PreTrainedModel:
+def _load_complete(auto_class, path: str | os.PathLike, zeros_allowed: bool = True, **kwargs) -> PreTrainedModel:
     """`from_pretrained`, but what the folder does not hold whole is an error, not random numbers or NaN.
+
+    A matrix of zeros may be meant in a backbone, not in a LLaVA that was trained.
 
     Raises:
         ValueError: a file is cut off, missing or holds code; a tensor is missing, of another shape, or cannot be trained
@@ -316,22 +309,8 @@ def _load_complete(auto_class, path: str | os.PathLike, **kwargs) -> PreTrainedM
             f"{path} does not hold all weights of {type(model).__name__}: {len(problems)} missing or of another shape, "
             f"such as {', '.join(problems[:5])}"
         )
-    _check_values(model, path, stored)
+    check_values(model, path, stored, zeros_allowed)
     return model
-
-
-def _check_values(model: PreTrainedModel, path: str | os.PathLike, stored: list[StoredTensor]) -> None:
-    """Raises `ValueError` for weights that cannot have been trained; some 4 GiB a second and core are looked at."""
-    problems = []
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta or hasattr(parameter, "ds_id"):  # kept on the disk; split by ZeRO-3
-            continue
-        problem = value_problem(parameter.detach(), zeros_allowed=True)
-        if problem:
-            tail = f".{'.'.join(name.split('.')[-5:])}"  # backbones are saved with and without their head's prefix
-            held = next((tensor for tensor in stored if f".{tensor.key}".endswith(tail)), None)
-            problems.append(f"{held.key} in {held.file} {problem}" if held else f"{name} in {path} {problem}")
-    raise_problems(problems)
 
 
 @contextmanager
@@ -389,10 +368,3 @@ def _local_folder(path: str | os.PathLike, **hub_kwargs) -> Path:
     from transformers.utils import cached_file
 
     return Path(cached_file(str(path), "config.json", **hub_kwargs)).parent
-
-
-_HUB_KEYWORDS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-
-
-def _hub_kwargs(kwargs: dict) -> dict:
-    return {name: kwargs[name] for name in _HUB_KEYWORDS if name in kwargs}

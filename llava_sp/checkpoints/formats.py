@@ -35,6 +35,7 @@ PROJECTOR = "model.multi_modal_projector."
 LANGUAGE = "model.language_model."
 TOWER = "model.vision_tower."
 HEAD = "lm_head."
+LORA = ".lora_"
 ORIGINAL_SCALES = (4, 8, 12, 16, 20, 24)
 ORIGINAL_GRID = 24
 ADAPTER_NAME = "default"
@@ -88,7 +89,7 @@ class Checkpoint:
 
     def part(self, prefix: str, lora: bool = False) -> dict[str, StoredTensor]:
         """The tensors below `prefix` under their whole names, LoRA's or the others."""
-        return {n: t for n, t in self.tensors.items() if n.startswith(prefix) and (".lora_" in n) == lora}
+        return {n: t for n, t in self.tensors.items() if n.startswith(prefix) and (LORA in n) == lora}
 
     @property
     def files(self) -> list[Path]:
@@ -208,6 +209,11 @@ def original_projector_name(name: str, variant: str, grid: int) -> str:
         return "conv_CM.weight"
     theirs = {ours: name for name, ours in _INTEGRATOR.items()}
     return f"{theirs[parts[2]]}.{'.'.join(parts[3:])}"
+
+
+def tower_name(name: str) -> str:
+    """A parameter's name as `Checkpoint.tensors` has it: transformers before 5.20 has one level more in the tower."""
+    return name.replace("vision_tower.vision_model.", "vision_tower.")
 
 
 def _our_name(key: str) -> str | None:
@@ -382,7 +388,7 @@ def _llava_hf(folder: Path, config: dict, tensors: list[StoredTensor]) -> Checkp
             continue
         key = tensor.key.removeprefix("model.")
         key = key.replace("language_model.lm_head.", HEAD).replace("language_model.model.", "language_model.")
-        key = key.replace("vision_tower.vision_model.", "vision_tower.")
+        key = tower_name(key)
         if key.startswith(HEAD):
             _enter(found, key, tensor)
         elif key.startswith(("language_model.", "vision_tower.", "multi_modal_projector.")):

@@ -27,11 +27,12 @@ from ..model.backbone_configs import is_original, language_config, vision_config
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.other_formats import is_missing_folder
 from .adapter import MANIFEST, describe
-from .compare import LORA, OURS, Comparison, compare
+from .compare import OURS, Comparison, compare
 from .formats import (
     FORMATS,
     HEAD,
     LANGUAGE,
+    LORA,
     ORIGINAL_GRID,
     PROJECTOR,
     TOWER,
@@ -41,6 +42,8 @@ from .formats import (
     lora_config,
     recognise,
 )
+from .locating import base_folder
+from .original import full_config
 from .tensor_files import read_json, weight_files
 
 PLACEHOLDERS = {"base_model": "LANGUAGE_MODEL", "vision_tower": "VISION_TOWER"}
@@ -144,9 +147,9 @@ def _place(found: Checkpoint, recorded: str | None, fingerprint: str | None) -> 
     """Where opening would look: as it is, relative to the checkpoint, on the hub."""
     if not isinstance(recorded, str):
         return Backbone(None, "missing")
-    for folder in (Path(recorded), found.folder / recorded, found.folder.parent / recorded):
-        if folder.is_dir():
-            return Backbone(recorded, "there", folder, _weights_problem(folder), fingerprint)
+    folder = base_folder(found.folder, recorded)
+    if folder is not None:
+        return Backbone(recorded, "there", folder, _weights_problem(folder), fingerprint)
     if is_missing_folder(recorded):
         return Backbone(recorded, "missing", fingerprint=fingerprint)
     cached = _cached(recorded)
@@ -181,12 +184,7 @@ def _config(found: Checkpoint, language: Backbone, tower: Backbone) -> LlavaSPCo
     if found.format in OURS:
         return LlavaSPConfig.from_pretrained(found.folder)
     if found.format == "llava_hf":
-        return LlavaSPConfig(
-            text_config=language_config(found.folder),
-            vision_config=vision_config(found.folder),
-            spatial_variant="none",
-            vision_feature_layer=found.config.get("vision_feature_layer", -2),
-        )
+        return full_config(found, found.folder, found.folder)
     text, vision = _text_config(found, language), _vision_config(found, tower)
     if text is None or vision is None:
         return None

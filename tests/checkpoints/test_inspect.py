@@ -15,7 +15,7 @@ import torch
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints import tensor_files
-from llava_sp.checkpoints.formats import FORMATS, UnknownFormat
+from llava_sp.checkpoints.formats import FORMATS, UnknownFormat, recognise
 from llava_sp.checkpoints.inspect import PLACEHOLDERS, inspect, main, text
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from tests.checkpoints.kinds import NAMES, Kind, save, spoil
@@ -283,6 +283,17 @@ def test_values_are_checked_on_opening(kinds, tmp_path, name, key, how):
         assert copy.open() is not None
     else:
         refused(copy, VALUES[how], key, file.name)
+
+
+@pytest.mark.parametrize("prefix", ["model.vision_tower.", "model.language_model."])
+@pytest.mark.parametrize("name", ["llava_sp", "llava_hf"])
+def test_a_tower_and_a_decoder_are_not_confused(kinds, tmp_path, name, prefix):
+    """Their layers' names end alike."""
+    copy = kinds[name].copy(tmp_path / "x")
+    parts = recognise(copy.folder).part(prefix)
+    copy.key = next(t.key for n, t in parts.items() if n.endswith("layers.1.self_attn.q_proj.weight"))
+    file = copy.edit(lambda tensors: tensors.update({copy.key: spoil(tensors[copy.key], "nan")}))
+    refused(copy, VALUES["nan"], f"{copy.key} in {file}")
 
 
 @pytest.mark.parametrize("how", ["empty", "shape", "lacking", "unexpected"])
