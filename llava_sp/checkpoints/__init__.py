@@ -19,7 +19,7 @@ from .backbones import weights_fingerprint
 from .filling import check_values
 from .formats import Checkpoint, recognise
 from .original import check_full, format_of, needs_processor, open_original, open_processor, opener
-from .warm_start import from_backbones, language_model_within, start_from
+from .warm_start import from_backbones, holds_lora, language_model_within, start_from
 
 __all__ = [
     "Checkpoint",
@@ -29,6 +29,7 @@ __all__ = [
     "describe",
     "format_of",
     "from_backbones",
+    "holds_lora",
     "is_adapter",
     "language_model_within",
     "load_adapter",

@@ -63,7 +63,12 @@ def language_model_within(
     return otherwise
 
 
-def start_from(model: nn.Module, path: str | os.PathLike) -> str:
+def holds_lora(path: str | os.PathLike) -> bool:
+    """Whether a warm start from this checkpoint would bring LoRA."""
+    return recognise(fetch(path)).lora is not None
+
+
+def start_from(model: nn.Module, path: str | os.PathLike) -> list[str]:
     """Put the patch MLP and the LoRA of a checkpoint into the model; returns what was taken, in words.
 
     A model without LoRA gets the checkpoint's own.
@@ -84,7 +89,7 @@ def start_from(model: nn.Module, path: str | os.PathLike) -> str:
     if found.lora:
         _start_lora(model, found)
         taken.append(f"LoRA (r {found.lora['r']})")
-    return " and ".join(taken)
+    return taken
 
 
 def _check_tower(model: nn.Module, found: Checkpoint) -> None:

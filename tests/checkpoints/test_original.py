@@ -11,23 +11,17 @@ import shutil
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.mixture import load_mixture
-from llava_sp.model.processing_llava_sp import add_special_tokens
+from tests.checkpoints.kinds import write_original
 from tests.released import LAYOUTS, bases, load_released, our_name, released_folder
 
 PROMPT = "USER: <image>\nWhat is this? ASSISTANT:"
-
-
-@pytest.fixture(scope="module")
-def images(golden) -> list[Image.Image]:
-    return [Image.open(golden / "samples/images" / name) for name in ("wide.png", "tall.png", "square.png")]
 
 
 def logits(model, processor, images) -> torch.Tensor:
@@ -165,50 +159,6 @@ def test_first_stage_projector(golden, variant):
 # ---------------------------------------------------------------- LLaVA-1.5
 
 
-@pytest.fixture(scope="module")
-def none(golden) -> LlavaSPForCausalLM:
-    """A model without spatial tokens: what LLaVA-1.5 is."""
-    return LlavaSPForCausalLM.from_backbones(
-        golden / "base", golden / "clip", spatial_variant="none", dtype=torch.float32
-    )
-
-
-def original_keys(model, golden, tower: bool, words: int = 1000) -> dict[str, torch.Tensor]:
-    """The model's weights as LLaVA-1.5's own code names them."""
-    keys = {}
-    for name, tensor in model.state_dict().items():
-        name = name.replace("vision_tower.vision_model.", "vision_tower.")
-        if name.startswith("model.multi_modal_projector."):
-            name = name.replace("multi_modal_projector.linear_1", "mm_projector.0")
-            keys[name.replace("multi_modal_projector.linear_2", "mm_projector.2")] = tensor
-        elif name.startswith("model.vision_tower."):
-            if tower:
-                keys[name.replace("vision_tower.", "vision_tower.vision_tower.vision_model.")] = tensor
-        else:
-            rows = words if "embed_tokens" in name or "lm_head" in name else len(tensor)
-            keys[name.replace("language_model.", "")] = tensor[:rows].contiguous()
-    return keys
-
-
-def write_original(folder, model, golden, tower: bool, beside: bool, safetensors: bool = True) -> None:
-    """A full LLaVA-1.5 folder: its projector within or beside, with or without the tower's weights."""
-    folder.mkdir()
-    for file in (golden / "base").glob("*token*"):
-        shutil.copy(file, folder)
-    settings = json.loads((released_folder(golden, "cropping") / "config.json").read_text())
-    settings |= {"mm_vision_tower": str(golden / "clip"), "architectures": ["LlavaLlamaForCausalLM"]}
-    (folder / "config.json").write_text(json.dumps(settings))
-    keys = original_keys(model, golden, tower)
-    if beside:
-        projector = {key: keys.pop(key) for key in list(keys) if "mm_projector" in key}
-        torch.save(projector, folder / "mm_projector.bin")
-    keys = {key: tensor.clone() for key, tensor in keys.items()}
-    if safetensors:
-        save_file(keys, folder / "model.safetensors", metadata={"format": "pt"})
-    else:
-        torch.save(keys, folder / "pytorch_model.bin")
-
-
 @pytest.mark.parametrize(
     ("tower", "beside", "safetensors"), [(False, False, True), (True, False, False), (True, True, True)]
 )
@@ -245,27 +195,6 @@ def test_llava_15_lora(golden, tmp_path):
     model = LlavaSPForCausalLM.from_pretrained(tmp_path / "m", **bases(golden))
     assert model.config.spatial_variant == "none" and model.config.num_image_tokens == 576
     assert any(".lora_B" in name and parameter.any() for name, parameter in model.named_parameters())
-
-
-@pytest.fixture(scope="module")
-def llava_hf(golden, none, tmp_path_factory):
-    """A folder as llava-hf's: transformers' own model, with a tokenizer that has <image> and <pad>."""
-    folder = tmp_path_factory.mktemp("hf")
-    settings = none.config
-    config = LlavaConfig(
-        text_config=settings.text_config.to_dict(),
-        vision_config=settings.vision_config.to_dict(),
-        image_token_index=settings.image_token_id,
-        pad_token_id=settings.pad_token_id,
-    )
-    llava = LlavaForConditionalGeneration(config).eval()
-    llava.load_state_dict(none.state_dict())
-    llava.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(golden / "base")
-    add_special_tokens(tokenizer)
-    tokenizer.save_pretrained(folder)
-    shutil.copy(golden / "clip/preprocessor_config.json", folder)
-    return folder
 
 
 def test_llava_hf(golden, none, images, llava_hf):
