@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -28,7 +27,7 @@ from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.modeling_llava_sp import ADAPTER_FILE
 from .backbones import from_backbones, weights_fingerprint
 from .filling import copy_strictly, freeze, gathered, parameter_names, without_adapter_name
-from .formats import ADAPTER_NAME, LORA, LORA_FOLDER, PROJECTOR, UnknownFormat, recognise
+from .formats import ADAPTER_NAME, LORA, LORA_FOLDER, PROJECTOR, UnknownFormat, lora_config, recognise
 from .locating import base_kwargs, fetch, find_base, from_hub
 from .tensor_files import read_checked, read_json, tensor_lines
 
@@ -190,6 +189,8 @@ def open_adapter(
     describe(path)
     read_json(path / "config.json")  # what is wrong with the file itself, said with its name
     config = LlavaSPConfig.from_pretrained(path) if config is None else config
+    found = recognise(path)
+    lora = None if found.lora is None else lora_config(found)
     recorded = (config.base_language_model_hash, config.base_vision_tower_hash)
     language = find_base(path, base_model, config.base_language_model, "base_model", "language model", **load_kwargs)
     tower = find_base(path, vision_tower, config.base_vision_tower, "vision_tower", "vision tower", **load_kwargs)
@@ -199,8 +200,8 @@ def open_adapter(
     model = from_backbones(cls, language, tower, config=config, dtype=dtype, **load_kwargs)
     if check_base:
         _check_bases(path, recorded, config)
-    if (path / LORA_FOLDER).is_dir():
-        model.add_adapter(LoraConfig.from_pretrained(str(path / LORA_FOLDER)), adapter_name=ADAPTER_NAME)
+    if lora is not None:
+        model.add_adapter(lora, adapter_name=ADAPTER_NAME)
     load_adapter(model, path)
     return freeze(model)
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import LoraConfig
 
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.modeling_llava_sp import LlavaSPForCausalLM
@@ -17,7 +16,6 @@ from .formats import (
     HEAD,
     LANGUAGE,
     LORA,
-    LORA_FOLDER,
     ORIGINAL_GRID,
     PROJECTOR,
     TOWER,
@@ -77,7 +75,7 @@ def _wanted(found: Checkpoint, config: LlavaSPConfig) -> tuple[dict[str, tuple[i
     with zero3_set_aside(), torch.device("meta"):
         model = LlavaSPForCausalLM(config)
         if found.lora is not None and text_is_known:
-            model.add_adapter(_adapter_config(found), adapter_name=ADAPTER_NAME)
+            model.add_adapter(lora_config(found), adapter_name=ADAPTER_NAME)
     brought, untold = [PROJECTOR], []
     if found.lora is not None:
         (brought if text_is_known else untold).append(LORA)
@@ -104,12 +102,6 @@ def _plain(name: str) -> str:
     """A parameter's name in the model -> as `Checkpoint.tensors` has it, for every version of transformers and without PEFT."""
     name = tower_name(name).replace(".base_layer.", ".")
     return without_adapter_name(name) if LORA in name else name
-
-
-def _adapter_config(found: Checkpoint) -> LoraConfig:
-    return (
-        LoraConfig.from_pretrained(str(found.folder / LORA_FOLDER)) if found.format in OURS else lora_config(found.lora)
-    )
 
 
 def _entry(found: Checkpoint, tensor: StoredTensor) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from .formats import (
 from .locating import base_folder, fetch
 from .new_folder import check_new, new_folder
 from .original import check_complete
-from .tensor_files import read_checked
+from .tensor_files import read_all, read_checked
 
 TARGETS = ("llava_sp", "original", "llava_hf")
 _WRAPPED = "base_model.model.model."  # what PEFT and LlavaLlamaForCausalLM put before a key
@@ -139,7 +139,8 @@ def _to_original(found: Checkpoint, folder: Path, bases: dict[str, Any], max_sha
     projector = {_original_name(name, config): t for name, t in read_checked(found.part(PROJECTOR)).items()}
     if found.holds_language_model:
         state = {f"model.{key}": tensor for key, tensor in projector.items()}
-        state |= {_full_name(name): stored.read() for name, stored in _rest(found).items()}
+        rest = {_full_name(name): tensor for name, tensor in found.tensors.items() if not name.startswith(PROJECTOR)}
+        state |= read_all(rest)
         save_torch_state_dict(
             {key: tensor.contiguous() for key, tensor in state.items()},
             folder,
@@ -249,10 +250,6 @@ def _find_tokenizer(found: Checkpoint, config: LlavaSPConfig, bases: dict[str, A
 
 def _original_name(name: str, config: LlavaSPConfig) -> str:
     return original_projector_name(name.removeprefix(PROJECTOR), config.spatial_variant, config.grid_size)
-
-
-def _rest(found: Checkpoint) -> dict[str, Any]:
-    return {name: stored for name, stored in found.tensors.items() if not name.startswith(PROJECTOR)}
 
 
 def _full_name(name: str) -> str:

@@ -41,6 +41,7 @@ from .formats import (
     feature_layer,
     lora_config,
     recognise,
+    recorded_dtype,
 )
 from .locating import base_folder
 from .original import full_config
@@ -225,8 +226,10 @@ def _settings_problems(found: Checkpoint) -> list[str]:
     try:
         if found.format == "llava_sp_adapter":
             describe(found.folder)
-        if found.format == "original_lora":
-            lora_config(found.lora)
+        if found.lora is not None:
+            lora_config(found)
+        if found.format.startswith("original"):
+            recorded_dtype(found)
     except ValueError as error:
         return [str(error)]
     return []

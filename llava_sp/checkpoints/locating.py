@@ -52,6 +52,26 @@ def from_hub(path: str | os.PathLike, name: str, **kwargs) -> str | None:
     )
 
 
+def find_config(path: str | os.PathLike, **kwargs) -> Path | None:
+    """The config.json of a folder or of a hub model; None where it has none.
+
+    Raises `OSError` where `path` is no folder, and the hub has no such model or cannot be reached.
+    """
+    if Path(path).is_dir():
+        file = Path(path) / "config.json"
+        return file if file.is_file() else None
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(str(path), "config.json", **hub_kwargs(kwargs))
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"there is no folder {path}, and no model of that name can be had from the hub: {reason}"
+        ) from None
+    return None if found is None else Path(found)
+
+
 def base_folder(checkpoint: Path, name: str | os.PathLike) -> Path | None:
     """The folder that a checkpoint means by `name`: as it is, within it, or beside it."""
     return next((place for place in (Path(name), checkpoint / name, checkpoint.parent / name) if place.is_dir()), None)

@@ -18,7 +18,7 @@ from ..model.other_formats import is_missing_folder
 from ..model.processing_llava_sp import LlavaSPProcessor, add_special_tokens
 from .adapter import is_adapter, open_adapter
 from .backbones import from_backbones, from_llava_hf
-from .compare import check_fits
+from .compare import OURS, check_fits
 from .filling import fill, freeze
 from .formats import (
     ADAPTER_NAME,
@@ -31,10 +31,12 @@ from .formats import (
     feature_layer,
     lora_config,
     original_projector_name,
+    raise_contradiction,
     recognise,
+    recorded_dtype,
 )
-from .locating import base_kwargs, fetch, find_base, from_hub, hub_kwargs
-from .tensor_files import StoredTensor, read_json
+from .locating import base_kwargs, fetch, find_base, find_config, from_hub, hub_kwargs
+from .tensor_files import StoredTensor, read_json, read_tensors
 
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
@@ -44,21 +46,14 @@ def format_of(path: str | os.PathLike, **kwargs) -> str:
 
     Raises:
         ValueError: a folder that is none of them.
+        OSError: neither a folder nor a model that can be had from the hub.
     """
     if is_adapter(path, **kwargs):
         return "llava_sp_adapter"
-    place = Path(path)
-    if place.is_file():
-        return recognise(place).format
-    if place.is_dir():
-        config = place / "config.json"
-        config = config if config.is_file() else None
-    else:
-        config = from_hub(path, "config.json", **kwargs)
-        if config is None:
-            return "llava_sp"  # transformers says what is wrong with it, if anything is
-    if config is not None and read_json(Path(config)).get("model_type") == "llava_sp":
-        return "llava_sp"
+    if not Path(path).is_file():
+        config = find_config(path, **kwargs)
+        if config is not None and read_json(config).get("model_type") == "llava_sp":
+            return "llava_sp"
     return recognise(fetch(path, **kwargs)).format
 
 
@@ -68,11 +63,17 @@ def opener(path: str | os.PathLike, **hub_kwargs) -> Callable | None:
     return None if kind == "llava_sp" else _OPENERS.get(kind, open_original)
 
 
-def needs_processor(path: str | os.PathLike, **hub_kwargs) -> bool:
+def needs_processor(path: str | os.PathLike, **kwargs) -> bool:
     """Whether a checkpoint of other code stands at `path`, beside which there is no processor of ours."""
     if (Path(path) / "processor_config.json").is_file() and not (Path(path) / "config.json").is_file():
         return False  # a processor that stands alone
-    return not is_missing_folder(path) and format_of(path, **hub_kwargs) not in ("llava_sp", "llava_sp_adapter")
+    if is_missing_folder(path):
+        return False  # transformers says so
+    if not Path(path).exists():
+        ours = from_hub(path, "processor_config.json", **kwargs)
+        if ours is not None and read_json(Path(ours)).get("processor_class") == "LlavaSPProcessor":
+            return False
+    return format_of(path, **kwargs) not in OURS
 
 
 def open_original(
@@ -103,8 +104,7 @@ def open_original(
         check_fits(found, full_config(found, language, tower, **hub_kwargs(load_kwargs)))
     check_tokenizers(found, language, **hub_kwargs(load_kwargs))
     dtype = load_kwargs.pop("torch_dtype", dtype)  # its name in older code
-    if dtype == "auto":
-        dtype = str(found.config.get("torch_dtype") or found.config.get("dtype") or "auto").removeprefix("torch.")
+    dtype = recorded_dtype(found) if dtype == "auto" else dtype
     model = from_backbones(
         cls,
         language,
@@ -115,7 +115,7 @@ def open_original(
         **load_kwargs,
     )
     if found.lora is not None:
-        model.add_adapter(lora_config(found.lora), adapter_name=ADAPTER_NAME)
+        model.add_adapter(lora_config(found), adapter_name=ADAPTER_NAME)
     fill(model, found)
     return freeze(model)
 
@@ -228,7 +228,14 @@ def _has_tokenizer(found: Checkpoint) -> bool:
 
 
 def check_complete(found: Checkpoint) -> None:
-    """Raises `ValueError` naming what is missing or has no place, with the file."""
+    """Raises `ValueError` naming what is missing, has no place, cannot be LoRA, or stands twice and differs, with the file."""
+    for file, copy in found.copies.items():
+        held, copied = read_tensors(file), read_tensors(copy)
+        differing = next((key for key, tensor in held.items() if not torch.equal(tensor, copied[key])), None)
+        if differing is not None:
+            raise_contradiction(file, copy, differing)
+    if found.lora is not None:
+        lora_config(found)
     if found.missing:
         more = f" and {len(found.missing) - 4} more" if len(found.missing) > 4 else ""
         file = next((tensor.file for tensor in found.part(PROJECTOR).values()), found.folder)

@@ -109,7 +109,7 @@ def _check_tower(model: nn.Module, found: Checkpoint) -> None:
 
 
 def _start_lora(model: nn.Module, found: Checkpoint) -> None:
-    theirs = lora_config(found.lora)
+    theirs = lora_config(found)
     present = (getattr(model, "peft_config", None) or {}).get(ADAPTER_NAME)
     if present is None:
         model.add_adapter(theirs, adapter_name=ADAPTER_NAME)

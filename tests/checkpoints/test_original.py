@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.checkpoints import needs_processor
 from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.mixture import load_mixture
@@ -114,6 +115,32 @@ def test_a_private_path_says_what_was_recorded_and_what_to_pass(golden, tmp_path
     for opens in (LlavaSPForCausalLM, LlavaSPProcessor):
         with pytest.raises(ValueError, match=rf"/mnt/private/.* is not there; pass {key}="):
             opens.from_pretrained(folder, **given)
+
+
+def test_a_hub_id_that_cannot_be_reached_is_said_to_be_so(golden):
+    """Whatever else is passed: nothing is known of its format."""
+    for opens in (LlavaSPForCausalLM, LlavaSPProcessor):
+        for given in ({}, bases(golden), {**bases(golden), "local_files_only": True}):
+            with pytest.raises(
+                OSError, match="there is no folder someone/llava-sp-lora, and no model of that name can be"
+            ):
+                opens.from_pretrained("someone/llava-sp-lora", **given)
+
+
+def test_a_hub_id_in_the_cache(golden, tmp_path):
+    """A released folder, and a processor of ours that stands alone."""
+    snapshot = tmp_path / "models--someone--lora/snapshots/0123"
+    shutil.copytree(released_folder(golden, "pooling"), snapshot)
+    processor = LlavaSPProcessor.from_pretrained(snapshot, **bases(golden))
+    processor.save_pretrained(tmp_path / "models--someone--processor/snapshots/0123")
+    for folder in tmp_path.iterdir():
+        (folder / "refs").mkdir()
+        (folder / "refs/main").write_text("0123")
+    given = {**bases(golden), "cache_dir": tmp_path, "local_files_only": True}
+    assert LlavaSPForCausalLM.from_pretrained("someone/lora", **given).config.spatial_variant == "pooling"
+    again = LlavaSPProcessor.from_pretrained("someone/lora", **given)
+    assert again.num_image_tokens == processor.num_image_tokens
+    assert needs_processor("someone/lora", **given) and not needs_processor("someone/processor", **given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
