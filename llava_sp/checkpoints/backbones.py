@@ -26,12 +26,14 @@ from transformers.integrations import deepspeed as integration
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from ..model.backbone_configs import is_original, language_config, load_tokenizer
+from ..model.backbone_configs import FULL_LLAVAS, is_original, language_config, load_tokenizer
 from ..model.configuration_llava_sp import LlavaSPConfig
+from ..model.modeling_llava_sp import LlavaSPForCausalLM
 from ..model.processing_llava_sp import add_special_tokens
 from ..model.projector import SpatialProjector
 from .filling import check_values, gathered
-from .locating import hub_kwargs
+from .formats import recognise
+from .locating import fetch, hub_kwargs
 from .tensor_files import stored_tensors, tensor_lines, weight_files
 
 # Enough for a paragraph; only where neither the caller nor the checkpoint says otherwise.
@@ -61,7 +63,7 @@ def from_backbones(
     """Assemble a model with a fresh projector; see also `warm_start.from_backbones`.
 
     Args:
-        language_model, vision_tower: hub ids or local folders; also those within a full LLaVA-1.5.
+        language_model, vision_tower: hub ids or local folders; also those within a full LLaVA.
         config: the configuration of an existing checkpoint; the `spatial_*` arguments are then taken from it.
         spatial_variant, ...: see `LlavaSPConfig`.
         dtype: of all weights; `"auto"` is the language model's own.
@@ -192,18 +194,27 @@ def _check_words_before(tokenizer, image_token_id: int, pad_token_id: int, path:
 
 
 def load_language_model(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
-    """A causal language model, or the one within a LLaVA-1.5 checkpoint (the original's, transformers')."""
+    """A causal language model, or the one within a full LLaVA (the original's, transformers', ours)."""
     settings, _ = PreTrainedConfig.get_config_dict(path, **hub_kwargs(kwargs))
     if is_original(settings):
         config = language_config(path, **hub_kwargs(kwargs))
         return _load_complete(AutoModelForCausalLM, path, zeros_allowed=False, config=config, **kwargs)
-    if settings.get("model_type") == "llava":
+    if settings.get("model_type") in FULL_LLAVAS:
         return _language_half(_load_llava(path, **kwargs))
     return _load_complete(AutoModelForCausalLM, path, **kwargs)
 
 
 def _load_llava(path: str | os.PathLike, **kwargs) -> LlavaForConditionalGeneration:
-    return _load_complete(LlavaForConditionalGeneration, path, zeros_allowed=False, **kwargs)
+    """A full LLaVA, transformers' or ours. Raises `ValueError` for an adapter checkpoint of ours."""
+    settings, _ = PreTrainedConfig.get_config_dict(path, **hub_kwargs(kwargs))
+    if settings["model_type"] == "llava":
+        return _load_complete(LlavaForConditionalGeneration, path, zeros_allowed=False, **kwargs)
+    if not recognise(fetch(path, **kwargs)).holds_language_model:
+        raise ValueError(
+            f"{path} is an adapter checkpoint, without a language model and a tower of its own: merge it first "
+            "(python -m llava_sp.checkpoints.merge)"
+        )
+    return LlavaSPForCausalLM.from_pretrained(path, **kwargs)
 
 
 def _language_half(llava: LlavaForConditionalGeneration) -> PreTrainedModel:
@@ -222,7 +233,7 @@ def load_vision_tower(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     The tower's `config` gets `hidden_size`, `image_size` and `patch_size` where it lacks them (timm).
     """
     config = AutoConfig.from_pretrained(path, **hub_kwargs(kwargs))
-    if config.model_type == "llava":
+    if config.model_type in FULL_LLAVAS:
         tower = _load_llava(path, **kwargs).model.vision_tower
     else:
         tower = _load_complete(AutoModel, path, config=getattr(config, "vision_config", config), **kwargs)

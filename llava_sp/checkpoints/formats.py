@@ -175,7 +175,7 @@ def _has_weights(folder: Path) -> bool:
 def _full(folder: Path, config: dict, kind: str) -> Checkpoint:
     found = Checkpoint(folder, kind, config)
     for tensor in all_stored(folder):
-        _enter(found, tensor.key, tensor)
+        _enter(found, tower_name(tensor.key), tensor)
     found.spatial = {key: value for key, value in config.items() if key.startswith(("spatial_", "fusion_"))}
     found.language_model, found.vision_tower = config.get("base_language_model"), config.get("base_vision_tower")
     return found

@@ -30,7 +30,7 @@ def from_backbones(
     """Assemble a model; `LlavaSPForCausalLM.from_backbones` calls this.
 
     Args:
-        language_model, vision_tower: hub ids or local folders; also those within a full LLaVA-1.5.
+        language_model, vision_tower: hub ids or local folders; also those within a full LLaVA.
         warm_start: a trained LLaVA-1.5 (any format, or its projector alone) whose patch MLP and LoRA are kept; a full
             one's language model takes the place of `language_model`. The spatial branch is fresh.
         settings: those of `backbones.from_backbones`, whose errors these are too.
@@ -51,13 +51,13 @@ def language_model_within(
     """
     if path is not None:
         found = recognise(fetch(path))
-        if found.format in ("original_full", "llava_hf"):
-            return str(found.folder)
-        if found.holds_language_model:
+        if found.format == "llava_sp" and found.spatial.get("spatial_variant") != "none":
             raise ValueError(
-                f"warm_start: {found.folder} is a full checkpoint in our own format; start from its adapter, or where it has no "
-                "spatial tokens, convert it first (python -m llava_sp.checkpoints.convert --format llava_hf)"
+                f"warm_start: {found.folder} is a full checkpoint with spatial tokens, which would be lost; start from one "
+                'without (spatial_variant "none"), or from its adapter'
             )
+        if found.holds_language_model:
+            return str(found.folder)
     if otherwise is None:
         raise ValueError("language_model is not set, and there is no warm_start that holds one")
     return otherwise
@@ -104,7 +104,7 @@ def _check_tower(model: nn.Module, found: Checkpoint) -> None:
         if not same:
             raise ValueError(
                 f"warm_start: {found.folder} holds a vision tower of its own ({name} differs), which would be lost; pass "
-                "vision_tower=<that folder> if it is transformers' LLaVA, else the tower it was trained from is not this one"
+                "vision_tower=<that folder> if it is transformers' LLaVA or ours, else the tower it was trained from is not this one"
             )
 
 

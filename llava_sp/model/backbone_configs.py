@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+FULL_LLAVAS = ("llava", "llava_sp")  # transformers' own and ours: with a text_config and a vision_config
+
 
 def is_original(settings: dict[str, Any]) -> bool:
     """Whether a config.json was written by LLaVA's own code; transformers' "llava" has a text_config."""
@@ -15,13 +17,13 @@ def is_original(settings: dict[str, Any]) -> bool:
 
 
 def language_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
-    """The configuration of a language model, or of the one within a LLaVA-1.5 checkpoint (the original's, transformers')."""
+    """The configuration of a language model, or of the one within a full LLaVA (the original's, transformers', ours)."""
     settings, _ = PreTrainedConfig.get_config_dict(path, **hub_kwargs)
     if is_original(settings):
         known = LlamaConfig().to_dict().keys() - {"model_type", "architectures", "auto_map", "transformers_version"}
         return LlamaConfig(**{key: value for key, value in settings.items() if key in known})
     config = AutoConfig.from_pretrained(path, **hub_kwargs)
-    return config.text_config if config.model_type == "llava" else config
+    return config.text_config if config.model_type in FULL_LLAVAS else config
 
 
 def vision_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:

@@ -131,6 +131,13 @@ def llava_15(golden: Path) -> LlavaSPForCausalLM:
     )
 
 
+def write_ours(folder: Path, model: LlavaSPForCausalLM) -> Path:
+    """Our full checkpoint of a model, with its processor."""
+    model.save_pretrained(folder)
+    LlavaSPProcessor.from_backbones(model.config).save_pretrained(folder)
+    return folder
+
+
 def original_keys(model, golden, tower: bool, words: int = 1000) -> dict[str, torch.Tensor]:
     """The model's weights as LLaVA-1.5's own code names them."""
     keys = {}

@@ -19,7 +19,7 @@ from llava_sp.checkpoints import needs_processor
 from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.mixture import load_mixture
-from tests.checkpoints.kinds import write_original
+from tests.checkpoints.kinds import llava_15, write_original, write_ours
 from tests.released import LAYOUTS, bases, load_released, our_name, released_folder
 
 PROMPT = "USER: <image>\nWhat is this? ASSISTANT:"
@@ -243,7 +243,8 @@ def test_llava_hf(golden, none, images, llava_hf):
 def test_a_full_llava_is_a_language_model_to_start_from(golden, none, llava_hf, tmp_path):
     """`from_backbones` takes the language model and the tower out of either kind of full LLaVA-1.5."""
     write_original(tmp_path / "m", none, golden, tower=False, beside=False)
-    for language, tower in ((tmp_path / "m", golden / "clip"), (llava_hf, llava_hf)):
+    ours = write_ours(tmp_path / "ours", none)
+    for language, tower in ((tmp_path / "m", golden / "clip"), (llava_hf, llava_hf), (ours, ours)):
         model = LlavaSPForCausalLM.from_backbones(language, tower, spatial_width=3)
         assert model.config.spatial_variant == "cropping"
         for name, tensor in state(none).items():
@@ -261,7 +262,8 @@ def patch_mlp(model) -> dict[str, torch.Tensor]:
 def test_warm_start_keeps_patch_mlp_and_language_model_or_lora(golden, none, llava_hf, tmp_path):
     write_original(tmp_path / "full", none, golden, tower=False, beside=False)
     fresh = LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", spatial_width=3, seed=5)
-    for start in (tmp_path / "full", llava_hf):
+    ours = write_ours(tmp_path / "ours", none)
+    for start in (tmp_path / "full", llava_hf, ours):
         model = LlavaSPForCausalLM.from_backbones(
             vision_tower=golden / "clip", warm_start=start, spatial_width=3, seed=5
         )
@@ -279,5 +281,33 @@ def test_warm_start_keeps_patch_mlp_and_language_model_or_lora(golden, none, lla
     for name, tensor in state(released).items():
         if ".lora_" in name or name in patch_mlp(released):
             assert torch.equal(state(model)[name], tensor), name
+    write_ours(tmp_path / "spatial", fresh)
+    with pytest.raises(ValueError, match="spatial is a full checkpoint with spatial tokens, which would be lost"):
+        LlavaSPForCausalLM.from_backbones(vision_tower=golden / "clip", warm_start=tmp_path / "spatial")
     with pytest.raises(ValueError, match="language_model is not set"):
         LlavaSPForCausalLM.from_backbones(vision_tower=golden / "clip")
+
+
+def test_a_full_checkpoint_of_ours_keeps_its_own_tower_as_a_warm_start(golden, tmp_path):
+    """As transformers' LLaVA does: another tower is an error, its own is taken from its folder."""
+    model = llava_15(golden)
+    weight = next(p for name, p in model.named_parameters() if name.endswith("patch_embedding.weight"))
+    weight.data *= 2
+    ours = write_ours(tmp_path / "ours", model)
+    with pytest.raises(ValueError, match="ours holds a vision tower of its own .*patch_embedding.weight differs"):
+        LlavaSPForCausalLM.from_backbones(vision_tower=golden / "clip", warm_start=ours, spatial_width=3)
+    started = LlavaSPForCausalLM.from_backbones(vision_tower=ours, warm_start=ours, spatial_width=3)
+    for name, tensor in state(model).items():
+        assert torch.equal(state(started)[name], tensor), name
+    assert LlavaSPProcessor.from_backbones(started.config).num_image_tokens == 582
+
+
+def test_an_adapter_is_no_language_model(golden, kinds):
+    for given in (
+        (kinds["llava_sp_adapter"].folder, golden / "clip"),
+        (golden / "base", kinds["llava_sp_adapter"].folder),
+    ):
+        with pytest.raises(
+            ValueError, match="is an adapter checkpoint, without a language model and a tower of its own"
+        ):
+            LlavaSPForCausalLM.from_backbones(*given)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from llava_sp import LlavaSPForCausalLM
 from llava_sp.data.from_config import dataset_of_config
 from llava_sp.train.config_files import UsageError
-from tests.checkpoints.kinds import llava_15, write_original
+from tests.checkpoints.kinds import llava_15, write_original, write_ours
 from tests.released import load_released, released_folder
 from tests.train.runs import GOLDEN, config, run_here
 
@@ -30,8 +30,12 @@ def test_lora_and_patch_mlp_are_kept(tmp_path):
     assert LlavaSPForCausalLM.from_pretrained(tmp_path / "out").config.spatial_variant == "cropping"
 
 
-def test_a_full_llava_is_the_language_model(tmp_path, golden):
-    write_original(tmp_path / "llava", llava_15(golden), golden, tower=False, beside=False)
+@pytest.mark.parametrize("format", ["original", "ours"])
+def test_a_full_llava_is_the_language_model(tmp_path, golden, format):
+    if format == "ours":
+        write_ours(tmp_path / "llava", llava_15(golden))
+    else:
+        write_original(tmp_path / "llava", llava_15(golden), golden, tower=False, beside=False)
     run_here(tmp_path, warm_start=str(tmp_path / "llava"), max_steps=1, language_model=None)
     saved = json.loads((tmp_path / "out/config.json").read_text())
     assert saved["base_language_model"] == str(tmp_path / "llava")
