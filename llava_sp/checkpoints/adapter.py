@@ -27,7 +27,7 @@ from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.modeling_llava_sp import ADAPTER_FILE
 from .backbones import from_backbones, weights_fingerprint
 from .filling import copy_strictly, freeze, gathered, parameter_names, without_adapter_name
-from .formats import ADAPTER_NAME, LORA, LORA_FOLDER, PROJECTOR, UnknownFormat, lora_config, recognise
+from .formats import ADAPTER_NAME, LORA, LORA_FOLDER, PROJECTOR, UnknownFormat, lora_config, our_config, recognise
 from .locating import base_kwargs, fetch, find_base, from_hub
 from .tensor_files import read_checked, read_json, tensor_lines
 
@@ -188,7 +188,7 @@ def open_adapter(
     load_kwargs = base_kwargs(load_kwargs)
     describe(path)
     read_json(path / "config.json")  # what is wrong with the file itself, said with its name
-    config = LlavaSPConfig.from_pretrained(path) if config is None else config
+    config = our_config(path) if config is None else config
     found = recognise(path)
     lora = None if found.lora is None else lora_config(found)
     recorded = (config.base_language_model_hash, config.base_vision_tower_hash)

@@ -11,28 +11,35 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
     LlavaForConditionalGeneration,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.integrations import deepspeed as integration
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from ..model.backbone_configs import FULL_LLAVAS, is_original, language_config, load_tokenizer
+from ..model.backbone_configs import (
+    FULL_LLAVAS,
+    is_original,
+    language_config,
+    load_tokenizer,
+    read_config,
+    read_settings,
+    told_as_value_error,
+)
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.modeling_llava_sp import LlavaSPForCausalLM
 from ..model.processing_llava_sp import add_special_tokens
 from ..model.projector import SpatialProjector
 from .filling import check_values, gathered
-from .formats import recognise
+from .formats import check_generation_config, recognise
 from .locating import fetch, hub_kwargs
 from .tensor_files import stored_tensors, tensor_lines, weight_files
 
@@ -90,10 +97,8 @@ def from_backbones(
         load_kwargs["revision"] = language_model_revision
     tower = load_vision_tower(vision_tower, dtype=dtype, **tower_kwargs)
     language = load_language_model(language_model, dtype=dtype, **load_kwargs)
-    tokenizer = load_tokenizer(language_model, **hub_kwargs(load_kwargs))
     old_rows = language.get_input_embeddings().num_embeddings
-    image_token_id, pad_token_id, rows = add_special_tokens(tokenizer, old_rows)
-    _check_words_before(tokenizer, image_token_id, pad_token_id, language_model)
+    tokenizer, image_token_id, pad_token_id, rows = read_vocabulary(language_model, old_rows, **hub_kwargs(load_kwargs))
     grow_vocabulary(language, rows)
     if dtype == "auto":
         dtype = language.dtype
@@ -131,9 +136,8 @@ def from_llava_hf(
     Raises `ValueError` where it lacks weights or is no LLaVA-1.5 (another projector, several tower layers).
     """
     llava = _load_llava(path, dtype=_dtype(dtype), **load_kwargs)
-    tokenizer = load_tokenizer(path, **hub_kwargs(load_kwargs))
-    image_token_id, pad_token_id, rows = add_special_tokens(tokenizer, llava.get_input_embeddings().num_embeddings)
-    _check_words_before(tokenizer, image_token_id, pad_token_id, path)
+    old_rows = llava.get_input_embeddings().num_embeddings
+    tokenizer, image_token_id, pad_token_id, rows = read_vocabulary(path, old_rows, **hub_kwargs(load_kwargs))
     language, tower = _language_half(llava), llava.model.vision_tower
     grow_vocabulary(language, rows)
     config = _config(
@@ -181,8 +185,13 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     return named
 
 
-def _check_words_before(tokenizer, image_token_id: int, pad_token_id: int, path: str | os.PathLike) -> None:
-    """Ids from the placeholder on are never generated, so no word may stand there."""
+def read_vocabulary(path: str | os.PathLike, old_rows: int = 0, **hub_kwargs) -> tuple[Any, int, int, int]:
+    """A language model's tokenizer with image and padding token added, their ids, and the embedding rows to have.
+
+    Raises `ValueError` where a word has an id after the placeholder's: ids from there on are never generated.
+    """
+    tokenizer = load_tokenizer(path, **hub_kwargs)
+    image_token_id, pad_token_id, rows = add_special_tokens(tokenizer, old_rows)
     words = [
         token for token, number in tokenizer.get_vocab().items() if number > image_token_id and number != pad_token_id
     ]
@@ -191,11 +200,12 @@ def _check_words_before(tokenizer, image_token_id: int, pad_token_id: int, path:
             f"the tokenizer of {path} has {tokenizer.convert_ids_to_tokens(image_token_id)} as id {image_token_id} and "
             f"{len(words)} tokens after it, such as {words[0]!r}; the image placeholder must come after all words"
         )
+    return tokenizer, image_token_id, pad_token_id, rows
 
 
 def load_language_model(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     """A causal language model, or the one within a full LLaVA (the original's, transformers', ours)."""
-    settings, _ = PreTrainedConfig.get_config_dict(path, **hub_kwargs(kwargs))
+    settings = read_settings(path, **hub_kwargs(kwargs))
     if is_original(settings):
         config = language_config(path, **hub_kwargs(kwargs))
         return _load_complete(AutoModelForCausalLM, path, zeros_allowed=False, config=config, **kwargs)
@@ -206,7 +216,7 @@ def load_language_model(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
 
 def _load_llava(path: str | os.PathLike, **kwargs) -> LlavaForConditionalGeneration:
     """A full LLaVA, transformers' or ours. Raises `ValueError` for an adapter checkpoint of ours."""
-    settings, _ = PreTrainedConfig.get_config_dict(path, **hub_kwargs(kwargs))
+    settings = read_settings(path, **hub_kwargs(kwargs))
     if settings["model_type"] == "llava":
         return _load_complete(LlavaForConditionalGeneration, path, zeros_allowed=False, **kwargs)
     if not recognise(fetch(path, **kwargs)).holds_language_model:
@@ -232,7 +242,7 @@ def load_vision_tower(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
 
     The tower's `config` gets `hidden_size`, `image_size` and `patch_size` where it lacks them (timm).
     """
-    config = AutoConfig.from_pretrained(path, **hub_kwargs(kwargs))
+    config = read_config(path, **hub_kwargs(kwargs))
     if config.model_type in FULL_LLAVAS:
         tower = _load_llava(path, **kwargs).model.vision_tower
     else:
@@ -307,6 +317,7 @@ def _load_complete(auto_class, path: str | os.PathLike, zeros_allowed: bool = Tr
     """
     stored = []
     if (Path(path) / "config.json").is_file():  # before anything is read; without one, transformers says what it is not
+        check_generation_config(Path(path))
         stored = [tensor for file in weight_files(Path(path)) for tensor in stored_tensors(file)]
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else a CLIP's text half is reported, key by key, as unexpected
@@ -338,7 +349,7 @@ def zero3_set_aside() -> Iterator[None]:
 
 def _assemble(cls, config: LlavaSPConfig, language, tower, projector):
     """Put loaded parts into an empty model; nothing is copied."""
-    with zero3_set_aside(), torch.device("meta"):
+    with zero3_set_aside(), torch.device("meta"), told_as_value_error(config.name_or_path or "this model"):
         model = cls(config)
     model.model.vision_tower = tower
     model.model.multi_modal_projector = projector.to(tower.device)

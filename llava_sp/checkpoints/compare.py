@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..model.backbone_configs import told_as_value_error
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.modeling_llava_sp import LlavaSPForCausalLM
 from .backbones import zero3_set_aside
@@ -52,7 +53,7 @@ def compare(found: Checkpoint, config: LlavaSPConfig | None) -> Comparison:
     """Names and shapes against those of `config`'s model; None leaves the layout of the projector to go by.
 
     Raises:
-        ValueError, TypeError: no such model can be made.
+        ValueError: no such model can be made.
     """
     needed, known = ({}, set(found.tensors)) if config is None else _wanted(found, config)
     result = Comparison(unexpected=[_entry(found, tensor) for tensor in found.unknown])
@@ -72,7 +73,7 @@ def compare(found: Checkpoint, config: LlavaSPConfig | None) -> Comparison:
 def _wanted(found: Checkpoint, config: LlavaSPConfig) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """`(name -> shape of what the checkpoint has to bring, names that it may bring)`, under our names."""
     text_is_known = config.text_config.num_hidden_layers > 0
-    with zero3_set_aside(), torch.device("meta"):
+    with zero3_set_aside(), torch.device("meta"), told_as_value_error(found.folder):
         model = LlavaSPForCausalLM(config)
         if found.lora is not None and text_is_known:
             model.add_adapter(lora_config(found), adapter_name=ADAPTER_NAME)

@@ -42,6 +42,7 @@ from .formats import (
     TOWER,
     Checkpoint,
     original_projector_name,
+    our_config,
     recognise,
 )
 from .locating import base_folder, fetch
@@ -168,7 +169,7 @@ def _our_config(found: Checkpoint) -> LlavaSPConfig:
         llava = LlavaConfig.from_pretrained(found.folder)
         shared = ("text_config", "vision_config", "image_token_index", "vision_feature_layer", "pad_token_id")
         return LlavaSPConfig(**{name: getattr(llava, name, None) for name in shared}, spatial_variant="none")
-    return LlavaSPConfig.from_pretrained(found.folder)
+    return our_config(found.folder)
 
 
 def _check_original_can_hold(found: Checkpoint, config: LlavaSPConfig) -> None:

@@ -22,6 +22,8 @@ from typing import Any, NoReturn
 import torch
 from peft import LoraConfig
 
+from ..model.backbone_configs import told_as_value_error
+from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.modeling_llava_sp import ADAPTER_FILE
 from .tensor_files import WEIGHT_FILES, StoredTensor, read_index, read_json, shard_index, stored_tensors, weight_files
 
@@ -173,12 +175,27 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _full(folder: Path, config: dict, kind: str) -> Checkpoint:
+    check_generation_config(folder)
     found = Checkpoint(folder, kind, config)
     for tensor in all_stored(folder):
         _enter(found, tower_name(tensor.key), tensor)
     found.spatial = {key: value for key, value in config.items() if key.startswith(("spatial_", "fusion_"))}
-    found.language_model, found.vision_tower = config.get("base_language_model"), config.get("base_vision_tower")
+    file = folder / "config.json"
+    found.language_model = _recorded(config, "base_language_model", file)
+    found.vision_tower = _recorded(config, "base_vision_tower", file)
     return found
+
+
+def check_generation_config(folder: Path) -> None:
+    """Raises `ValueError` for a file that transformers stumbles over when it opens a full checkpoint."""
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")
+
+
+def our_config(folder: Path) -> LlavaSPConfig:
+    """config.json of a checkpoint of ours. Raises `ValueError` where a value in it cannot be."""
+    with told_as_value_error(folder):
+        return LlavaSPConfig.from_pretrained(folder)
 
 
 def _adapter(folder: Path, config: dict) -> Checkpoint:
@@ -194,7 +211,9 @@ def _adapter(folder: Path, config: dict) -> Checkpoint:
         for tensor in stored_tensors(lora / "adapter_model.safetensors"):
             found.tensors[tensor.key.removeprefix("base_model.model.")] = tensor
     found.spatial = {key: value for key, value in config.items() if key.startswith(("spatial_", "fusion_"))}
-    found.language_model, found.vision_tower = config.get("base_language_model"), config.get("base_vision_tower")
+    file = folder / "config.json"
+    found.language_model = _recorded(config, "base_language_model", file)
+    found.vision_tower = _recorded(config, "base_vision_tower", file)
     return found
 
 
@@ -440,6 +459,11 @@ def _is_pooled(projector: dict[str, StoredTensor]) -> bool:
 
 def _llava_hf(folder: Path, config: dict, tensors: list[StoredTensor]) -> Checkpoint:
     """Both of its namings: `language_model.model.layers` on disk, `model.language_model.layers` in memory."""
+    if config.get("model_type") != "llava":
+        raise ValueError(
+            f"{folder}: model_type is {config.get('model_type')!r} in its config.json; only 'llava' can be opened"
+        )
+    check_generation_config(folder)
     found = Checkpoint(folder, "llava_hf", config, spatial={"spatial_variant": "none"})
     for tensor in tensors:
         if tensor.key.endswith(_CONSTANTS):

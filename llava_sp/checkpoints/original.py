@@ -31,6 +31,7 @@ from .formats import (
     feature_layer,
     lora_config,
     original_projector_name,
+    our_config,
     raise_contradiction,
     recognise,
     recorded_dtype,
@@ -100,8 +101,9 @@ def open_original(
     check_complete(found)
     load_kwargs = base_kwargs(load_kwargs)
     language, tower = bases_of(found, base_model, vision_tower, **hub_kwargs(load_kwargs))
+    config = full_config(found, language, tower, **hub_kwargs(load_kwargs))
     if found.holds_language_model:
-        check_fits(found, full_config(found, language, tower, **hub_kwargs(load_kwargs)))
+        check_fits(found, config)
     check_tokenizers(found, language, **hub_kwargs(load_kwargs))
     dtype = load_kwargs.pop("torch_dtype", dtype)  # its name in older code
     dtype = recorded_dtype(found) if dtype == "auto" else dtype
@@ -145,14 +147,14 @@ def check_full(path: str | os.PathLike, **load_kwargs) -> list[StoredTensor] | N
     found = recognise(path)
     if "quantization_config" in found.config:
         return None
-    check_fits(found, LlavaSPConfig.from_pretrained(found.folder))
+    check_fits(found, our_config(found.folder))
     return list(found.tensors.values())
 
 
 def full_config(
     found: Checkpoint, language: str | os.PathLike, tower: str | os.PathLike, **hub_kwargs
 ) -> LlavaSPConfig:
-    """What a full checkpoint of other code says that it is."""
+    """What a checkpoint of other code is on these backbones. Raises `ValueError` where it cannot be one."""
     layer = found.config.get("vision_feature_layer", -2) if found.format == "llava_hf" else feature_layer(found)
     return LlavaSPConfig(
         text_config=language_config(language, **hub_kwargs),
@@ -190,7 +192,7 @@ def open_processor(
         image_aspect_ratio = "pad" if found.format == "llava_hf" or recorded == "pad" else "crop"
     return LlavaSPProcessor.from_backbones(
         LlavaSPConfig(vision_config=vision_config(tower, **kwargs), **found.spatial),
-        language_model=found.folder if _has_tokenizer(found) else language,
+        language_model=found.folder if has_tokenizer(found) else language,
         vision_tower=tower,
         image_aspect_ratio=image_aspect_ratio,
         conversation_template=conversation_template,
@@ -211,7 +213,7 @@ def bases_of(
 
 def check_tokenizers(found: Checkpoint, language: str | os.PathLike, **hub_kwargs) -> None:
     """Raises `ValueError` where a checkpoint's tokenizer and its base's put image and padding at different ids."""
-    if found.holds_language_model or not _has_tokenizer(found):
+    if found.holds_language_model or not has_tokenizer(found):
         return
     ids = [
         add_special_tokens(load_tokenizer(folder, **hub_kwargs))[:2] for folder in (str(found.folder), str(language))
@@ -223,7 +225,7 @@ def check_tokenizers(found: Checkpoint, language: str | os.PathLike, **hub_kwarg
         )
 
 
-def _has_tokenizer(found: Checkpoint) -> bool:
+def has_tokenizer(found: Checkpoint) -> bool:
     return any((found.folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
