@@ -2,7 +2,8 @@
 
 `backbones`: assemble from a language model and a vision tower. `adapter`: LoRA and projector, without base weights.
 `formats`: what a folder is, by its content. `original`: what other code wrote. `warm_start`: a trained
-LLaVA-1.5 as a beginning. As commands: `convert`, `merge`, `inspect`.
+LLaVA-1.5 as a beginning. `locating`: where it all is. `filling`: tensors into a model. As commands:
+`convert`, `merge`, `inspect`.
 """
 
 from .adapter import (
