@@ -55,18 +55,9 @@ from .tensor_files import read_json, stored_tensors, weight_files
 PLACEHOLDERS = {"base_model": "LANGUAGE_MODEL", "vision_tower": "VISION_TOWER"}
 UNREAD = "not read; checked on opening"
 _MERGE_RECORD = "merged.json"
-_KEYS = ("format", "loads", "spatial", "base_model", "vision_tower", "template", "parts", "lora", "bytes", "run")
-_KEYS += ("merged_from", "values")
-_LISTS = (
-    "problems",
-    "files",
-    "missing",
-    "unexpected",
-    "wrong_shape",
-    "empty",
-    "needs",
-    "call",
-)  # empty if not recognised
+# The report's keys: None, or an empty list, where nothing was recognised.
+_KEYS = ("format", "spatial", "base_model", "vision_tower", "template", "parts", "lora", "bytes", "run", "merged_from")
+_LISTS = ("files", "missing", "unexpected", "wrong_shape", "empty", "problems", "needs", "call")
 _SHOWN = 6  # lines of a kind of problem in the text; all are in the JSON
 _PARTS = {
     "language model": (LANGUAGE, HEAD),
@@ -102,13 +93,8 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: nothing stands there.
         UnknownFormat: it is no checkpoint that `LlavaSPForCausalLM.from_pretrained` knows.
     """
-    report: dict[str, Any] = {
-        "path": str(path),
-        **dict.fromkeys(_KEYS),
-        **{name: [] for name in _LISTS},
-        "values": UNREAD,
-    }
-    report["loads"] = False
+    report: dict[str, Any] = {"path": str(path), **dict.fromkeys(_KEYS), **{name: [] for name in _LISTS}}
+    report |= {"values": UNREAD, "loads": False}
     try:
         found = recognise(path)
     except (UnknownFormat, FileNotFoundError):
@@ -349,7 +335,8 @@ def _run(found: Checkpoint) -> dict[str, Any] | None:
 
 
 def _merged(found: Checkpoint) -> dict[str, Any] | None:
-    return _told(found.folder / _MERGE_RECORD)
+    file = found.folder / _MERGE_RECORD
+    return (_told(file) or {"unreadable": f"{file.name} is no record of a merge"}) if file.is_file() else None
 
 
 def _told(file: Path) -> dict[str, Any] | None:
@@ -489,6 +476,8 @@ def _part_text(part: dict[str, Any], lora: dict[str, Any] | None) -> str:
 
 
 def _merged_text(record: dict[str, Any]) -> str:
+    if "unreadable" in record:
+        return record["unreadable"]
     adapter, base = record.get("adapter", {}), record.get("base_language_model", {})
     return f"{adapter.get('path')} ({adapter.get('hash')}) in {base.get('path')}, on {record.get('date')}"
 

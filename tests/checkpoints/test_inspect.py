@@ -139,6 +139,9 @@ def test_a_merge_is_told(kinds, tmp_path):
     report = inspect(copy.folder)
     assert report["merged_from"] == record
     assert "merged from    /some/adapter (0123456789abcdef) in /some/base, on 2030-01-02" in text(report)
+    (copy.folder / "merged.json").write_text('{"adapter"')
+    report = inspect(copy.folder)
+    assert report["loads"] and "merged from    merged.json is no record of a merge" in text(report)
 
 
 def test_types_by_part(kinds, tmp_path):

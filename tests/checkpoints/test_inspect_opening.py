@@ -205,6 +205,16 @@ def test_no_tokenizer(kinds, tmp_path, name, recorded):
     assert agree(copy, "no tokenizer") == (name in ("original_lora", "original_projector"))  # the base has one
 
 
+@pytest.mark.parametrize("name", ["llava_sp", "llava_sp_adapter"])
+def test_neither_a_processor_nor_the_bases_that_it_was_made_of(kinds, tmp_path, name):
+    copy = kinds[name].copy(tmp_path / "x")
+    (copy.folder / "processor_config.json").unlink()
+    config = copy.folder / "config.json"
+    lost = {"base_language_model": "/no/longer/there", "base_vision_tower": "../clip"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | lost))
+    assert agree(copy, "no processor, no bases")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_another_tokenizer(kinds, golden, tmp_path, name):
     """Words are where the base has its image and padding tokens."""
