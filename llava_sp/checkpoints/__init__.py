@@ -2,7 +2,8 @@
 
 `backbones`: assemble from a language model and a vision tower. `adapter`: LoRA and projector, without base weights.
 `formats`: what a folder is, by its content. `original`: what other code wrote. `warm_start`: a trained
-LLaVA-1.5 as a beginning. As commands: `convert`, `merge`, `inspect`.
+LLaVA-1.5 as a beginning. `locating`: where it all is. `filling`: tensors into a model. As commands:
+`convert`, `merge`, `inspect`.
 """
 
 from .adapter import (
@@ -15,11 +16,11 @@ from .adapter import (
     save_adapter,
     trainable_state_dict,
 )
-from .backbones import from_backbones, weights_fingerprint
-from .compare import check_values
+from .backbones import weights_fingerprint
+from .filling import check_values
 from .formats import Checkpoint, recognise
 from .original import check_full, format_of, needs_processor, open_original, open_processor, opener
-from .warm_start import language_model_within, start_from
+from .warm_start import from_backbones, holds_lora, language_model_within, start_from
 
 __all__ = [
     "Checkpoint",
@@ -29,6 +30,7 @@ __all__ = [
     "describe",
     "format_of",
     "from_backbones",
+    "holds_lora",
     "is_adapter",
     "language_model_within",
     "load_adapter",

@@ -20,15 +20,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.modeling_llava_sp import ADAPTER_FILE
-from ..model.other_formats import is_missing_folder
-from .backbones import _hub_kwargs, from_backbones, gathered, weights_fingerprint
-from .formats import ADAPTER_NAME, LORA_FOLDER, PROJECTOR, UnknownFormat, recognise
+from .backbones import from_backbones, weights_fingerprint
+from .filling import copy_strictly, freeze, gathered, parameter_names, without_adapter_name
+from .formats import ADAPTER_NAME, LORA, LORA_FOLDER, PROJECTOR, UnknownFormat, lora_config, our_config, recognise
+from .locating import base_kwargs, fetch, find_base, from_hub
 from .tensor_files import read_checked, read_json, tensor_lines
 
 MANIFEST = "llava_sp.json"
@@ -56,7 +56,7 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     state = {}
     for name, parameter in model.named_parameters():
-        if name.startswith(PROJECTOR) or ".lora_" in name:
+        if name.startswith(PROJECTOR) or LORA in name:
             with gathered([parameter]):
                 state[name] = parameter.detach().cpu().clone().contiguous()
     return state
@@ -92,7 +92,7 @@ def save_adapter(
     (path / MANIFEST).unlink(missing_ok=True)
 
     projector = {name.removeprefix(PROJECTOR): t for name, t in state.items() if name.startswith(PROJECTOR)}
-    lora = {_PEFT + _without_adapter_name(name): tensor for name, tensor in state.items() if ".lora_" in name}
+    lora = {_PEFT + without_adapter_name(name): tensor for name, tensor in state.items() if LORA in name}
     with _replacing(path / ADAPTER_FILE) as file:
         save_file(projector, file, metadata={"format": "pt"})
     if lora:
@@ -121,7 +121,7 @@ def is_adapter(path: str | os.PathLike, **hub_kwargs) -> bool:
     """Whether `path` (a folder or a hub id) is an adapter checkpoint."""
     if Path(path).exists():
         return (Path(path) / ADAPTER_FILE).is_file()
-    return _from_hub(path, MANIFEST, **hub_kwargs) is not None
+    return from_hub(path, MANIFEST, **hub_kwargs) is not None
 
 
 def describe(path: str | os.PathLike) -> dict:
@@ -184,30 +184,26 @@ def open_adapter(
         ValueError: the save was cut off, a base model is not where the checkpoint says, its weights are not those
             that the adapter was trained on, or tensors do not fit. The message says what would be right.
     """
-    path = _fetch(path, **load_kwargs)
+    path = fetch(path, **load_kwargs)
+    load_kwargs = base_kwargs(load_kwargs)
     describe(path)
     read_json(path / "config.json")  # what is wrong with the file itself, said with its name
-    config = LlavaSPConfig.from_pretrained(path) if config is None else config
+    config = our_config(path) if config is None else config
+    found = recognise(path)
+    lora = None if found.lora is None else lora_config(found)
     recorded = (config.base_language_model_hash, config.base_vision_tower_hash)
-    language = _find_base(path, base_model, config.base_language_model, "base_model", "language model", **load_kwargs)
-    tower = _find_base(path, vision_tower, config.base_vision_tower, "vision_tower", "vision tower", **load_kwargs)
+    language = find_base(path, base_model, config.base_language_model, "base_model", "language model", **load_kwargs)
+    tower = find_base(path, vision_tower, config.base_vision_tower, "vision_tower", "vision tower", **load_kwargs)
     dtype = load_kwargs.pop("torch_dtype", dtype)  # its name in older code
     if dtype == "auto" and config.dtype is not None:
         dtype = config.dtype
-    # The Auto classes' own keywords, and those that are about the adapter, not about its bases.
-    for name in ("adapter_kwargs", "trust_remote_code", "_from_auto", "_commit_hash", "revision", "force_download"):
-        load_kwargs.pop(name, None)
     model = from_backbones(cls, language, tower, config=config, dtype=dtype, **load_kwargs)
     if check_base:
         _check_bases(path, recorded, config)
-    if (path / LORA_FOLDER).is_dir():
-        model.add_adapter(LoraConfig.from_pretrained(str(path / LORA_FOLDER)), adapter_name=ADAPTER_NAME)
+    if lora is not None:
+        model.add_adapter(lora, adapter_name=ADAPTER_NAME)
     load_adapter(model, path)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(False)
-        if ".lora_" in name:
-            parameter.data = parameter.data.to(model.dtype)
-    return model.eval()
+    return freeze(model)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
@@ -218,13 +214,9 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     """
     path = Path(path)
     describe(path)
-    stored = recognise(path).tensors
-    tensors = {
-        (_with_adapter_name(name) if ".lora_" in name else name): tensor
-        for name, tensor in read_checked(stored, zeros_allowed=True).items()
-    }
-    own = {n: p for n, p in model.named_parameters() if n.startswith(PROJECTOR) or ".lora_" in n}
-    _copy_strictly(own, tensors, f"the checkpoint {path}", _config_differences(path, model.config))
+    tensors = parameter_names(read_checked(recognise(path).tensors, zeros_allowed=True))
+    own = {n: p for n, p in model.named_parameters() if n.startswith(PROJECTOR) or LORA in n}
+    copy_strictly(own, tensors, f"the checkpoint {path}", _config_differences(path, model.config))
 
 
 def load_projector(model: nn.Module, path: str | os.PathLike) -> None:
@@ -238,30 +230,7 @@ def load_projector(model: nn.Module, path: str | os.PathLike) -> None:
     describe(path)
     tensors = read_checked(recognise(path).part(PROJECTOR), zeros_allowed=True)
     own = {name: parameter for name, parameter in model.named_parameters() if name.startswith(PROJECTOR)}
-    _copy_strictly(own, tensors, f"the projector in {path}", _config_differences(path, model.config))
-
-
-@torch.no_grad()
-def _copy_strictly(own: dict[str, nn.Parameter], tensors: dict[str, Tensor], what: str, differences: list[str]) -> None:
-    def shape(parameter: nn.Parameter) -> tuple[int, ...]:
-        return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-    problems = [f"lacks {name}" for name in own if name not in tensors]
-    problems += [f"has {name}, which the model has not" for name in tensors if name not in own]
-    problems += [
-        f"{name} is {tuple(tensors[name].shape)}, the model's is {shape(own[name])}"
-        for name in own
-        if name in tensors and tuple(tensors[name].shape) != shape(own[name])
-    ]
-    if problems or differences:
-        lines = "\n  ".join(
-            [*differences, *problems[:8], *([f"and {len(problems) - 8} more"] if len(problems) > 8 else [])]
-        )
-        raise ValueError(f"{what} does not fit this model:\n  {lines}")
-    for name, parameter in own.items():
-        with gathered([parameter], modify=True):
-            if parameter.numel():
-                parameter.copy_(tensors[name])
+    copy_strictly(own, tensors, f"the projector in {path}", _config_differences(path, model.config))
 
 
 def _config_differences(path: Path, config: LlavaSPConfig) -> list[str]:
@@ -271,28 +240,6 @@ def _config_differences(path: Path, config: LlavaSPConfig) -> list[str]:
         for field in _SHAPE_FIELDS
         if getattr(saved, field) != getattr(config, field)
     ]
-
-
-def _find_base(path: Path, given, recorded: str | None, keyword: str, what: str, **hub_kwargs) -> str:
-    """Where a base model is: as given, as recorded, or relative to the checkpoint; else a hub id that can be had.
-
-    Raises `ValueError` saying what was recorded and what to pass.
-    """
-    chosen = given if given is not None else recorded
-    if chosen is None:
-        raise ValueError(f"{path} does not record its {what}: pass {keyword}=<hub id or folder>")
-    for place in (Path(chosen), path / chosen, path.parent / chosen):
-        if place.is_dir():
-            return str(place)
-    origin = f"passed as {keyword}" if given is not None else "that the checkpoint records"
-    if is_missing_folder(chosen):
-        raise ValueError(f"{path}: the {what} {origin}, {chosen}, is not there; pass {keyword}=<hub id or folder>")
-    if _from_hub(chosen, "config.json", **hub_kwargs) is None:
-        raise ValueError(
-            f"{path}: the {what} {origin}, {chosen}, is not there: no folder of that name, and no model that the hub gives "
-            f"(or the hub cannot be reached); pass {keyword}=<hub id or folder>"
-        )
-    return str(chosen)
 
 
 def _check_bases(path: Path, recorded: tuple[str | None, str | None], config: LlavaSPConfig) -> None:
@@ -330,15 +277,6 @@ def _json_default(value):
     if isinstance(value, set):
         return sorted(value)
     return str(value)
-
-
-def _without_adapter_name(name: str) -> str:
-    return name.replace(f".{ADAPTER_NAME}.", ".")
-
-
-def _with_adapter_name(name: str) -> str:
-    stem, _, leaf = name.rpartition(".")
-    return f"{stem}.{ADAPTER_NAME}.{leaf}"
 
 
 def _check_tensors(state: dict[str, Tensor]) -> None:
@@ -380,28 +318,3 @@ def _sha256(file: Path) -> str:
 
 def _count(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
-
-
-def _fetch(path: str | os.PathLike, **kwargs) -> Path:
-    """The local folder (or file) of a checkpoint, downloaded if it is a hub id."""
-    if Path(path).exists():
-        return Path(path)
-    if is_missing_folder(path):
-        raise FileNotFoundError(f"there is no folder {path}")
-    from huggingface_hub import snapshot_download
-
-    hub_kwargs = {k: v for k, v in _hub_kwargs(kwargs).items() if k != "token" or v is not None}
-    return Path(snapshot_download(str(path), **hub_kwargs))
-
-
-def _from_hub(path: str | os.PathLike, name: str, **kwargs) -> str | None:
-    from transformers.utils import cached_file
-
-    return cached_file(
-        str(path),
-        name,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_connection_errors=False,
-        **_hub_kwargs(kwargs),
-    )

@@ -9,29 +9,39 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     GenerationConfig,
     LlavaForConditionalGeneration,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.integrations import deepspeed as integration
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from ..model.backbone_configs import is_original, language_config, load_tokenizer
+from ..model.backbone_configs import (
+    FULL_LLAVAS,
+    is_original,
+    language_config,
+    load_tokenizer,
+    read_config,
+    read_settings,
+    told_as_value_error,
+)
 from ..model.configuration_llava_sp import LlavaSPConfig
+from ..model.modeling_llava_sp import LlavaSPForCausalLM
 from ..model.processing_llava_sp import add_special_tokens
 from ..model.projector import SpatialProjector
-from .tensor_files import StoredTensor, raise_problems, stored_tensors, tensor_lines, value_problem, weight_files
+from .filling import check_values, gathered
+from .formats import check_generation_config, recognise
+from .locating import fetch, hub_kwargs
+from .tensor_files import stored_tensors, tensor_lines, weight_files
 
 # Enough for a paragraph; only where neither the caller nor the checkpoint says otherwise.
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -39,10 +49,9 @@ DEFAULT_MAX_NEW_TOKENS = 512
 
 def from_backbones(
     cls: type[PreTrainedModel],
-    language_model: str | os.PathLike | None = None,
-    vision_tower: str | os.PathLike | None = None,
+    language_model: str | os.PathLike | None,
+    vision_tower: str | os.PathLike | None,
     *,
-    warm_start: str | os.PathLike | None = None,
     config: LlavaSPConfig | None = None,
     spatial_variant: str = "cropping",
     spatial_scales: list[int] | None = None,
@@ -58,12 +67,10 @@ def from_backbones(
     vision_tower_revision: str | None = None,
     **load_kwargs,
 ):
-    """Assemble a model with a fresh projector; `LlavaSPForCausalLM.from_backbones` calls this.
+    """Assemble a model with a fresh projector; see also `warm_start.from_backbones`.
 
     Args:
-        language_model, vision_tower: hub ids or local folders; also those within a full LLaVA-1.5.
-        warm_start: a trained LLaVA-1.5 (any format, or its projector alone) whose patch MLP and LoRA are kept; a full
-            one's language model takes the place of `language_model`. The spatial branch is fresh.
+        language_model, vision_tower: hub ids or local folders; also those within a full LLaVA.
         config: the configuration of an existing checkpoint; the `spatial_*` arguments are then taken from it.
         spatial_variant, ...: see `LlavaSPConfig`.
         dtype: of all weights; `"auto"` is the language model's own.
@@ -76,10 +83,9 @@ def from_backbones(
         ValueError: a backbone lacks weights, the tower has no square grid, or a spatial argument does not fit.
         OSError: a backbone is not there (transformers' message names the path).
     """
-    from .warm_start import language_model_within, start_from  # which needs the formats, which need this file
-
     dtype = _dtype(dtype)
-    language_model = language_model_within(warm_start, language_model)
+    if language_model is None:
+        raise ValueError("language_model is not set: a hub id or a folder")
     if vision_tower is None:
         raise ValueError("vision_tower is not set: a hub id or a folder")
     if "revision" in load_kwargs:
@@ -91,10 +97,8 @@ def from_backbones(
         load_kwargs["revision"] = language_model_revision
     tower = load_vision_tower(vision_tower, dtype=dtype, **tower_kwargs)
     language = load_language_model(language_model, dtype=dtype, **load_kwargs)
-    tokenizer = load_tokenizer(language_model, **_hub_kwargs(load_kwargs))
     old_rows = language.get_input_embeddings().num_embeddings
-    image_token_id, pad_token_id, rows = add_special_tokens(tokenizer, old_rows)
-    _check_words_before(tokenizer, image_token_id, pad_token_id, language_model)
+    tokenizer, image_token_id, pad_token_id, rows = read_vocabulary(language_model, old_rows, **hub_kwargs(load_kwargs))
     grow_vocabulary(language, rows)
     if dtype == "auto":
         dtype = language.dtype
@@ -117,12 +121,10 @@ def from_backbones(
             dtype=dtype,
         )
     config.base_language_model, config.base_vision_tower = _recorded(language_model), _recorded(vision_tower)
-    config.base_language_model_hash = weights_fingerprint(language_model, **_hub_kwargs(load_kwargs))
-    config.base_vision_tower_hash = weights_fingerprint(vision_tower, **_hub_kwargs(tower_kwargs))
+    config.base_language_model_hash = weights_fingerprint(language_model, **hub_kwargs(load_kwargs))
+    config.base_vision_tower_hash = weights_fingerprint(vision_tower, **hub_kwargs(tower_kwargs))
     model = _assemble(cls, config, language, tower, fresh_projector(config, dtype, seed))
     model.generation_config = _generation_config(language, tokenizer, pad_token_id)
-    if warm_start is not None:
-        start_from(model, warm_start)
     return model.eval()
 
 
@@ -133,10 +135,9 @@ def from_llava_hf(
 
     Raises `ValueError` where it lacks weights or is no LLaVA-1.5 (another projector, several tower layers).
     """
-    llava = _load_complete(LlavaForConditionalGeneration, path, dtype=_dtype(dtype), **load_kwargs)
-    tokenizer = load_tokenizer(path, **_hub_kwargs(load_kwargs))
-    image_token_id, pad_token_id, rows = add_special_tokens(tokenizer, llava.get_input_embeddings().num_embeddings)
-    _check_words_before(tokenizer, image_token_id, pad_token_id, path)
+    llava = _load_llava(path, dtype=_dtype(dtype), **load_kwargs)
+    old_rows = llava.get_input_embeddings().num_embeddings
+    tokenizer, image_token_id, pad_token_id, rows = read_vocabulary(path, old_rows, **hub_kwargs(load_kwargs))
     language, tower = _language_half(llava), llava.model.vision_tower
     grow_vocabulary(language, rows)
     config = _config(
@@ -184,8 +185,13 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     return named
 
 
-def _check_words_before(tokenizer, image_token_id: int, pad_token_id: int, path: str | os.PathLike) -> None:
-    """Ids from the placeholder on are never generated, so no word may stand there."""
+def read_vocabulary(path: str | os.PathLike, old_rows: int = 0, **hub_kwargs) -> tuple[Any, int, int, int]:
+    """A language model's tokenizer with image and padding token added, their ids, and the embedding rows to have.
+
+    Raises `ValueError` where a word has an id after the placeholder's: ids from there on are never generated.
+    """
+    tokenizer = load_tokenizer(path, **hub_kwargs)
+    image_token_id, pad_token_id, rows = add_special_tokens(tokenizer, old_rows)
     words = [
         token for token, number in tokenizer.get_vocab().items() if number > image_token_id and number != pad_token_id
     ]
@@ -194,16 +200,31 @@ def _check_words_before(tokenizer, image_token_id: int, pad_token_id: int, path:
             f"the tokenizer of {path} has {tokenizer.convert_ids_to_tokens(image_token_id)} as id {image_token_id} and "
             f"{len(words)} tokens after it, such as {words[0]!r}; the image placeholder must come after all words"
         )
+    return tokenizer, image_token_id, pad_token_id, rows
 
 
 def load_language_model(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
-    """A causal language model, or the one within a LLaVA-1.5 checkpoint (the original's, transformers')."""
-    settings, _ = PreTrainedConfig.get_config_dict(path, **_hub_kwargs(kwargs))
+    """A causal language model, or the one within a full LLaVA (the original's, transformers', ours)."""
+    settings = read_settings(path, **hub_kwargs(kwargs))
     if is_original(settings):
-        return _load_complete(AutoModelForCausalLM, path, config=language_config(path, **_hub_kwargs(kwargs)), **kwargs)
-    if settings.get("model_type") == "llava":
-        return _language_half(_load_complete(LlavaForConditionalGeneration, path, **kwargs))
+        config = language_config(path, **hub_kwargs(kwargs))
+        return _load_complete(AutoModelForCausalLM, path, zeros_allowed=False, config=config, **kwargs)
+    if settings.get("model_type") in FULL_LLAVAS:
+        return _language_half(_load_llava(path, **kwargs))
     return _load_complete(AutoModelForCausalLM, path, **kwargs)
+
+
+def _load_llava(path: str | os.PathLike, **kwargs) -> LlavaForConditionalGeneration:
+    """A full LLaVA, transformers' or ours. Raises `ValueError` for an adapter checkpoint of ours."""
+    settings = read_settings(path, **hub_kwargs(kwargs))
+    if settings["model_type"] == "llava":
+        return _load_complete(LlavaForConditionalGeneration, path, zeros_allowed=False, **kwargs)
+    if not recognise(fetch(path, **kwargs)).holds_language_model:
+        raise ValueError(
+            f"{path} is an adapter checkpoint, without a language model and a tower of its own: merge it first "
+            "(python -m llava_sp.checkpoints.merge)"
+        )
+    return LlavaSPForCausalLM.from_pretrained(path, **kwargs)
 
 
 def _language_half(llava: LlavaForConditionalGeneration) -> PreTrainedModel:
@@ -221,9 +242,9 @@ def load_vision_tower(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
 
     The tower's `config` gets `hidden_size`, `image_size` and `patch_size` where it lacks them (timm).
     """
-    config = AutoConfig.from_pretrained(path, **_hub_kwargs(kwargs))
-    if config.model_type == "llava":
-        tower = _load_complete(LlavaForConditionalGeneration, path, **kwargs).model.vision_tower
+    config = read_config(path, **hub_kwargs(kwargs))
+    if config.model_type in FULL_LLAVAS:
+        tower = _load_llava(path, **kwargs).model.vision_tower
     else:
         tower = _load_complete(AutoModel, path, config=getattr(config, "vision_config", config), **kwargs)
     timm_model = getattr(tower, "timm_model", None)
@@ -273,15 +294,6 @@ def grow_vocabulary(language: PreTrainedModel, rows: int) -> None:
                 module.weight[old_rows:] = module.weight[:old_rows].float().mean(dim=0).to(module.weight.dtype)
 
 
-def gathered(parameters: list[nn.Parameter], modify: bool = False):
-    """A context in which parameters split by ZeRO-3 are whole; else nothing."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None)
-
-
 def weights_fingerprint(path: str | os.PathLike, **hub_kwargs) -> str:
     """Hash of every weight's name, shape, type and a few values, read without loading the tensors.
 
@@ -294,8 +306,10 @@ def weights_fingerprint(path: str | os.PathLike, **hub_kwargs) -> str:
     return digest.hexdigest()[:16]
 
 
-def _load_complete(auto_class, path: str | os.PathLike, **kwargs) -> PreTrainedModel:
+def _load_complete(auto_class, path: str | os.PathLike, zeros_allowed: bool = True, **kwargs) -> PreTrainedModel:
     """`from_pretrained`, but what the folder does not hold whole is an error, not random numbers or NaN.
+
+    A matrix of zeros may be meant in a backbone, not in a LLaVA that was trained.
 
     Raises:
         ValueError: a file is cut off, missing or holds code; a tensor is missing, of another shape, or cannot be trained
@@ -303,6 +317,7 @@ def _load_complete(auto_class, path: str | os.PathLike, **kwargs) -> PreTrainedM
     """
     stored = []
     if (Path(path) / "config.json").is_file():  # before anything is read; without one, transformers says what it is not
+        check_generation_config(Path(path))
         stored = [tensor for file in weight_files(Path(path)) for tensor in stored_tensors(file)]
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else a CLIP's text half is reported, key by key, as unexpected
@@ -316,22 +331,8 @@ def _load_complete(auto_class, path: str | os.PathLike, **kwargs) -> PreTrainedM
             f"{path} does not hold all weights of {type(model).__name__}: {len(problems)} missing or of another shape, "
             f"such as {', '.join(problems[:5])}"
         )
-    _check_values(model, path, stored)
+    check_values(model, path, stored, zeros_allowed)
     return model
-
-
-def _check_values(model: PreTrainedModel, path: str | os.PathLike, stored: list[StoredTensor]) -> None:
-    """Raises `ValueError` for weights that cannot have been trained; some 4 GiB a second and core are looked at."""
-    problems = []
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta or hasattr(parameter, "ds_id"):  # kept on the disk; split by ZeRO-3
-            continue
-        problem = value_problem(parameter.detach(), zeros_allowed=True)
-        if problem:
-            tail = f".{'.'.join(name.split('.')[-5:])}"  # backbones are saved with and without their head's prefix
-            held = next((tensor for tensor in stored if f".{tensor.key}".endswith(tail)), None)
-            problems.append(f"{held.key} in {held.file} {problem}" if held else f"{name} in {path} {problem}")
-    raise_problems(problems)
 
 
 @contextmanager
@@ -348,7 +349,7 @@ def zero3_set_aside() -> Iterator[None]:
 
 def _assemble(cls, config: LlavaSPConfig, language, tower, projector):
     """Put loaded parts into an empty model; nothing is copied."""
-    with zero3_set_aside(), torch.device("meta"):
+    with zero3_set_aside(), torch.device("meta"), told_as_value_error(config.name_or_path or "this model"):
         model = cls(config)
     model.model.vision_tower = tower
     model.model.multi_modal_projector = projector.to(tower.device)
@@ -389,10 +390,3 @@ def _local_folder(path: str | os.PathLike, **hub_kwargs) -> Path:
     from transformers.utils import cached_file
 
     return Path(cached_file(str(path), "config.json", **hub_kwargs)).parent
-
-
-_HUB_KEYWORDS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-
-
-def _hub_kwargs(kwargs: dict) -> dict:
-    return {name: kwargs[name] for name in _HUB_KEYWORDS if name in kwargs}

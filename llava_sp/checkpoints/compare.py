@@ -1,4 +1,4 @@
-"""What a checkpoint holds against what its configuration asks for: by names and shapes before it is opened, by values after."""
+"""What a checkpoint holds against what its configuration asks for, by names and shapes, before it is opened."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from torch import nn
 
+from ..model.backbone_configs import told_as_value_error
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.modeling_llava_sp import LlavaSPForCausalLM
 from .backbones import zero3_set_aside
+from .filling import without_adapter_name, without_pooled_norm
 from .formats import (
     ADAPTER_NAME,
     HEAD,
     LANGUAGE,
-    LORA_FOLDER,
+    LORA,
     ORIGINAL_GRID,
     PROJECTOR,
     TOWER,
@@ -24,10 +24,10 @@ from .formats import (
     bare,
     lora_config,
     original_projector_name,
+    tower_name,
 )
-from .tensor_files import StoredTensor, raise_problems, value_problem
+from .tensor_files import StoredTensor
 
-LORA = ".lora_"
 OURS = ("llava_sp", "llava_sp_adapter")
 
 
@@ -53,7 +53,7 @@ def compare(found: Checkpoint, config: LlavaSPConfig | None) -> Comparison:
     """Names and shapes against those of `config`'s model; None leaves the layout of the projector to go by.
 
     Raises:
-        ValueError, TypeError: no such model can be made.
+        ValueError: no such model can be made.
     """
     needed, known = ({}, set(found.tensors)) if config is None else _wanted(found, config)
     result = Comparison(unexpected=[_entry(found, tensor) for tensor in found.unknown])
@@ -73,10 +73,10 @@ def compare(found: Checkpoint, config: LlavaSPConfig | None) -> Comparison:
 def _wanted(found: Checkpoint, config: LlavaSPConfig) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """`(name -> shape of what the checkpoint has to bring, names that it may bring)`, under our names."""
     text_is_known = config.text_config.num_hidden_layers > 0
-    with zero3_set_aside(), torch.device("meta"):
+    with zero3_set_aside(), torch.device("meta"), told_as_value_error(found.folder):
         model = LlavaSPForCausalLM(config)
         if found.lora is not None and text_is_known:
-            model.add_adapter(_adapter_config(found), adapter_name=ADAPTER_NAME)
+            model.add_adapter(lora_config(found), adapter_name=ADAPTER_NAME)
     brought, untold = [PROJECTOR], []
     if found.lora is not None:
         (brought if text_is_known else untold).append(LORA)
@@ -88,8 +88,8 @@ def _wanted(found: Checkpoint, config: LlavaSPConfig) -> tuple[dict[str, tuple[i
         (brought if getattr(config.vision_config, "num_hidden_layers", 1) else untold).append(TOWER)
     shapes = {_plain(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
     needed = {name: shape for name, shape in shapes.items() if _part(name).startswith(tuple(brought))}
-    if found.format == "original_full":  # left out there: of a CLIP, it serves the pooled output only
-        needed = {n: s for n, s in needed.items() if not n.startswith(f"{TOWER}post_layernorm") or n in found.tensors}
+    if found.format == "original_full":
+        needed = without_pooled_norm(needed, found.tensors)
     known = {name for name in map(_plain, model.state_dict()) if _part(name).startswith(tuple(brought))}
     return needed, known | {name for name in found.tensors if _part(name).startswith(tuple(untold))}
 
@@ -101,14 +101,8 @@ def _part(name: str) -> str:
 
 def _plain(name: str) -> str:
     """A parameter's name in the model -> as `Checkpoint.tensors` has it, for every version of transformers and without PEFT."""
-    name = name.replace("vision_tower.vision_model.", "vision_tower.").replace(".base_layer.", ".")
-    return name.replace(f".{ADAPTER_NAME}.", ".") if LORA in name else name
-
-
-def _adapter_config(found: Checkpoint) -> LoraConfig:
-    return (
-        LoraConfig.from_pretrained(str(found.folder / LORA_FOLDER)) if found.format in OURS else lora_config(found.lora)
-    )
+    name = tower_name(name).replace(".base_layer.", ".")
+    return without_adapter_name(name) if LORA in name else name
 
 
 def _entry(found: Checkpoint, tensor: StoredTensor) -> dict[str, Any]:
@@ -145,22 +139,3 @@ def check_fits(found: Checkpoint, config: LlavaSPConfig) -> None:
     if lines:
         more = f"\n  and {len(lines) - 8} more" if len(lines) > 8 else ""
         raise ValueError(f"{found.folder} is not the model that it describes:\n  " + "\n  ".join(lines[:8]) + more)
-
-
-def check_values(model: nn.Module, found: Checkpoint) -> None:
-    """Raises `ValueError` with key and file of every weight of an opened full checkpoint that cannot have been trained.
-
-    A matrix of zeros may be meant in what is ours.
-    """
-    problems = []
-    for name, parameter in model.named_parameters():
-        stored = found.tensors.get(_plain(name))
-        if (
-            stored is None
-            or parameter.is_meta
-            or (parameter.dtype != stored.dtype and not parameter.is_floating_point())
-        ):
-            continue  # not from these files, kept on the disk, quantised
-        problem = value_problem(parameter.detach(), zeros_allowed=found.format in OURS)
-        problems += [f"{stored.key} in {stored.file} {problem}"] if problem else []
-    raise_problems(problems)

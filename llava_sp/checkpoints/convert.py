@@ -32,19 +32,23 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.modeling_llava_sp import LlavaSPForCausalLM
 from ..model.processing_llava_sp import LlavaSPProcessor
-from .adapter import _fetch, _find_base, _with_adapter_name, describe, save_adapter
+from .adapter import describe, save_adapter
+from .filling import parameter_names
 from .formats import (
     LANGUAGE,
+    LORA,
     ORIGINAL_SCALES,
     PROJECTOR,
     TOWER,
     Checkpoint,
     original_projector_name,
+    our_config,
     recognise,
 )
+from .locating import base_folder, fetch
 from .new_folder import check_new, new_folder
 from .original import check_complete
-from .tensor_files import read_checked
+from .tensor_files import read_all, read_checked
 
 TARGETS = ("llava_sp", "original", "llava_hf")
 _WRAPPED = "base_model.model.model."  # what PEFT and LlavaLlamaForCausalLM put before a key
@@ -67,7 +71,7 @@ def convert(
         ValueError: the source cannot be opened, the format cannot hold this model, or `to` is not empty.
         OSError: `to` cannot be written; nothing is left there then.
     """
-    found, destination = recognise(_fetch(source)), Path(to).resolve()
+    found, destination = recognise(fetch(source)), Path(to).resolve()
     ours = found.format in ("llava_sp", "llava_sp_adapter")
     target = target or ("original" if ours else "llava_sp")
     if found.format == "llava_sp_adapter":
@@ -91,19 +95,19 @@ def convert(
 
 
 def _to_ours(found: Checkpoint, folder: Path, bases: dict[str, Any], max_shard_size: str) -> str:
-    model = LlavaSPForCausalLM.from_pretrained(found.folder if found.holds_language_model else _path(found), **bases)
+    if found.part(TOWER) and not found.holds_language_model:
+        raise ValueError(
+            f"{found.folder} holds a trained vision tower, which an adapter checkpoint has not: merge it instead "
+            "(python -m llava_sp.checkpoints.merge)"
+        )
+    model = LlavaSPForCausalLM.from_pretrained(_path(found), **bases)
     processor = LlavaSPProcessor.from_pretrained(_path(found), **bases)
     if found.holds_language_model:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
         return "a full checkpoint"
-    if found.part(TOWER):
-        raise ValueError(
-            f"{found.folder} holds a trained vision tower, which an adapter checkpoint has not: merge it instead "
-            "(python -m llava_sp.checkpoints.merge)"
-        )
     stored = {**found.part(PROJECTOR), **found.part("", lora=True)}
-    state = {(_with_adapter_name(n) if ".lora_" in n else n): t.contiguous() for n, t in read_checked(stored).items()}
+    state = {name: tensor.contiguous() for name, tensor in parameter_names(read_checked(stored)).items()}
     save_adapter(model, processor, folder, state_dict=state, run={"converted_from": str(found.folder.resolve())})
     return "an adapter checkpoint" if found.lora else "an adapter checkpoint without LoRA (first stage)"
 
@@ -136,7 +140,8 @@ def _to_original(found: Checkpoint, folder: Path, bases: dict[str, Any], max_sha
     projector = {_original_name(name, config): t for name, t in read_checked(found.part(PROJECTOR)).items()}
     if found.holds_language_model:
         state = {f"model.{key}": tensor for key, tensor in projector.items()}
-        state |= {_full_name(name): stored.read() for name, stored in _rest(found).items()}
+        rest = {_full_name(name): tensor for name, tensor in found.tensors.items() if not name.startswith(PROJECTOR)}
+        state |= read_all(rest)
         save_torch_state_dict(
             {key: tensor.contiguous() for key, tensor in state.items()},
             folder,
@@ -153,7 +158,7 @@ def _to_original(found: Checkpoint, folder: Path, bases: dict[str, Any], max_sha
         name.replace(LANGUAGE, _WRAPPED): tensor for name, tensor in read_checked(found.part("", lora=True)).items()
     }
     save_file(lora, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    leaves = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in lora})
+    leaves = sorted({name.split(LORA)[0].rpartition(".")[2] for name in lora})
     described = {**found.lora, "target_modules": leaves, "base_model_name_or_path": settings["_name_or_path"]}
     _write_json(folder / "adapter_config.json", described)
     return "a LoRA folder for the original code (its name must hold 'llava' and 'lora' there)"
@@ -164,7 +169,7 @@ def _our_config(found: Checkpoint) -> LlavaSPConfig:
         llava = LlavaConfig.from_pretrained(found.folder)
         shared = ("text_config", "vision_config", "image_token_index", "vision_feature_layer", "pad_token_id")
         return LlavaSPConfig(**{name: getattr(llava, name, None) for name in shared}, spatial_variant="none")
-    return LlavaSPConfig.from_pretrained(found.folder)
+    return our_config(found.folder)
 
 
 def _check_original_can_hold(found: Checkpoint, config: LlavaSPConfig) -> None:
@@ -237,21 +242,15 @@ def _aspect_ratio(found: Checkpoint) -> str:
 
 def _find_tokenizer(found: Checkpoint, config: LlavaSPConfig, bases: dict[str, Any]) -> Path | None:
     """A folder with the original's slow tokenizer, if there is one here: a hub id is left to the reader."""
-    given = bases.get("base_model")
-    for place in (given, found.folder, config.base_language_model):
-        if place is not None and (Path(place) / "tokenizer.model").is_file():
-            return Path(place)
-    if given is None and found.language_model is not None and Path(found.language_model).exists():
-        return Path(_find_base(found.folder, None, found.language_model, "base_model", "language model"))
+    for place in (bases.get("base_model"), found.folder, config.base_language_model):
+        folder = None if place is None else base_folder(found.folder, place)
+        if folder is not None and (folder / "tokenizer.model").is_file():
+            return folder
     return None
 
 
 def _original_name(name: str, config: LlavaSPConfig) -> str:
     return original_projector_name(name.removeprefix(PROJECTOR), config.spatial_variant, config.grid_size)
-
-
-def _rest(found: Checkpoint) -> dict[str, Any]:
-    return {name: stored for name, stored in found.tensors.items() if not name.startswith(PROJECTOR)}
 
 
 def _full_name(name: str) -> str:

@@ -14,12 +14,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import torch
 from peft import LoraConfig
 
+from ..model.backbone_configs import told_as_value_error
+from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.modeling_llava_sp import ADAPTER_FILE
 from .tensor_files import WEIGHT_FILES, StoredTensor, read_index, read_json, shard_index, stored_tensors, weight_files
 
@@ -35,6 +39,7 @@ PROJECTOR = "model.multi_modal_projector."
 LANGUAGE = "model.language_model."
 TOWER = "model.vision_tower."
 HEAD = "lm_head."
+LORA = ".lora_"
 ORIGINAL_SCALES = (4, 8, 12, 16, 20, 24)
 ORIGINAL_GRID = 24
 ADAPTER_NAME = "default"
@@ -52,9 +57,27 @@ _UNDERSTOOD: dict[str, tuple] = {
     "image_aspect_ratio": ("pad", "square", "crop", None),
     "s2": (False, None),
 }
+# PEFT's settings: what each may be, and that in words.
+_LORA_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (lambda value: type(value) is int and value > 0, "a whole number above 0"),
+    "lora_alpha": (lambda value: type(value) in (int, float), "a number"),
+    "lora_dropout": (lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"),
+    "target_modules": (
+        lambda value: bool(value) and (isinstance(value, str) or _are_names(value)),
+        "the names of linear layers",
+    ),
+    "use_rslora": (lambda value: type(value) is bool, "true or false"),
+    "use_dora": (lambda value: type(value) is bool, "true or false"),
+    "rank_pattern": (lambda value: isinstance(value, dict), "an object"),
+    "alpha_pattern": (lambda value: isinstance(value, dict), "an object"),
+}
 _INTEGRATOR = {"query_projector": "query", "key_projector": "key", "value_projector": "value"}
 _CONSTANTS = ("rotary_emb.inv_freq", "position_ids")  # in older files; no weights
 _CONV = re.compile(r"conv_(\d+)(\.1)?\.weight")
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 class UnknownFormat(ValueError):
@@ -73,6 +96,7 @@ class Checkpoint:
         lora: PEFT's adapter_config.json, or None.
         spatial: keywords of `LlavaSPConfig` that the projector's tensors call for.
         language_model, vision_tower: what it records about its origin.
+        copies: a file of these tensors -> another one beside it that has to hold the same.
     """
 
     folder: Path
@@ -85,14 +109,20 @@ class Checkpoint:
     spatial: dict[str, Any] = field(default_factory=dict)
     language_model: str | None = None
     vision_tower: str | None = None
+    copies: dict[Path, Path] = field(default_factory=dict)
 
     def part(self, prefix: str, lora: bool = False) -> dict[str, StoredTensor]:
         """The tensors below `prefix` under their whole names, LoRA's or the others."""
-        return {n: t for n, t in self.tensors.items() if n.startswith(prefix) and (".lora_" in n) == lora}
+        return {n: t for n, t in self.tensors.items() if n.startswith(prefix) and (LORA in n) == lora}
 
     @property
     def files(self) -> list[Path]:
         return sorted({tensor.file for tensor in (*self.tensors.values(), *self.unknown)})
+
+    @property
+    def lora_file(self) -> Path:
+        """PEFT's settings, where the checkpoint has LoRA."""
+        return self.folder / (LORA_FOLDER if self.format == "llava_sp_adapter" else "") / "adapter_config.json"
 
     @property
     def holds_language_model(self) -> bool:
@@ -145,28 +175,45 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _full(folder: Path, config: dict, kind: str) -> Checkpoint:
+    check_generation_config(folder)
     found = Checkpoint(folder, kind, config)
     for tensor in all_stored(folder):
-        _enter(found, tensor.key, tensor)
+        _enter(found, tower_name(tensor.key), tensor)
     found.spatial = {key: value for key, value in config.items() if key.startswith(("spatial_", "fusion_"))}
-    found.language_model, found.vision_tower = config.get("base_language_model"), config.get("base_vision_tower")
+    file = folder / "config.json"
+    found.language_model = _recorded(config, "base_language_model", file)
+    found.vision_tower = _recorded(config, "base_vision_tower", file)
     return found
+
+
+def check_generation_config(folder: Path) -> None:
+    """Raises `ValueError` for a file that transformers stumbles over when it opens a full checkpoint."""
+    if (folder / "generation_config.json").is_file():
+        read_json(folder / "generation_config.json")
+
+
+def our_config(folder: Path) -> LlavaSPConfig:
+    """config.json of a checkpoint of ours. Raises `ValueError` where a value in it cannot be."""
+    with told_as_value_error(folder):
+        return LlavaSPConfig.from_pretrained(folder)
 
 
 def _adapter(folder: Path, config: dict) -> Checkpoint:
     found = Checkpoint(folder, "llava_sp_adapter", config)
     for tensor in stored_tensors(folder / ADAPTER_FILE):
         found.tensors[PROJECTOR + tensor.key] = tensor
-    lora = folder / "lora"
+    lora = folder / LORA_FOLDER
     if lora.is_dir():
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             if not (lora / name).is_file():
                 raise ValueError(f"{lora / name} is not there: the copy is not complete")
-        found.lora = read_json(lora / "adapter_config.json")
+        found.lora = read_json(found.lora_file)
         for tensor in stored_tensors(lora / "adapter_model.safetensors"):
             found.tensors[tensor.key.removeprefix("base_model.model.")] = tensor
     found.spatial = {key: value for key, value in config.items() if key.startswith(("spatial_", "fusion_"))}
-    found.language_model, found.vision_tower = config.get("base_language_model"), config.get("base_vision_tower")
+    file = folder / "config.json"
+    found.language_model = _recorded(config, "base_language_model", file)
+    found.vision_tower = _recorded(config, "base_vision_tower", file)
     return found
 
 
@@ -210,6 +257,11 @@ def original_projector_name(name: str, variant: str, grid: int) -> str:
     return f"{theirs[parts[2]]}.{'.'.join(parts[3:])}"
 
 
+def tower_name(name: str) -> str:
+    """A parameter's name as `Checkpoint.tensors` has it: transformers before 5.20 has one level more in the tower."""
+    return name.replace("vision_tower.vision_model.", "vision_tower.")
+
+
 def _our_name(key: str) -> str | None:
     """An original key, wrapped or bare -> the name in our model; None if it has no place there."""
     key = bare(key)
@@ -247,8 +299,9 @@ def _enter(found: Checkpoint, name: str, tensor: StoredTensor) -> None:
 def _original(folder: Path, config: dict, kind: str) -> Checkpoint:
     """The settings that the original code records, for all of its formats."""
     found = Checkpoint(folder, kind, config)
-    found.language_model = config.get("_name_or_path") or None
-    found.vision_tower = config.get("mm_vision_tower") or config.get("vision_tower") or None
+    file = folder / "config.json"
+    found.language_model = _recorded(config, "_name_or_path", file)
+    found.vision_tower = _recorded(config, "mm_vision_tower", file) or _recorded(config, "vision_tower", file)
     for key, allowed in _UNDERSTOOD.items():
         value = config.get(key, allowed[0])
         if value not in allowed:
@@ -256,20 +309,50 @@ def _original(folder: Path, config: dict, kind: str) -> Checkpoint:
     return found
 
 
+def _recorded(settings: dict[str, Any], key: str, file: Path) -> str | None:
+    """A hub id or a folder; None for nothing. Raises `ValueError` for anything else, such as a list of several towers."""
+    value = settings.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{file}: {key} is {value!r}; expected the hub id or folder of one model")
+    return value or None
+
+
 def _original_lora(folder: Path, config: dict) -> Checkpoint:
     found = _original(folder, config, "original_lora")
-    lora, others = _find(folder, _LORA_FILES), _find(folder, _NON_LORA_FILES)
-    for file, names in ((lora, _LORA_FILES), (others, _NON_LORA_FILES)):
-        if file is None:
+    tensors = []
+    for names in (_LORA_FILES, _NON_LORA_FILES):
+        files = [folder / name for name in names if (folder / name).is_file()]
+        if not files:
             raise ValueError(
                 f"{folder} looks like a LoRA folder of the original code, but {' or '.join(names)} is missing"
             )
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder} has {lora.name}, but no adapter_config.json to say what it is")
-    found.lora = read_json(folder / "adapter_config.json")
-    found.language_model = found.lora.get("base_model_name_or_path") or found.language_model
-    _place(found, [*stored_tensors(lora), *stored_tensors(others)])
+        held = stored_tensors(files[0])
+        if not held:
+            raise ValueError(f"{files[0]} holds no tensors: it was saved empty")
+        tensors += held
+        if len(files) > 1:
+            _check_copy(held, stored_tensors(files[1]), *files)
+            found.copies[files[0]] = files[1]
+    if not found.lora_file.is_file():
+        raise ValueError(f"{folder} has {tensors[0].file.name}, but no adapter_config.json to say what it is")
+    found.lora = read_json(found.lora_file)
+    found.language_model = _recorded(found.lora, "base_model_name_or_path", found.lora_file) or found.language_model
+    _place(found, tensors)
     return found
+
+
+def _check_copy(held: list[StoredTensor], copied: list[StoredTensor], file: Path, copy: Path) -> None:
+    """Raises `ValueError` where two files that are there for the same thing do not look alike."""
+    looks = [{tensor.key: (tensor.shape, tensor.dtype) for tensor in tensors} for tensors in (held, copied)]
+    differing = [key for key in {**looks[0], **looks[1]} if looks[0].get(key) != looks[1].get(key)]
+    if differing:
+        raise_contradiction(file, copy, differing[0])
+
+
+def raise_contradiction(file: Path, copy: Path, key: str) -> NoReturn:
+    raise ValueError(
+        f"{file} and {copy} are both there and are not the same: {key} differs. Remove the one that is not meant"
+    )
 
 
 def _original_projector(folder: Path, file: Path, config: dict) -> Checkpoint:
@@ -376,13 +459,18 @@ def _is_pooled(projector: dict[str, StoredTensor]) -> bool:
 
 def _llava_hf(folder: Path, config: dict, tensors: list[StoredTensor]) -> Checkpoint:
     """Both of its namings: `language_model.model.layers` on disk, `model.language_model.layers` in memory."""
+    if config.get("model_type") != "llava":
+        raise ValueError(
+            f"{folder}: model_type is {config.get('model_type')!r} in its config.json; only 'llava' can be opened"
+        )
+    check_generation_config(folder)
     found = Checkpoint(folder, "llava_hf", config, spatial={"spatial_variant": "none"})
     for tensor in tensors:
         if tensor.key.endswith(_CONSTANTS):
             continue
         key = tensor.key.removeprefix("model.")
         key = key.replace("language_model.lm_head.", HEAD).replace("language_model.model.", "language_model.")
-        key = key.replace("vision_tower.vision_model.", "vision_tower.")
+        key = tower_name(key)
         if key.startswith(HEAD):
             _enter(found, key, tensor)
         elif key.startswith(("language_model.", "vision_tower.", "multi_modal_projector.")):
@@ -413,38 +501,56 @@ def feature_layer(found: Checkpoint) -> int:
     kept = found.config.get("mm_vision_select_feature", "patch")
     if kept != "patch":
         raise ValueError(f"{found.folder}: mm_vision_select_feature is {kept!r}; the patch grid alone can be opened")
-    return found.config.get("mm_vision_select_layer", -2)
-
-
-def lora_config(settings: dict[str, Any]) -> LoraConfig:
-    """PEFT's settings as the original saved them, held to the language model.
-
-    Raises `ValueError` for a kind of adapter that is not plain LoRA on linear layers.
-    """
-    targets = settings.get("target_modules")
-    ours = isinstance(targets, str) and targets.startswith(r"model\.language_model\.")
-    if settings.get("peft_type") != "LORA" or not targets or (isinstance(targets, str) and not ours):
+    layer = found.config.get("mm_vision_select_layer", -2)
+    if type(layer) is not int:
         raise ValueError(
-            f"adapter_config.json: peft_type {settings.get('peft_type')!r} on {targets!r} cannot be opened"
+            f"{found.folder / 'config.json'}: mm_vision_select_layer is {layer!r}; expected a whole number"
         )
-    extra = {key: settings.get(key) for key in ("bias", "modules_to_save", "layers_to_transform")}
-    extra = {key: value for key, value in extra.items() if value not in (None, "none", [])}
-    lacking = [key for key in ("r", "lora_alpha") if not isinstance(settings.get(key), int)]
-    if extra or lacking:
-        what = f"has {extra}" if extra else f"gives no number for {', '.join(lacking)}"
-        raise ValueError(f"adapter_config.json {what}: only plain LoRA on linear layers can be opened")
-    if not ours:
+    return layer
+
+
+def recorded_dtype(found: Checkpoint) -> str:
+    """The name of the type of its weights, or "auto". Raises `ValueError` for a name that is none."""
+    key = "torch_dtype" if found.config.get("torch_dtype") else "dtype"
+    name = str(found.config.get(key) or "auto").removeprefix("torch.")
+    if name != "auto" and not isinstance(getattr(torch, name, None), torch.dtype):
+        raise ValueError(
+            f"{found.folder / 'config.json'}: {key} is {found.config[key]!r}; expected float16 or the like"
+        )
+    return name
+
+
+def lora_config(found: Checkpoint) -> LoraConfig:
+    """PEFT's settings of a checkpoint's LoRA; those that the original saved are held to the language model.
+
+    Raises `ValueError`, with file and key, for a kind of adapter that is not plain LoRA on linear layers.
+    """
+    settings, file = found.lora, found.lora_file
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: peft_type is {settings.get('peft_type')!r}; only 'LORA' can be opened")
+    _check_lora_values(settings, file)
+    targets = settings["target_modules"]
+    if found.format == "llava_sp_adapter":
+        return LoraConfig.from_pretrained(str(file.parent))
+    if isinstance(targets, str) and not targets.startswith(re.escape(LANGUAGE)):
+        raise ValueError(
+            f"{file}: target_modules is {targets!r}; expected a list of the language model's linear layers"
+        )
+    for key in ("bias", "modules_to_save", "layers_to_transform"):
+        if settings.get(key) not in (None, "none", []):
+            raise ValueError(f"{file}: {key} is {settings[key]!r}; only plain LoRA on linear layers can be opened")
+    if not isinstance(targets, str):
         leaves = "|".join(sorted(re.escape(target) for target in targets))
-        targets = rf"model\.language_model\..*\.({leaves})"
-    keys = (
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_rslora",
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "fan_in_fan_out",
-    )
-    kept = {key: settings[key] for key in keys if key in settings}
-    return LoraConfig(**kept, target_modules=targets, bias="none", task_type="CAUSAL_LM")
+        targets = rf"{re.escape(LANGUAGE)}.*\.({leaves})"
+    kept = {key: settings[key] for key in (*_LORA_VALUES, "fan_in_fan_out") if settings.get(key) is not None}
+    return LoraConfig(**kept | {"target_modules": targets}, bias="none", task_type="CAUSAL_LM")
+
+
+def _check_lora_values(settings: dict[str, Any], file: Path) -> None:
+    for key, (fits, expected) in _LORA_VALUES.items():
+        value = settings.get(key)
+        if value is None and key not in ("r", "lora_alpha", "target_modules"):
+            continue
+        if not fits(value):
+            given = f"is {value!r}" if key in settings else "is not there"
+            raise ValueError(f"{file}: {key} {given}; expected {expected}")

@@ -3,8 +3,9 @@
     python -m llava_sp.checkpoints.inspect PATH [--json]
 
 PATH is a folder, or the file of a first stage's projector. Headers are read and no tensors, so a large checkpoint takes
-no longer than a small one; names and shapes are compared with those of a model on the meta device. Values (NaN,
-memory that was never initialised, a base's fingerprint) are checked on opening. Nothing is downloaded.
+no longer than a small one; names and shapes are compared with those of a model on the meta device, tokenizers and image
+settings are made as on opening. Values (NaN, memory that was never initialised, a base's fingerprint, whether a base holds
+all of its model) are checked on opening. Nothing is downloaded.
 
 Exit status: 0 it would load, 1 it would not (the report says why), 2 no checkpoint is there at all.
 """
@@ -20,32 +21,43 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
 from ..model.backbone_configs import is_original, language_config, vision_config
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.other_formats import is_missing_folder
+from ..model.processing_llava_sp import LlavaSPProcessor
 from .adapter import MANIFEST, describe
-from .compare import LORA, OURS, Comparison, compare
+from .backbones import read_vocabulary
+from .compare import OURS, Comparison, compare
 from .formats import (
     FORMATS,
     HEAD,
     LANGUAGE,
+    LORA,
     ORIGINAL_GRID,
     PROJECTOR,
     TOWER,
     Checkpoint,
     UnknownFormat,
+    check_generation_config,
     feature_layer,
     lora_config,
+    our_config,
     recognise,
+    recorded_dtype,
 )
-from .tensor_files import read_json, weight_files
+from .locating import base_folder
+from .original import check_tokenizers, full_config, has_tokenizer, open_processor
+from .tensor_files import read_json, stored_tensors, weight_files
 
 PLACEHOLDERS = {"base_model": "LANGUAGE_MODEL", "vision_tower": "VISION_TOWER"}
 UNREAD = "not read; checked on opening"
 _MERGE_RECORD = "merged.json"
+# The report's keys: None, or an empty list, where nothing was recognised.
+_KEYS = ("format", "spatial", "base_model", "vision_tower", "template", "parts", "lora", "bytes", "run", "merged_from")
+_LISTS = ("files", "missing", "unexpected", "wrong_shape", "empty", "problems", "needs", "call")
 _SHOWN = 6  # lines of a kind of problem in the text; all are in the JSON
 _PARTS = {
     "language model": (LANGUAGE, HEAD),
@@ -81,14 +93,15 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: nothing stands there.
         UnknownFormat: it is no checkpoint that `LlavaSPForCausalLM.from_pretrained` knows.
     """
-    report: dict[str, Any] = {"path": str(path), "format": None, "loads": False, "problems": []}
+    report: dict[str, Any] = {"path": str(path), **dict.fromkeys(_KEYS), **{name: [] for name in _LISTS}}
+    report |= {"values": UNREAD, "loads": False}
     try:
         found = recognise(path)
     except (UnknownFormat, FileNotFoundError):
         raise
     except (ValueError, OSError) as error:
         return report | {"problems": [str(error)]}
-    problems: list[str] = report["problems"]
+    problems: list[str] = []
     language, tower = _language(found), _tower(found)
     for what, backbone in (("language model", language), ("vision tower", tower)):
         if backbone.problem is not None:
@@ -96,9 +109,11 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     config, comparison = None, compare(found, None)
     try:
         config = _config(found, language, tower)
-        comparison = compare(found, config)
         problems += _settings_problems(found)
-    except (ValueError, TypeError, KeyError, ImportError, OSError, StrictDataclassError) as error:
+        if not problems:
+            problems += _processor_problems(path, found, language, tower)
+        comparison = compare(found, config)
+    except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         problems.append(f"its configuration: {error}")
     problems += comparison.lines()
     given = [keyword for keyword, one in zip(PLACEHOLDERS, (language, tower)) if one.status == "missing"]
@@ -115,10 +130,10 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
         "run": _run(found),
         "merged_from": _merged(found),
         **vars(comparison),
-        "values": UNREAD,
+        "problems": problems,
         "loads": not problems,
         "needs": given,
-        "call": _calls(path, found, given),
+        "call": _calls(path, found, given, (language, tower)),
     }
 
 
@@ -144,9 +159,9 @@ def _place(found: Checkpoint, recorded: str | None, fingerprint: str | None) -> 
     """Where opening would look: as it is, relative to the checkpoint, on the hub."""
     if not isinstance(recorded, str):
         return Backbone(None, "missing")
-    for folder in (Path(recorded), found.folder / recorded, found.folder.parent / recorded):
-        if folder.is_dir():
-            return Backbone(recorded, "there", folder, _weights_problem(folder), fingerprint)
+    folder = base_folder(found.folder, recorded)
+    if folder is not None:
+        return Backbone(recorded, "there", folder, _weights_problem(folder), fingerprint)
     if is_missing_folder(recorded):
         return Backbone(recorded, "missing", fingerprint=fingerprint)
     cached = _cached(recorded)
@@ -157,9 +172,12 @@ def _place(found: Checkpoint, recorded: str | None, fingerprint: str | None) -> 
 
 
 def _weights_problem(folder: Path) -> str | None:
+    """Of its files and their headers; whether it holds all of its model shows on opening."""
     try:
-        weight_files(folder)
-    except ValueError as error:
+        check_generation_config(folder)
+        for file in weight_files(folder):
+            stored_tensors(file)
+    except (ValueError, OSError) as error:
         return str(error)
     return None
 
@@ -179,14 +197,12 @@ def _cached(name: str) -> Path | None:
 def _config(found: Checkpoint, language: Backbone, tower: Backbone) -> LlavaSPConfig | None:
     """The configuration of the model that opening would make; None where too little is known of its backbones."""
     if found.format in OURS:
-        return LlavaSPConfig.from_pretrained(found.folder)
+        if found.format == "llava_sp_adapter":  # its own tell the shapes, but those of its bases are read on opening
+            _text_config(found, language)
+            _vision_config(found, tower)
+        return our_config(found.folder)
     if found.format == "llava_hf":
-        return LlavaSPConfig(
-            text_config=language_config(found.folder),
-            vision_config=vision_config(found.folder),
-            spatial_variant="none",
-            vision_feature_layer=found.config.get("vision_feature_layer", -2),
-        )
+        return full_config(found, found.folder, found.folder)
     text, vision = _text_config(found, language), _vision_config(found, tower)
     if text is None or vision is None:
         return None
@@ -227,11 +243,38 @@ def _settings_problems(found: Checkpoint) -> list[str]:
     try:
         if found.format == "llava_sp_adapter":
             describe(found.folder)
-        if found.format == "original_lora":
-            lora_config(found.lora)
+        if found.lora is not None:
+            lora_config(found)
+        if found.format.startswith("original"):
+            recorded_dtype(found)
     except ValueError as error:
         return [str(error)]
     return []
+
+
+def _processor_problems(path: str | os.PathLike, found: Checkpoint, language: Backbone, tower: Backbone) -> list[str]:
+    """Tokenizers and image settings, by making of them what opening does, as far as they are on this machine."""
+    bases = {"base_model": language.folder, "vision_tower": tower.folder}
+    try:
+        if found.format not in OURS and has_tokenizer(found):
+            read_vocabulary(found.folder)
+        if found.format != "llava_sp" and language.folder is not None:
+            read_vocabulary(language.folder)
+            if found.format not in OURS:
+                check_tokenizers(found, language.folder)
+        if found.format in OURS and _has_processor(found):
+            LlavaSPProcessor.from_pretrained(found.folder)
+        elif found.format not in OURS and None not in bases.values():
+            if found.holds_language_model:
+                del bases["base_model"]
+            open_processor(path, **bases, local_files_only=True)
+    except (ValueError, OSError) as error:
+        return [f"its processor: {error}"]
+    return []
+
+
+def _has_processor(found: Checkpoint) -> bool:
+    return (found.folder / "processor_config.json").is_file()
 
 
 # ---- what is told
@@ -251,8 +294,7 @@ def _spatial(found: Checkpoint, config: LlavaSPConfig | None) -> dict[str, Any]:
 
 def _template(found: Checkpoint) -> dict[str, Any]:
     """What our processor's files record; other code records no template, and LLaVA-1.5's is meant."""
-    file = found.folder / "processor_config.json"
-    settings = read_json(file) if found.format in OURS and file.is_file() else {}
+    settings = (_told(found.folder / "processor_config.json") if found.format in OURS else None) or {}
     ratio = settings.get("image_aspect_ratio") or found.config.get("image_aspect_ratio")
     return {"recorded": settings.get("conversation_template"), "image_aspect_ratio": ratio}
 
@@ -288,24 +330,40 @@ def _lora(found: Checkpoint) -> dict[str, Any] | None:
 
 
 def _run(found: Checkpoint) -> dict[str, Any] | None:
-    file = found.folder / MANIFEST
-    run = read_json(file).get("run") if found.format in OURS and file.is_file() else None
-    return run or None
+    about = _told(found.folder / MANIFEST) if found.format in OURS else None
+    return (about or {}).get("run") or None
 
 
 def _merged(found: Checkpoint) -> dict[str, Any] | None:
     file = found.folder / _MERGE_RECORD
-    return read_json(file) if file.is_file() else None
+    return (_told(file) or {"unreadable": f"{file.name} is no record of a merge"}) if file.is_file() else None
 
 
-def _calls(path: str | os.PathLike, found: Checkpoint, given: list[str]) -> list[str]:
+def _told(file: Path) -> dict[str, Any] | None:
+    """A file that is told of and not needed; None where it is not there or cannot be read."""
+    try:
+        return read_json(file)
+    except (ValueError, OSError):
+        return None
+
+
+def _calls(path: str | os.PathLike, found: Checkpoint, given: list[str], bases: tuple[Backbone, Backbone]) -> list[str]:
     """The lines of Python that open model and processor."""
     keywords = "".join(f', {keyword}="{PLACEHOLDERS[keyword]}"' for keyword in given)
     place = json.dumps(str(path), ensure_ascii=False)
     processor = f"LlavaSPProcessor.from_pretrained({place}{keywords})"
-    if found.format in OURS and not (found.folder / "processor_config.json").is_file():
-        processor = "LlavaSPProcessor.from_backbones(model.config)"
+    if found.format in OURS and not _has_processor(found):
+        processor = f"LlavaSPProcessor.from_backbones({', '.join(['model.config', *_bases_to_name(found, bases)])})"
     return [f"model = LlavaSPForCausalLM.from_pretrained({place}{keywords})", f"processor = {processor}"]
+
+
+def _bases_to_name(found: Checkpoint, bases: tuple[Backbone, Backbone]) -> list[str]:
+    """Keywords for the backbones that a full checkpoint of ours came from, where these are not to be found any more."""
+    if found.format != "llava_sp":
+        return []  # the opened model records the ones it was opened on
+    lost = [_place(found, backbone.recorded, None).status == "missing" for backbone in bases]
+    words = {"language_model": PLACEHOLDERS["base_model"], "vision_tower": PLACEHOLDERS["vision_tower"]}
+    return [f'{keyword}="{word}"' for (keyword, word), gone in zip(words.items(), lost) if gone]
 
 
 # ---- the command
@@ -418,6 +476,8 @@ def _part_text(part: dict[str, Any], lora: dict[str, Any] | None) -> str:
 
 
 def _merged_text(record: dict[str, Any]) -> str:
+    if "unreadable" in record:
+        return record["unreadable"]
     adapter, base = record.get("adapter", {}), record.get("base_language_model", {})
     return f"{adapter.get('path')} ({adapter.get('hash')}) in {base.get('path')}, on {record.get('date')}"
 

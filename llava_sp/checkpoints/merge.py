@@ -47,10 +47,11 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..model.modeling_llava_sp import LlavaSPForCausalLM, is_missing_folder
+from ..model.modeling_llava_sp import LlavaSPForCausalLM
 from ..model.processing_llava_sp import LlavaSPProcessor
-from .adapter import _fetch, checkpoint_hash
-from .formats import recognise
+from .adapter import checkpoint_hash
+from .formats import LORA, recognise
+from .locating import fetch
 from .new_folder import check_new, new_folder, readable
 from .original import needs_processor
 
@@ -100,9 +101,7 @@ def merge(
     start = time.monotonic()
     if not re.fullmatch(r"\d+[KMGT]B", max_shard_size):
         raise ValueError(f"max_shard_size is {max_shard_size!r}; give a number and KB, MB, GB or TB, such as 5GB")
-    if is_missing_folder(adapter):
-        raise FileNotFoundError(f"there is no folder {adapter}")
-    source, target = _fetch(adapter), Path(to).resolve()
+    source, target = fetch(adapter), Path(to).resolve()
     _check_source(source)
     _check_target(target, source)
     given = {"base_model": base_model, "vision_tower": vision_tower}
@@ -334,7 +333,7 @@ def _processor(source: Path, model: LlavaSPForCausalLM) -> LlavaSPProcessor:
 
 
 def _needed_bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if ".lora_" not in name)
+    return sum(p.numel() * p.element_size() for name, p in model.named_parameters() if LORA not in name)
 
 
 def _weight_bytes(folder: Path) -> dict[str, int]:

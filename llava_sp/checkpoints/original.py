@@ -11,17 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ..model.backbone_configs import language_config, load_tokenizer, vision_config
 from ..model.configuration_llava_sp import LlavaSPConfig
-from ..model.image_preprocessing import image_processor_of
-from ..model.modeling_llava_sp import ADAPTER_FILE
 from ..model.other_formats import is_missing_folder
 from ..model.processing_llava_sp import LlavaSPProcessor, add_special_tokens
-from .adapter import MANIFEST, _copy_strictly, _fetch, _find_base, _from_hub, _with_adapter_name, open_adapter
-from .backbones import _hub_kwargs, from_backbones, from_llava_hf
-from .compare import check_fits, check_values
+from .adapter import is_adapter, open_adapter
+from .backbones import from_backbones, from_llava_hf
+from .compare import OURS, check_fits
+from .filling import fill, freeze
 from .formats import (
     ADAPTER_NAME,
     FORMATS,
@@ -29,39 +27,35 @@ from .formats import (
     LANGUAGE,
     ORIGINAL_GRID,
     PROJECTOR,
-    TOWER,
     Checkpoint,
     feature_layer,
     lora_config,
     original_projector_name,
+    our_config,
+    raise_contradiction,
     recognise,
+    recorded_dtype,
 )
-from .tensor_files import read_checked, read_json
+from .locating import base_kwargs, fetch, find_base, find_config, from_hub, hub_kwargs
+from .tensor_files import StoredTensor, read_json, read_tensors
 
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
-def format_of(path: str | os.PathLike, **hub_kwargs) -> str:
+def format_of(path: str | os.PathLike, **kwargs) -> str:
     """The format (a key of `formats.FORMATS`) of a folder, file or hub id; reads no more than it must.
 
     Raises:
         ValueError: a folder that is none of them.
+        OSError: neither a folder nor a model that can be had from the hub.
     """
-    place = Path(path)
-    if place.is_dir():
-        if (place / ADAPTER_FILE).is_file():
-            return "llava_sp_adapter"
-        if (place / "config.json").is_file() and read_json(place / "config.json").get("model_type") == "llava_sp":
-            return "llava_sp"
-        return recognise(place).format
-    if place.is_file():
-        return recognise(place).format
-    if _from_hub(path, MANIFEST, **hub_kwargs) is not None:
+    if is_adapter(path, **kwargs):
         return "llava_sp_adapter"
-    config = _from_hub(path, "config.json", **hub_kwargs)
-    if config is None or read_json(Path(config)).get("model_type") == "llava_sp":
-        return "llava_sp"  # transformers says what is wrong with it, if anything is
-    return recognise(_fetch(path, **hub_kwargs)).format
+    if not Path(path).is_file():
+        config = find_config(path, **kwargs)
+        if config is not None and read_json(config).get("model_type") == "llava_sp":
+            return "llava_sp"
+    return recognise(fetch(path, **kwargs)).format
 
 
 def opener(path: str | os.PathLike, **hub_kwargs) -> Callable | None:
@@ -70,11 +64,17 @@ def opener(path: str | os.PathLike, **hub_kwargs) -> Callable | None:
     return None if kind == "llava_sp" else _OPENERS.get(kind, open_original)
 
 
-def needs_processor(path: str | os.PathLike, **hub_kwargs) -> bool:
+def needs_processor(path: str | os.PathLike, **kwargs) -> bool:
     """Whether a checkpoint of other code stands at `path`, beside which there is no processor of ours."""
     if (Path(path) / "processor_config.json").is_file() and not (Path(path) / "config.json").is_file():
         return False  # a processor that stands alone
-    return not is_missing_folder(path) and format_of(path, **hub_kwargs) not in ("llava_sp", "llava_sp_adapter")
+    if is_missing_folder(path):
+        return False  # transformers says so
+    if not Path(path).exists():
+        ours = from_hub(path, "processor_config.json", **kwargs)
+        if ours is not None and read_json(Path(ours)).get("processor_class") == "LlavaSPProcessor":
+            return False
+    return format_of(path, **kwargs) not in OURS
 
 
 def open_original(
@@ -97,17 +97,16 @@ def open_original(
         ValueError: a tensor is missing, left over, of another shape, or cannot be trained weights (with key and file);
             a backbone is not where the checkpoint says.
     """
-    found = recognise(_fetch(path, **load_kwargs))
+    found = recognise(fetch(path, **load_kwargs))
     check_complete(found)
-    language, tower = bases_of(found, base_model, vision_tower, **_hub_kwargs(load_kwargs))
+    load_kwargs = base_kwargs(load_kwargs)
+    language, tower = bases_of(found, base_model, vision_tower, **hub_kwargs(load_kwargs))
+    config = full_config(found, language, tower, **hub_kwargs(load_kwargs))
     if found.holds_language_model:
-        check_fits(found, _full_config(found, language, tower, **_hub_kwargs(load_kwargs)))
-    check_tokenizers(found, language, **_hub_kwargs(load_kwargs))
-    for name in ("trust_remote_code", "_from_auto", "_commit_hash", "adapter_kwargs", "revision", "force_download"):
-        load_kwargs.pop(name, None)
+        check_fits(found, config)
+    check_tokenizers(found, language, **hub_kwargs(load_kwargs))
     dtype = load_kwargs.pop("torch_dtype", dtype)  # its name in older code
-    if dtype == "auto":
-        dtype = str(found.config.get("torch_dtype") or found.config.get("dtype") or "auto").removeprefix("torch.")
+    dtype = recorded_dtype(found) if dtype == "auto" else dtype
     model = from_backbones(
         cls,
         language,
@@ -118,15 +117,9 @@ def open_original(
         **load_kwargs,
     )
     if found.lora is not None:
-        model.add_adapter(lora_config(found.lora), adapter_name=ADAPTER_NAME)
+        model.add_adapter(lora_config(found), adapter_name=ADAPTER_NAME)
     fill(model, found)
-    if found.holds_language_model:
-        check_values(model, found)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(False)
-        if ".lora_" in name:
-            parameter.data = parameter.data.to(model.dtype)
-    return model.eval()
+    return freeze(model)
 
 
 def open_llava_hf(cls, path: str | os.PathLike, **load_kwargs):
@@ -134,18 +127,14 @@ def open_llava_hf(cls, path: str | os.PathLike, **load_kwargs):
     for keyword in ("base_model", "vision_tower"):
         if load_kwargs.pop(keyword, None) is not None:
             raise ValueError(f"{path} is a full checkpoint, with its own backbones: drop {keyword}=")
-    for name in ("trust_remote_code", "_from_auto", "_commit_hash", "adapter_kwargs"):
-        load_kwargs.pop(name, None)
-    found = recognise(_fetch(path, **load_kwargs))
+    found = recognise(fetch(path, **load_kwargs))
     if "quantization_config" not in found.config:
-        check_fits(found, _full_config(found, found.folder, found.folder))
-    model = from_llava_hf(cls, found.folder, **load_kwargs)
-    check_values(model, found)
-    return model
+        check_fits(found, full_config(found, found.folder, found.folder))
+    return from_llava_hf(cls, found.folder, **base_kwargs(load_kwargs))
 
 
-def check_full(path: str | os.PathLike, **load_kwargs) -> Checkpoint | None:
-    """Whether our full checkpoint at `path` is whole, before it is opened; what to check its values against afterwards.
+def check_full(path: str | os.PathLike, **load_kwargs) -> list[StoredTensor] | None:
+    """Whether our full checkpoint at `path` is whole, before it is opened; its tensors, for `check_values` afterwards.
 
     None where there is nothing to look at here: a hub id, quantised weights, weights that come from elsewhere.
 
@@ -158,14 +147,14 @@ def check_full(path: str | os.PathLike, **load_kwargs) -> Checkpoint | None:
     found = recognise(path)
     if "quantization_config" in found.config:
         return None
-    check_fits(found, LlavaSPConfig.from_pretrained(found.folder))
-    return found
+    check_fits(found, our_config(found.folder))
+    return list(found.tensors.values())
 
 
-def _full_config(
+def full_config(
     found: Checkpoint, language: str | os.PathLike, tower: str | os.PathLike, **hub_kwargs
 ) -> LlavaSPConfig:
-    """What a full checkpoint of other code says that it is."""
+    """What a checkpoint of other code is on these backbones. Raises `ValueError` where it cannot be one."""
     layer = found.config.get("vision_feature_layer", -2) if found.format == "llava_hf" else feature_layer(found)
     return LlavaSPConfig(
         text_config=language_config(language, **hub_kwargs),
@@ -185,7 +174,7 @@ def open_processor(
     vision_tower: str | os.PathLike | None = None,
     image_aspect_ratio: str | None = None,
     conversation_template: str = "vicuna_v1",
-    **hub_kwargs,
+    **kwargs,
 ) -> LlavaSPProcessor:
     """The processor of a checkpoint that other code wrote; `LlavaSPProcessor.from_pretrained` calls this.
 
@@ -194,39 +183,37 @@ def open_processor(
             records nothing, LLaVA-1.5's own "pad" (transformers' processor crops).
         conversation_template: no checkpoint of the original code records it; LLaVA-1.5's and LLaVA-SP's is vicuna_v1.
     """
-    found = recognise(_fetch(path, **hub_kwargs))
-    hub_kwargs = _hub_kwargs(hub_kwargs)
-    language, tower = bases_of(found, base_model, vision_tower, **hub_kwargs)
-    config = LlavaSPConfig(vision_config=vision_config(tower, **hub_kwargs), **found.spatial)
-    check_tokenizers(found, language, **hub_kwargs)
-    tokenizer = load_tokenizer(found.folder if _has_tokenizer(found) else language, **hub_kwargs)
-    add_special_tokens(tokenizer)
+    found = recognise(fetch(path, **kwargs))
+    kwargs = hub_kwargs(base_kwargs(kwargs))
+    language, tower = bases_of(found, base_model, vision_tower, **kwargs)
+    check_tokenizers(found, language, **kwargs)
     if image_aspect_ratio is None:
         recorded = found.config.get("image_aspect_ratio")
         image_aspect_ratio = "pad" if found.format == "llava_hf" or recorded == "pad" else "crop"
-    return LlavaSPProcessor(
-        image_processor_of(config, tower, **hub_kwargs),
-        tokenizer,
-        num_image_tokens=config.num_image_tokens,
+    return LlavaSPProcessor.from_backbones(
+        LlavaSPConfig(vision_config=vision_config(tower, **kwargs), **found.spatial),
+        language_model=found.folder if has_tokenizer(found) else language,
+        vision_tower=tower,
         image_aspect_ratio=image_aspect_ratio,
         conversation_template=conversation_template,
+        **kwargs,
     )
 
 
 def bases_of(
-    found: Checkpoint, base_model: str | os.PathLike | None, vision_tower: str | os.PathLike | None, **hub_kwargs
+    found: Checkpoint, base_model: str | os.PathLike | None, vision_tower: str | os.PathLike | None, **kwargs
 ) -> tuple[str, str]:
     """Where language model and tower are: as given, else as recorded. Raises `ValueError` for what is not there."""
     if base_model is not None and found.holds_language_model:
         raise ValueError(f"{found.folder} is a full checkpoint, with its own language model: drop base_model=")
-    language = _find_base(found.folder, base_model, found.language_model, "base_model", "language model", **hub_kwargs)
-    tower = _find_base(found.folder, vision_tower, found.vision_tower, "vision_tower", "vision tower", **hub_kwargs)
+    language = find_base(found.folder, base_model, found.language_model, "base_model", "language model", **kwargs)
+    tower = find_base(found.folder, vision_tower, found.vision_tower, "vision_tower", "vision tower", **kwargs)
     return language, tower
 
 
 def check_tokenizers(found: Checkpoint, language: str | os.PathLike, **hub_kwargs) -> None:
     """Raises `ValueError` where a checkpoint's tokenizer and its base's put image and padding at different ids."""
-    if found.holds_language_model or not _has_tokenizer(found):
+    if found.holds_language_model or not has_tokenizer(found):
         return
     ids = [
         add_special_tokens(load_tokenizer(folder, **hub_kwargs))[:2] for folder in (str(found.folder), str(language))
@@ -238,12 +225,19 @@ def check_tokenizers(found: Checkpoint, language: str | os.PathLike, **hub_kwarg
         )
 
 
-def _has_tokenizer(found: Checkpoint) -> bool:
+def has_tokenizer(found: Checkpoint) -> bool:
     return any((found.folder / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def check_complete(found: Checkpoint) -> None:
-    """Raises `ValueError` naming what is missing or has no place, with the file."""
+    """Raises `ValueError` naming what is missing, has no place, cannot be LoRA, or stands twice and differs, with the file."""
+    for file, copy in found.copies.items():
+        held, copied = read_tensors(file), read_tensors(copy)
+        differing = next((key for key, tensor in held.items() if not torch.equal(tensor, copied[key])), None)
+        if differing is not None:
+            raise_contradiction(file, copy, differing)
+    if found.lora is not None:
+        lora_config(found)
     if found.missing:
         more = f" and {len(found.missing) - 4} more" if len(found.missing) > 4 else ""
         file = next((tensor.file for tensor in found.part(PROJECTOR).values()), found.folder)
@@ -269,21 +263,3 @@ def _layout(found: Checkpoint) -> str:
     variant = found.spatial.get("spatial_variant")
     fusion = {True: " with", False: " without"}.get(found.spatial.get("spatial_fusion"))
     return f"{FORMATS[found.format]}, variant {variant}" + (f"{fusion} integrator" if fusion else "")
-
-
-def fill(model: nn.Module, found: Checkpoint) -> None:
-    """Put projector, LoRA and, where the checkpoint holds one, the tower into the model.
-
-    Raises `ValueError`, with nothing changed, for what does not fit.
-    """
-    stored = {**found.part(PROJECTOR), **found.part("", lora=True), **found.part(TOWER)}
-    tensors = {(_with_adapter_name(n) if ".lora_" in n else n): t for n, t in read_checked(stored).items()}
-    with_tower = bool(found.part(TOWER))
-    own = {}
-    for name, parameter in model.named_parameters():
-        plain = name.replace("vision_tower.vision_model.", "vision_tower.")  # its name before transformers 5.20
-        if plain.startswith(PROJECTOR) or ".lora_" in plain or (with_tower and plain.startswith(TOWER)):
-            own[plain] = parameter
-    if with_tower:  # the original saves a tower without the layer norm that only CLIP's pooled output uses
-        own = {n: p for n, p in own.items() if n in tensors or not n.startswith(f"{TOWER}post_layernorm")}
-    _copy_strictly(own, tensors, f"the checkpoint {found.folder}", [])

@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -104,7 +105,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def stored_tensors(file: Path) -> list[StoredTensor]:
-    """What a file holds. Reads the header of safetensors; maps a pickle into memory without reading its tensors.
+    """What a file holds. Reads the header of safetensors; of a pickle, of any age, all but its tensors.
 
     Raises:
         ValueError: the file is cut off, is no file of tensors, or (a pickle) holds code.
@@ -112,7 +113,7 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
     if file.suffix == ".safetensors":
         header, _ = _safetensors_header(file)
         return [StoredTensor(k, tuple(v["shape"]), _dtype(v["dtype"], k, file), file) for k, v in header.items()]
-    return [StoredTensor(k, tuple(v.shape), v.dtype, file) for k, v in _open_pickle(file).items()]
+    return [StoredTensor(k, tuple(v.shape), v.dtype, file) for k, v in _open_pickle(file, headers=True).items()]
 
 
 def read_tensors(file: Path, keys: list[str] | None = None) -> dict[str, Tensor]:
@@ -165,16 +166,22 @@ def value_problem(tensor: Tensor, zeros_allowed: bool = False) -> str | None:
 
 def read_checked(stored: dict[str, StoredTensor], zeros_allowed: bool = False) -> dict[str, Tensor]:
     """The tensors under the same names, each file read once. Raises `ValueError` for values that training cannot give."""
-    tensors: dict[str, Tensor] = {}
+    tensors = read_all(stored)
     problems = []
-    for file in sorted({tensor.file for tensor in stored.values()}):
-        here = {name: tensor for name, tensor in stored.items() if tensor.file == file}
-        content = read_tensors(file, [tensor.key for tensor in here.values()])
-        for name, tensor in here.items():
-            tensors[name] = content[tensor.key]
-            problem = value_problem(content[tensor.key], zeros_allowed or ".lora_B" in name)
-            problems += [f"{tensor.key} in {file} {problem}"] if problem else []
+    for name, tensor in tensors.items():
+        problem = value_problem(tensor, zeros_allowed or ".lora_B" in name)
+        problems += [f"{stored[name].key} in {stored[name].file} {problem}"] if problem else []
     raise_problems(problems)
+    return tensors
+
+
+def read_all(stored: dict[str, StoredTensor]) -> dict[str, Tensor]:
+    """The tensors under the same names, each file read once."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        here = {name: tensor.key for name, tensor in stored.items() if tensor.file == file}
+        content = read_tensors(file, list(here.values()))
+        tensors |= {name: content[key] for name, key in here.items()}
     return tensors
 
 
@@ -239,10 +246,15 @@ def _dtype(name: str, key: str, file: Path) -> torch.dtype:
     return _DTYPES[name]
 
 
-def _open_pickle(file: Path) -> dict[str, Tensor]:
-    """A dict of tensors, mapped into memory where the format allows."""
+def _open_pickle(file: Path, headers: bool = False) -> dict[str, Tensor]:
+    """A dict of tensors, mapped into memory where the format allows; else read, unless `headers` are all that is wanted."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        if zipfile.is_zipfile(file):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        elif headers:
+            content = _without_values(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code is not None:
@@ -264,6 +276,20 @@ def _open_pickle(file: Path) -> dict[str, Tensor]:
     if others:
         kind = type(content[others[0]]).__name__
         raise ValueError(f"{file} holds a {kind} under {others[0]!r}; expected tensors only")
+    return content
+
+
+def _without_values(file: Path) -> Any:
+    """What a pickle of torch before 1.6 holds, its tensors with room for values that are not read."""
+    with open(file, "rb") as stream, torch.serialization.skip_data():
+        content = torch.load(stream, map_location="cpu", weights_only=True)
+        tensors = (
+            [value for value in content.values() if isinstance(value, Tensor)] if isinstance(content, dict) else []
+        )
+        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        end = stream.tell() + sum(8 + size for size in sizes.values())  # each after its length, behind the pickle
+    if end > file.stat().st_size:
+        raise EOFError(f"{file.stat().st_size:,} bytes long, where its tensors need {end:,}")
     return content
 
 

@@ -6,14 +6,40 @@ import os
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
-from .adapter import _copy_strictly, _fetch, _with_adapter_name, describe
-from .backbones import gathered
-from .formats import ADAPTER_NAME, PROJECTOR, TOWER, Checkpoint, lora_config, recognise
+from . import backbones
+from .adapter import describe
+from .filling import copy_strictly, gathered, parameter_names
+from .formats import ADAPTER_NAME, LORA, PROJECTOR, TOWER, Checkpoint, lora_config, recognise, tower_name
+from .locating import fetch
 from .original import check_complete
 from .tensor_files import read_checked
 
 PATCH_MLP = (f"{PROJECTOR}linear_1.", f"{PROJECTOR}linear_2.")
+
+
+def from_backbones(
+    cls: type[PreTrainedModel],
+    language_model: str | os.PathLike | None = None,
+    vision_tower: str | os.PathLike | None = None,
+    *,
+    warm_start: str | os.PathLike | None = None,
+    **settings,
+):
+    """Assemble a model; `LlavaSPForCausalLM.from_backbones` calls this.
+
+    Args:
+        language_model, vision_tower: hub ids or local folders; also those within a full LLaVA.
+        warm_start: a trained LLaVA-1.5 (any format, or its projector alone) whose patch MLP and LoRA are kept; a full
+            one's language model takes the place of `language_model`. The spatial branch is fresh.
+        settings: those of `backbones.from_backbones`, whose errors these are too.
+    """
+    language_model = language_model_within(warm_start, language_model)
+    model = backbones.from_backbones(cls, language_model, vision_tower, **settings)
+    if warm_start is not None:
+        start_from(model, warm_start)
+    return model.eval()
 
 
 def language_model_within(
@@ -24,20 +50,25 @@ def language_model_within(
     Raises `ValueError` where there is neither.
     """
     if path is not None:
-        found = recognise(_fetch(path))
-        if found.format in ("original_full", "llava_hf"):
-            return str(found.folder)
-        if found.holds_language_model:
+        found = recognise(fetch(path))
+        if found.format == "llava_sp" and found.spatial.get("spatial_variant") != "none":
             raise ValueError(
-                f"warm_start: {found.folder} is a full checkpoint in our own format; start from its adapter, or where it has no "
-                "spatial tokens, convert it first (python -m llava_sp.checkpoints.convert --format llava_hf)"
+                f"warm_start: {found.folder} is a full checkpoint with spatial tokens, which would be lost; start from one "
+                'without (spatial_variant "none"), or from its adapter'
             )
+        if found.holds_language_model:
+            return str(found.folder)
     if otherwise is None:
         raise ValueError("language_model is not set, and there is no warm_start that holds one")
     return otherwise
 
 
-def start_from(model: nn.Module, path: str | os.PathLike) -> str:
+def holds_lora(path: str | os.PathLike) -> bool:
+    """Whether a warm start from this checkpoint would bring LoRA."""
+    return recognise(fetch(path)).lora is not None
+
+
+def start_from(model: nn.Module, path: str | os.PathLike) -> list[str]:
     """Put the patch MLP and the LoRA of a checkpoint into the model; returns what was taken, in words.
 
     A model without LoRA gets the checkpoint's own.
@@ -45,7 +76,7 @@ def start_from(model: nn.Module, path: str | os.PathLike) -> str:
     Raises:
         ValueError: a tensor does not fit or cannot be trained weights; LoRA of another rank, scale or other layers.
     """
-    found = recognise(_fetch(path))
+    found = recognise(fetch(path))
     check_complete(found)
     if found.format == "llava_sp_adapter":
         describe(found.folder)
@@ -53,17 +84,17 @@ def start_from(model: nn.Module, path: str | os.PathLike) -> str:
     stored = {name: tensor for name, tensor in found.part(PROJECTOR).items() if name.startswith(PATCH_MLP)}
     parameters = dict(model.named_parameters())
     own = {name: parameter for name, parameter in parameters.items() if name.startswith(PATCH_MLP)}
-    _copy_strictly(own, read_checked(stored), f"the patch MLP of {found.folder}", [])
+    copy_strictly(own, read_checked(stored), f"the patch MLP of {found.folder}")
     taken = ["patch MLP"] + (["language model"] if found.holds_language_model else [])
     if found.lora:
         _start_lora(model, found)
         taken.append(f"LoRA (r {found.lora['r']})")
-    return " and ".join(taken)
+    return taken
 
 
 def _check_tower(model: nn.Module, found: Checkpoint) -> None:
     """Raises `ValueError` where the checkpoint's own tower is not the one that the model has: only full ones keep a tower."""
-    parameters = {n.replace("vision_tower.vision_model.", "vision_tower."): p for n, p in model.named_parameters()}
+    parameters = {tower_name(name): parameter for name, parameter in model.named_parameters()}
     for name, tensor in read_checked(found.part(TOWER)).items():
         own = parameters.get(name)
         if own is None:
@@ -73,12 +104,12 @@ def _check_tower(model: nn.Module, found: Checkpoint) -> None:
         if not same:
             raise ValueError(
                 f"warm_start: {found.folder} holds a vision tower of its own ({name} differs), which would be lost; pass "
-                "vision_tower=<that folder> if it is transformers' LLaVA, else the tower it was trained from is not this one"
+                "vision_tower=<that folder> if it is transformers' LLaVA or ours, else the tower it was trained from is not this one"
             )
 
 
 def _start_lora(model: nn.Module, found: Checkpoint) -> None:
-    theirs = lora_config(found.lora)
+    theirs = lora_config(found)
     present = (getattr(model, "peft_config", None) or {}).get(ADAPTER_NAME)
     if present is None:
         model.add_adapter(theirs, adapter_name=ADAPTER_NAME)
@@ -87,6 +118,6 @@ def _start_lora(model: nn.Module, found: Checkpoint) -> None:
             f"warm_start: the LoRA in {found.folder} has r {theirs.r} and alpha {theirs.lora_alpha}; this run has r "
             f"{present.r} and alpha {present.lora_alpha}. Set lora_r and lora_alpha to its values"
         )
-    own = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
-    tensors = read_checked(found.part("", lora=True))
-    _copy_strictly(own, {_with_adapter_name(n): t for n, t in tensors.items()}, f"the LoRA of {found.folder}", [])
+    own = {name: parameter for name, parameter in model.named_parameters() if LORA in name}
+    tensors = parameter_names(read_checked(found.part("", lora=True)))
+    copy_strictly(own, tensors, f"the LoRA of {found.folder}")

@@ -73,11 +73,13 @@ def dataset_of_config(path: str | PathLike, overrides: Sequence[str] = ()) -> Co
         overrides: command-line words such as `["--model_max_length", "1024"]`.
 
     Raises:
-        ValueError: an unknown key, a missing file, a backbone that is not set.
+        ValueError, OSError: an unknown key, a missing file, a backbone that is not set, a warm start that cannot be read.
     """
     from llava_sp.train.arguments import load_config  # here alone: data is below train
+    from llava_sp.train.build import settle_language_model
 
     model, data, args = load_config(path, list(overrides))
+    settle_language_model(model)
     for key in ("language_model", "vision_tower"):
         if getattr(model, key) is None:
             raise ValueError(f"{path} sets no {key}")

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+FULL_LLAVAS = ("llava", "llava_sp")  # transformers' own and ours: with a text_config and a vision_config
+
+
+@contextmanager
+def told_as_value_error(path: str | os.PathLike) -> Iterator[None]:
+    """What transformers stumbles over in JSON files with values that cannot be, as a `ValueError` that says where."""
+    try:
+        yield
+    except (StrictDataclassError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path} cannot be read: its config.json, or another JSON file there, holds what cannot be ({reason})"
+        ) from error
 
 
 def is_original(settings: dict[str, Any]) -> bool:
@@ -14,14 +31,30 @@ def is_original(settings: dict[str, Any]) -> bool:
     return settings.get("model_type") in ("llava_llama", "llava") and "text_config" not in settings
 
 
+def read_settings(path: str | os.PathLike, **hub_kwargs) -> dict[str, Any]:
+    """What stands in a model's config.json. Raises `ValueError` or `OSError`."""
+    with told_as_value_error(path):
+        settings, _ = PreTrainedConfig.get_config_dict(path, **hub_kwargs)
+    if not isinstance(settings, dict):
+        raise ValueError(f"config.json of {path} holds a {type(settings).__name__}, not an object of settings")
+    return settings
+
+
+def read_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
+    """A model's configuration. Raises `ValueError` or `OSError`."""
+    with told_as_value_error(path):
+        return AutoConfig.from_pretrained(path, **hub_kwargs)
+
+
 def language_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
-    """The configuration of a language model, or of the one within a LLaVA-1.5 checkpoint (the original's, transformers')."""
-    settings, _ = PreTrainedConfig.get_config_dict(path, **hub_kwargs)
+    """The configuration of a language model, or of the one within a full LLaVA (the original's, transformers', ours)."""
+    settings = read_settings(path, **hub_kwargs)
     if is_original(settings):
         known = LlamaConfig().to_dict().keys() - {"model_type", "architectures", "auto_map", "transformers_version"}
-        return LlamaConfig(**{key: value for key, value in settings.items() if key in known})
-    config = AutoConfig.from_pretrained(path, **hub_kwargs)
-    return config.text_config if config.model_type == "llava" else config
+        with told_as_value_error(path):
+            return LlamaConfig(**{key: value for key, value in settings.items() if key in known})
+    config = read_config(path, **hub_kwargs)
+    return config.text_config if config.model_type in FULL_LLAVAS else config
 
 
 def vision_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
@@ -29,7 +62,7 @@ def vision_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
 
     Raises `ValueError` for a timm model that is no ViT.
     """
-    config = AutoConfig.from_pretrained(path, **hub_kwargs)
+    config = read_config(path, **hub_kwargs)
     config = getattr(config, "vision_config", config)
     if config.model_type == "timm_wrapper":  # only the network knows; built without weights
         import timm
@@ -44,10 +77,29 @@ def vision_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
 
 
 def load_tokenizer(path: str | os.PathLike, **hub_kwargs) -> PreTrainedTokenizerBase:
-    """A language model's tokenizer, also from a folder of LLaVA's own code, whose model type transformers does not know."""
+    """A language model's tokenizer, also from a folder of LLaVA's own code, whose model type transformers does not know.
+
+    Raises:
+        ValueError: a file of it is missing, cut off, or not what it should be.
+        OSError: there is no such folder or hub model.
+    """
     try:
-        settings, _ = PreTrainedConfig.get_config_dict(path, **hub_kwargs)
+        settings = read_settings(path, **hub_kwargs)
     except OSError:  # a folder of a tokenizer alone
         settings = {}
     known = {"config": language_config(path, **hub_kwargs)} if is_original(settings) else {}
-    return AutoTokenizer.from_pretrained(path, **known, **hub_kwargs)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **known, **hub_kwargs)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # whatever transformers stumbles over
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"the tokenizer of {path} cannot be read: a file of it is missing, cut off, or not what it should be ({reason})"
+        ) from error
+    if not has_words(tokenizer):
+        raise ValueError(f"the tokenizer of {path} has no words: tokenizer.json or tokenizer.model is missing or empty")
+    return tokenizer
+
+
+def has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """False for what transformers makes, without an error, of a tokenizer's settings where its vocabulary is missing."""
+    return not tokenizer.get_vocab().keys() <= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}

@@ -24,8 +24,8 @@ class LlavaSPConfig(LlavaConfig):
             hash of their weight files. An adapter checkpoint is opened on these.
 
     Raises:
-        ValueError: an image or patch size that is not square, a scale outside `1 .. grid_size`, or fusion windows
-            that do not fit in the grid.
+        ValueError: an image or patch size that is not square, a layer that the tower has not, a scale outside
+            `1 .. grid_size`, or fusion windows that do not fit in the grid.
     """
 
     model_type = "llava_sp"
@@ -44,6 +44,7 @@ class LlavaSPConfig(LlavaConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        self._check_layers()
         grid = self.grid_size
         if self.spatial_variant != "none":
             if self.spatial_scales is None:
@@ -59,6 +60,17 @@ class LlavaSPConfig(LlavaConfig):
                 self.fusion_stride = max(1, (grid - self.fusion_kernel) // 4)
             self._check_spatial(grid)
         self.image_seq_length = self.num_image_tokens
+
+    def _check_layers(self) -> None:
+        depth = getattr(self.vision_config, "num_hidden_layers", None)
+        if not depth:  # timm's towers do not say
+            return
+        layers = self.vision_feature_layer
+        for layer in [layers] if isinstance(layers, int) else layers:
+            if not -depth - 1 <= layer <= depth:  # the embeddings come first
+                raise ValueError(
+                    f"vision_feature_layer is {layer}, but the vision tower has {depth} layers: use {-depth - 1} to {depth}"
+                )
 
     def _check_spatial(self, grid: int) -> None:
         if not self.spatial_scales:

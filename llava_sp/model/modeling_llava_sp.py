@@ -286,7 +286,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
                 f"{pretrained_model_name_or_path} lacks {len(info['missing_keys'])} tensors, such as {lacking}: they would be random"
             )
         if whole is not None:
-            package.check_values(model, whole)
+            package.check_values(model, pretrained_model_name_or_path, whole)
         return (model, info) if wants_info else model
 
     @classmethod

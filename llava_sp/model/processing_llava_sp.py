@@ -19,7 +19,7 @@ from transformers import BatchFeature
 from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.processing_utils import MultiModalData
 
-from .backbone_configs import load_tokenizer
+from .backbone_configs import has_words, load_tokenizer
 from .configuration_llava_sp import LlavaSPConfig
 from .conversation import IMAGE_MARK, Segment, Turn, chat_template, get_template, normalize_turns, render_segments
 from .image_preprocessing import flatten_images, image_processor_of, pad_to_square, pillow_counterpart
@@ -154,7 +154,13 @@ class LlavaSPProcessor(LlavaProcessor):
             return package.open_processor(pretrained_model_name_or_path, *args, **kwargs)
         for keyword in ("base_model", "vision_tower"):  # needed to make a processor, not to read one
             kwargs.pop(keyword, None)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:  # of files that are broken
+            raise ValueError(
+                f"the processor in {pretrained_model_name_or_path} cannot be read: a file of it is missing, cut off, or not "
+                f"what it should be ({error})"
+            ) from error
 
     @property
     def pad_token_id(self) -> int:
@@ -359,7 +365,12 @@ class LlavaSPProcessor(LlavaProcessor):
 def _has_own_processor(path: str | PathLike) -> bool:
     """Whether a folder here holds what `save_pretrained` of this class wrote."""
     file = Path(path) / "processor_config.json"
-    return file.is_file() and json.loads(file.read_text()).get("processor_class") == "LlavaSPProcessor"
+    if not file.is_file():
+        return False
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("processor_class") == "LlavaSPProcessor"
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file} is not a JSON object ({error}): cut off, or not the file it should be") from None
 
 
 def _jinja(template, tokenizer) -> str:
@@ -369,6 +380,8 @@ def _jinja(template, tokenizer) -> str:
 def _check_tokenizer(tokenizer, image_token: str) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
+    if not has_words(tokenizer):
+        raise ValueError("the tokenizer has no words: its tokenizer.json or tokenizer.model is missing or empty")
     if image_token not in tokenizer.get_vocab():
         raise ValueError(f"the tokenizer has no {image_token} token; call add_special_tokens(tokenizer) first")
     if tokenizer.eos_token is None:

@@ -160,12 +160,8 @@ ARGUMENTS = (ModelArguments, DataArguments, TrainArguments)
 # the file that names them.
 FILE_RELATIVE_KEYS = ("deepspeed", "mixture")
 PATH_KEYS = ("mixture", "data_path", "image_folder", "eval_data_path", "eval_image_folder", "output_dir")
-MODEL_KEYS = (
-    "language_model",
-    "vision_tower",
-    "projector_checkpoint",
-    "warm_start",
-)  # a folder, or a name that is no path
+# A folder, or a name that is no path.
+MODEL_KEYS = ("language_model", "vision_tower", "projector_checkpoint", "warm_start")
 RESERVED_KEY = "provenance"  # in run.yaml: facts about a run, no settings
 
 

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import nn
 
 from llava_sp import LlavaSPForCausalLM
-from llava_sp.checkpoints import load_projector, start_from
+from llava_sp.checkpoints import language_model_within, load_projector, start_from
 from llava_sp.data.from_config import spatial_settings
 from llava_sp.train.arguments import ModelArguments, TrainArguments
 from llava_sp.train.stages import STAGES, apply_stage, table
@@ -37,17 +37,19 @@ def build_model(arguments: ModelArguments, args: TrainArguments) -> LlavaSPForCa
         add_lora(model, arguments, args.seed)
     if arguments.warm_start is not None:
         taken = start_from(model, arguments.warm_start)
-        if "LoRA" in taken and "lora" not in STAGES[args.stage]:
-            raise ValueError(
-                f"warm_start = {arguments.warm_start} has LoRA, which the stage {args.stage} does not train: merge it first "
-                "(python -m llava_sp.checkpoints.merge), and start from the merged model"
-            )
-        logger.info("Starting from %s: its %s.", arguments.warm_start, taken)
+        logger.info("Starting from %s: its %s.", arguments.warm_start, " and ".join(taken))
     if arguments.projector_checkpoint not in (None, SCRATCH):
         load_projector(model, arguments.projector_checkpoint)
         logger.info("The projector starts from %s.", arguments.projector_checkpoint)
     prepare_stage(model, args)
     return model
+
+
+def settle_language_model(arguments: ModelArguments) -> None:
+    """Let the language model be the one within the warm start, if that holds one. Raises `ValueError` or `OSError` for a warm
+    start that cannot be read."""
+    if arguments.warm_start is not None:
+        arguments.language_model = str(language_model_within(arguments.warm_start, arguments.language_model))
 
 
 def add_lora(model: nn.Module, arguments: ModelArguments, seed: int = 0) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
+from llava_sp.checkpoints import holds_lora
 from llava_sp.data.mixture import parse_mixture
 from llava_sp.train.arguments import DataArguments, ModelArguments, TrainArguments, is_local_path
 from llava_sp.train.build import SCRATCH
@@ -29,7 +30,7 @@ VARIABLES = {
 
 def check_inputs(model: ModelArguments, data: DataArguments, args: TrainArguments) -> None:
     """Raise UsageError that names everything that is missing, the key that sets it, and where it comes from."""
-    problems = [*_models(model), *_projector(model, args), *_data(data), *_output(args)]
+    problems = [*_warm_start(model, args), *_models(model), *_projector(model, args), *_data(data), *_output(args)]
     if problems:
         raise UsageError(
             "This run cannot start yet; what is missing:\n"
@@ -44,10 +45,20 @@ def _named(key: str, value: object) -> str:
     return f"{key} = {value}{variable}"
 
 
-def _models(model: ModelArguments) -> Iterator[str]:
+def _warm_start(model: ModelArguments, args: TrainArguments) -> Iterator[str]:
     start = model.warm_start
-    if start is not None and is_local_path(start) and not Path(start).exists():
+    if start is None:
+        return
+    if is_local_path(start) and not Path(start).exists():
         yield f"warm_start = {start}: it is not there; give a trained LLaVA-1.5 (folder, projector file or hub id), or null."
+    elif "lora" not in STAGES[args.stage] and holds_lora(start):
+        yield (
+            f"warm_start = {start} has LoRA, which the stage {args.stage} does not train: merge it first "
+            "(python -m llava_sp.checkpoints.merge), and start from the merged model."
+        )
+
+
+def _models(model: ModelArguments) -> Iterator[str]:
     for key, source in MODEL_SOURCES.items():
         name = getattr(model, key)
         if name is None:

@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 
 from transformers import IntervalStrategy, set_seed
 
-from llava_sp.checkpoints import language_model_within
 from llava_sp.data.collator import Collator
 from llava_sp.data.from_config import build_datasets, build_processor
 from llava_sp.data.records import BadSample
@@ -32,7 +31,7 @@ from llava_sp.train.arguments import (
     load_config,
     settings_of,
 )
-from llava_sp.train.build import build_model
+from llava_sp.train.build import build_model, settle_language_model
 from llava_sp.train.check import check_inputs
 from llava_sp.train.config_files import FailedHere, UsageError
 from llava_sp.train.processes import (
@@ -93,7 +92,7 @@ def train(config: str | Path | None, words: Sequence[str]) -> dict[str, Any]:
     start = model_args.warm_start
     if start is not None and (Path(start).exists() or not is_local_path(start)):
         with _explained():
-            model_args.language_model = str(language_model_within(start, model_args.language_model))
+            settle_language_model(model_args)
     check_inputs(model_args, data_args, args)
 
     with contextlib.closing(RunFolder(args.output_dir)) as folder:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llava_sp.checkpoints import load_adapter
-from llava_sp.checkpoints.backbones import gathered
+from llava_sp.checkpoints.filling import gathered
 from llava_sp.train.stages import trained_names
 from llava_sp.train.trainer import LlavaSPTrainer
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints import save_adapter
-from tests.released import load_released
+from tests.released import load_released, released_folder
 
 NAMES = ("original_lora", "original_projector", "original_full", "llava_sp_adapter", "llava_sp", "llava_hf")
 WRAPPER = "base_model.model."  # PEFT's, before the original's keys
@@ -122,6 +122,56 @@ def _write_llava_hf(golden: Path, folder: Path) -> None:
 def _copy_tokenizer(golden: Path, folder: Path) -> None:
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(golden / "base" / name, folder / name)
+
+
+def llava_15(golden: Path) -> LlavaSPForCausalLM:
+    """A model without spatial tokens, in float32."""
+    return LlavaSPForCausalLM.from_backbones(
+        golden / "base", golden / "clip", spatial_variant="none", dtype=torch.float32
+    )
+
+
+def write_ours(folder: Path, model: LlavaSPForCausalLM) -> Path:
+    """Our full checkpoint of a model, with its processor."""
+    model.save_pretrained(folder)
+    LlavaSPProcessor.from_backbones(model.config).save_pretrained(folder)
+    return folder
+
+
+def original_keys(model, golden, tower: bool, words: int = 1000) -> dict[str, torch.Tensor]:
+    """The model's weights as LLaVA-1.5's own code names them."""
+    keys = {}
+    for name, tensor in model.state_dict().items():
+        name = name.replace("vision_tower.vision_model.", "vision_tower.")
+        if name.startswith("model.multi_modal_projector."):
+            name = name.replace("multi_modal_projector.linear_1", "mm_projector.0")
+            keys[name.replace("multi_modal_projector.linear_2", "mm_projector.2")] = tensor
+        elif name.startswith("model.vision_tower."):
+            if tower:
+                keys[name.replace("vision_tower.", "vision_tower.vision_tower.vision_model.")] = tensor
+        else:
+            rows = words if "embed_tokens" in name or "lm_head" in name else len(tensor)
+            keys[name.replace("language_model.", "")] = tensor[:rows].contiguous()
+    return keys
+
+
+def write_original(folder, model, golden, tower: bool, beside: bool, safetensors: bool = True) -> None:
+    """A full LLaVA-1.5 folder: its projector within or beside, with or without the tower's weights."""
+    folder.mkdir()
+    for file in (golden / "base").glob("*token*"):
+        shutil.copy(file, folder)
+    settings = json.loads((released_folder(golden, "cropping") / "config.json").read_text())
+    settings |= {"mm_vision_tower": str(golden / "clip"), "architectures": ["LlavaLlamaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(settings))
+    keys = original_keys(model, golden, tower)
+    if beside:
+        projector = {key: keys.pop(key) for key in list(keys) if "mm_projector" in key}
+        torch.save(projector, folder / "mm_projector.bin")
+    keys = {key: tensor.clone() for key, tensor in keys.items()}
+    if safetensors:
+        save_file(keys, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        torch.save(keys, folder / "pytorch_model.bin")
 
 
 def spoil(tensor: Tensor, how: str) -> Tensor:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints import recognise, save_adapter
 from llava_sp.checkpoints.convert import convert, main
-from tests.checkpoints.test_original import PROMPT, images, llava_hf, none  # noqa: F401 (fixtures)
+from tests.checkpoints.test_original import PROMPT
 from tests.released import LAYOUTS, bases, load_released, released_folder, variant
 
 
@@ -98,7 +98,7 @@ def test_a_full_checkpoint_both_ways(golden, tmp_path, kind):
     assert_same(stored(tmp_path / "ours"), stored(tmp_path / "again"))
 
 
-def test_transformers_llava_both_ways(golden, tmp_path, llava_hf, images):  # noqa: F811
+def test_transformers_llava_both_ways(golden, tmp_path, llava_hf, images):
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     convert(llava_hf, tmp_path / "ours")
@@ -118,6 +118,14 @@ def test_transformers_llava_both_ways(golden, tmp_path, llava_hf, images):  # no
         assert torch.isfinite(llava(**inputs).logits).all()
 
 
+def test_the_original_needs_its_slow_tokenizer(golden, tmp_path, llava_hf):
+    shutil.copytree(llava_hf, tmp_path / "hf")
+    (tmp_path / "hf/tokenizer.model").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="hf has no tokenizer.model, which the original code needs: give --base"):
+        convert(tmp_path / "hf", tmp_path / "original", target="original", vision_tower=golden / "clip")
+    assert not (tmp_path / "original").exists()
+
+
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
@@ -135,7 +143,7 @@ def test_what_the_original_cannot_hold_is_said(golden, tmp_path, settings, compl
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
 
 
-def test_wrong_ways(golden, tmp_path, llava_hf, capsys):  # noqa: F811
+def test_wrong_ways(golden, tmp_path, llava_hf, capsys):
     source = released_folder(golden, "cropping")
     for words, complaint in (
         (["--from", source, "--to", tmp_path / "x", "--format", "original"], "in the original's format already"),
@@ -163,7 +171,7 @@ def test_command(golden, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["embed_tokens", "norm", "vision_tower"])
-def test_what_an_adapter_cannot_keep_is_not_lost_silently(golden, tmp_path, part):
+def test_what_an_adapter_cannot_keep_is_not_lost_silently(golden, tmp_path, monkeypatch, part):
     """Trained parts beside LoRA: of the language model they are refused; a tower's open, but do not become an adapter."""
     folder = tmp_path / "x"
     shutil.copytree(released_folder(golden, "pooling"), folder)
@@ -187,5 +195,7 @@ def test_what_an_adapter_cannot_keep_is_not_lost_silently(golden, tmp_path, part
         "warm start": lambda: LlavaSPForCausalLM.from_backbones(*bases(golden).values(), warm_start=folder),
     }
     for way, message in refusals.items():
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message), monkeypatch.context() as patch:
+            if way == "convert":  # told before a model is opened
+                patch.setattr(LlavaSPForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was opened"))
             ways[way]()

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from llava_sp import LlavaSPForCausalLM
+from llava_sp.checkpoints.convert import convert
 from llava_sp.checkpoints.formats import (
     UnknownFormat,
     bare,
@@ -185,9 +186,17 @@ def test_what_is_no_checkpoint(golden, tmp_path):
         ("config.json", {"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
         ("config.json", {"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
         ("config.json", {"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad'"),
-        ("adapter_config.json", {"bias": "all"}, "has .*bias"),
-        ("adapter_config.json", {"modules_to_save": ["lm_head"]}, "has .*modules_to_save"),
-        ("adapter_config.json", {"lora_alpha": None}, "no number for lora_alpha"),
+        (
+            "config.json",
+            {"mm_vision_tower": ["a", "b"]},
+            r"config.json: mm_vision_tower is \['a', 'b'\]; expected the hub id",
+        ),
+        ("config.json", {"_name_or_path": 7}, "config.json: _name_or_path is 7; expected the hub id"),
+        ("config.json", {"mm_vision_select_layer": "-2"}, "config.json: mm_vision_select_layer is '-2'; expected"),
+        ("config.json", {"torch_dtype": "float17"}, "config.json: torch_dtype is 'float17'"),
+        ("adapter_config.json", {"base_model_name_or_path": {}}, "adapter_config.json: base_model_name_or_path is {}"),
+        ("adapter_config.json", {"bias": "all"}, "adapter_config.json: bias is 'all'"),
+        ("adapter_config.json", {"modules_to_save": ["lm_head"]}, "adapter_config.json: modules_to_save is"),
     ],
 )
 def test_settings_that_would_change_the_model_are_refused(kinds, tmp_path, file, change, message):
@@ -197,6 +206,71 @@ def test_settings_that_would_change_the_model_are_refused(kinds, tmp_path, file,
     with pytest.raises(ValueError, match=message):
         copy.open()
     assert not inspect(copy.folder)["loads"]
+
+
+@pytest.mark.parametrize("kind", ["original_lora", "llava_sp_adapter"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"r": "eight"}, "r is 'eight'; expected a whole number above 0"),
+        ({"r": 0}, "r is 0; expected a whole number"),
+        ({"lora_alpha": None}, "lora_alpha is None; expected a number"),
+        ({"lora_dropout": "much"}, "lora_dropout is 'much'; expected a number from 0 to 1"),
+        ({"target_modules": ...}, "target_modules is not there; expected the names of linear layers"),
+        ({"target_modules": [1]}, r"target_modules is \[1\]; expected the names"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only 'LORA'"),
+        ({"use_rslora": "yes"}, "use_rslora is 'yes'; expected true or false"),
+        (None, "holds a list, not an object"),
+    ],
+)
+def test_settings_of_lora_that_cannot_be_are_named(kinds, tmp_path, kind, change, message):
+    """With the file and the key, before a backbone is opened."""
+    copy = kinds[kind].copy(tmp_path / "x")
+    (file,) = copy.folder.rglob("adapter_config.json")
+    settings = json.loads(file.read_text()) | (change or {})
+    settings = {key: value for key, value in settings.items() if value is not ...}
+    file.write_text(json.dumps([settings] if change is None else settings))
+    with pytest.raises(ValueError, match=f"adapter_config.json:? {message}"):
+        copy.open()
+    report = inspect(copy.folder)
+    assert not report["loads"] and str(file) in report["problems"][0]
+
+
+@pytest.mark.parametrize(("name", "emptied"), [("non_lora_trainables.bin", {}), ("adapter_model.safetensors", {})])
+def test_a_file_that_was_saved_empty(kinds, tmp_path, name, emptied):
+    copy = kinds["original_lora"].copy(tmp_path / "x")
+    save(emptied, copy.folder / name)
+    both_refuse(copy, f"{name} holds no tensors")
+    (copy.folder / name).write_bytes(b"")
+    both_refuse(copy, f"{name}.*cut off")
+
+
+# ---------------------------------------------------------------- the same thing twice
+
+
+@pytest.mark.parametrize("name", ["adapter_model", "non_lora_trainables"])
+def test_both_a_bin_and_safetensors(kinds, tmp_path, name):
+    """The same in both is fine; otherwise nobody knows which is meant."""
+    copy = kinds["original_lora"].copy(tmp_path / "x")
+    (file,) = copy.folder.glob(f"{name}.*")
+    other = file.with_suffix(".bin" if file.suffix == ".safetensors" else ".safetensors")
+    tensors = load(file)
+    save(tensors, other)
+    assert inspect(copy.folder)["loads"] and copy.open() is not None
+    both = rf"{name}.safetensors and .*{name}.bin are both there and are not the same: "
+    key = next(key for key, tensor in tensors.items() if tensor.numel() > 400)
+    changed = tensors[key].clone()
+    changed.view(-1)[200] += 1  # not among the first nor the last values
+    save(tensors | {key: changed}, other)
+    ways = {"open": copy.open, "convert": lambda: convert(copy.folder, tmp_path / "y", **copy.keywords)}
+    ways["warm start"] = lambda: LlavaSPForCausalLM.from_backbones(*copy.keywords.values(), warm_start=copy.folder)
+    for way in ways.values():
+        with pytest.raises(ValueError, match=f"{both}{key} differs. Remove the one"):
+            way()
+    for spoilt in ({key: tensors[key].half()}, {key: tensors[key][..., 1:].clone()}, {"more": torch.ones(2)}):
+        save(tensors | spoilt, other)
+        both_refuse(copy, f"{both}{next(iter(spoilt))} differs")  # by headers alone
+        assert not inspect(copy.folder)["loads"]
 
 
 def test_another_tokenizer_than_the_bases(kinds, tmp_path):

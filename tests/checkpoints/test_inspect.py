@@ -9,18 +9,22 @@ import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints import tensor_files
-from llava_sp.checkpoints.formats import FORMATS, UnknownFormat
+from llava_sp.checkpoints.convert import convert
+from llava_sp.checkpoints.formats import FORMATS, UnknownFormat, recognise
 from llava_sp.checkpoints.inspect import PLACEHOLDERS, inspect, main, text
+from llava_sp.checkpoints.merge import merge
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from tests.checkpoints.kinds import NAMES, Kind, save, spoil
 from tests.released import LAYOUTS
 
+GOLDEN_TOWER = str(Path(__file__).parents[1] / "golden/clip")
 VALUES = {
     "nan": "NaN or infinity",
     "inf": "NaN or infinity",
@@ -135,6 +139,9 @@ def test_a_merge_is_told(kinds, tmp_path):
     report = inspect(copy.folder)
     assert report["merged_from"] == record
     assert "merged from    /some/adapter (0123456789abcdef) in /some/base, on 2030-01-02" in text(report)
+    (copy.folder / "merged.json").write_text('{"adapter"')
+    report = inspect(copy.folder)
+    assert report["loads"] and "merged from    merged.json is no record of a merge" in text(report)
 
 
 def test_types_by_part(kinds, tmp_path):
@@ -285,6 +292,17 @@ def test_values_are_checked_on_opening(kinds, tmp_path, name, key, how):
         refused(copy, VALUES[how], key, file.name)
 
 
+@pytest.mark.parametrize("prefix", ["model.vision_tower.", "model.language_model."])
+@pytest.mark.parametrize("name", ["llava_sp", "llava_hf"])
+def test_a_tower_and_a_decoder_are_not_confused(kinds, tmp_path, name, prefix):
+    """Their layers' names end alike."""
+    copy = kinds[name].copy(tmp_path / "x")
+    parts = recognise(copy.folder).part(prefix)
+    copy.key = next(t.key for n, t in parts.items() if n.endswith("layers.1.self_attn.q_proj.weight"))
+    file = copy.edit(lambda tensors: tensors.update({copy.key: spoil(tensors[copy.key], "nan")}))
+    refused(copy, VALUES["nan"], f"{copy.key} in {file}")
+
+
 @pytest.mark.parametrize("how", ["empty", "shape", "lacking", "unexpected"])
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_that_do_not_fit_are_listed(kinds, tmp_path, name, how):
@@ -390,18 +408,42 @@ def test_code_in_a_checkpoint_is_not_executed(kinds, tmp_path, name):
     assert main([str(copy.folder)]) == 1
 
 
-def test_a_base_with_code_is_not_executed(kinds, golden, tmp_path):
+@pytest.mark.parametrize("base", ["base", "clip"])
+@pytest.mark.parametrize("way", ["inspect", "open", "warm start", "convert", "merge"])
+def test_a_base_with_code_is_not_executed(kinds, golden, tmp_path, way, base):
     class Code:
         def __reduce__(self):
             return os.system, (f"touch '{tmp_path / 'executed'}'",)
 
-    shutil.copytree(golden / "base", tmp_path / "base")
-    torch.save({"model.norm.weight": Code()}, tmp_path / "base/pytorch_model-00002-of-00002.bin")
-    with pytest.raises(Exception, match="(?i)weights.only|code"):  # transformers' own error
-        LlavaSPForCausalLM.from_pretrained(
-            kinds["original_projector"].folder, base_model=tmp_path / "base", vision_tower=golden / "clip"
-        )
+    bases = {"base_model": golden / "base", "vision_tower": golden / "clip"}
+    keyword = {"base": "base_model", "clip": "vision_tower"}[base]
+    bases[keyword] = tmp_path / "spoilt"
+    shutil.copytree(golden / base, bases[keyword])
+    file = max(bases[keyword].glob("pytorch_model*.bin"))
+    torch.save({"model.norm.weight": Code()}, file)
+    lora = kinds["original_lora"].copy(tmp_path / "lora").folder
+    settings = json.loads((lora / "config.json").read_text()) | {"mm_vision_tower": str(bases["vision_tower"])}
+    (lora / "config.json").write_text(json.dumps(settings))
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    (lora / "adapter_config.json").write_text(
+        json.dumps(settings | {"base_model_name_or_path": str(bases["base_model"])})
+    )
+    ways = {
+        "inspect": lambda: LlavaSPForCausalLM.from_pretrained(lora),
+        "open": lambda: LlavaSPForCausalLM.from_pretrained(kinds["original_projector"].folder, **bases),
+        "warm start": lambda: LlavaSPForCausalLM.from_backbones(*bases.values(), warm_start=lora),
+        "convert": lambda: convert(lora, tmp_path / "out", **bases),
+        "merge": lambda: merge(lora, tmp_path / "out", **bases),
+    }
+    if way == "inspect":
+        (problem,) = inspect(lora)["problems"]
+        assert f"{file} holds code" in problem
+    with pytest.raises(ValueError, match=rf"{file} holds code \((posix|nt).system\).*nothing in it was executed"):
+        ways[way]()
     assert not (tmp_path / "executed").exists()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["lora", "spoilt"]  # nothing is left half written
+    torch.load(file, weights_only=False)  # the trap is armed
+    assert (tmp_path / "executed").exists()
 
 
 def test_a_manifest_that_is_gone(kinds, tmp_path):
@@ -417,6 +459,12 @@ def test_a_manifest_that_is_gone(kinds, tmp_path):
     [
         ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
         ({"hidden_size": "many"}, "configuration"),
+        (
+            {"mm_vision_select_layer": 9, "mm_vision_tower": GOLDEN_TOWER},
+            "is 9, but the vision tower has 4 layers: use -5 to 4",
+        ),
+        ({"mm_vision_select_layer": -6, "mm_vision_tower": GOLDEN_TOWER}, "is -6, but the vision tower has 4 layers"),
+        ({"mm_vision_tower": ["clip"]}, "config.json: mm_vision_tower is ['clip']; expected the hub id or folder"),
     ],
 )
 def test_settings_that_cannot_be_opened(kinds, tmp_path, settings, said):
@@ -425,6 +473,22 @@ def test_settings_that_cannot_be_opened(kinds, tmp_path, settings, said):
     (copy.folder / "config.json").write_text(json.dumps(config | settings))
     report = inspect(copy.folder)
     assert not report["loads"] and said in report["problems"][0]
+    assert report.keys() == inspect(kinds["llava_sp"].folder).keys()  # also where nothing was recognised
+    if "configuration" not in said:
+        refused(copy, said)
+
+
+@pytest.mark.parametrize("content", [None, b""])
+def test_a_full_model_without_the_words_of_its_tokenizer(kinds, tmp_path, content):
+    """Of the settings alone transformers makes a tokenizer that knows its special tokens and nothing else."""
+    copy = kinds["original_full"].copy(tmp_path / "x")
+    words = copy.folder / "tokenizer.model"
+    words.unlink() if content is None else words.write_bytes(content)
+    report = inspect(copy.folder)
+    assert (
+        not report["loads"] and "x has no words: tokenizer.json or tokenizer.model is missing" in report["problems"][0]
+    )
+    refused(copy, "x has no words", str(copy.folder))
 
 
 # ---------------------------------------------------------------- no checkpoint; the command

@@ -11,23 +11,18 @@ import shutil
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.checkpoints import needs_processor
 from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.mixture import load_mixture
-from llava_sp.model.processing_llava_sp import add_special_tokens
+from tests.checkpoints.kinds import llava_15, write_original, write_ours
 from tests.released import LAYOUTS, bases, load_released, our_name, released_folder
 
 PROMPT = "USER: <image>\nWhat is this? ASSISTANT:"
-
-
-@pytest.fixture(scope="module")
-def images(golden) -> list[Image.Image]:
-    return [Image.open(golden / "samples/images" / name) for name in ("wide.png", "tall.png", "square.png")]
 
 
 def logits(model, processor, images) -> torch.Tensor:
@@ -122,6 +117,32 @@ def test_a_private_path_says_what_was_recorded_and_what_to_pass(golden, tmp_path
             opens.from_pretrained(folder, **given)
 
 
+def test_a_hub_id_that_cannot_be_reached_is_said_to_be_so(golden):
+    """Whatever else is passed: nothing is known of its format."""
+    for opens in (LlavaSPForCausalLM, LlavaSPProcessor):
+        for given in ({}, bases(golden), {**bases(golden), "local_files_only": True}):
+            with pytest.raises(
+                OSError, match="there is no folder someone/llava-sp-lora, and no model of that name can be"
+            ):
+                opens.from_pretrained("someone/llava-sp-lora", **given)
+
+
+def test_a_hub_id_in_the_cache(golden, tmp_path):
+    """A released folder, and a processor of ours that stands alone."""
+    snapshot = tmp_path / "models--someone--lora/snapshots/0123"
+    shutil.copytree(released_folder(golden, "pooling"), snapshot)
+    processor = LlavaSPProcessor.from_pretrained(snapshot, **bases(golden))
+    processor.save_pretrained(tmp_path / "models--someone--processor/snapshots/0123")
+    for folder in tmp_path.iterdir():
+        (folder / "refs").mkdir()
+        (folder / "refs/main").write_text("0123")
+    given = {**bases(golden), "cache_dir": tmp_path, "local_files_only": True}
+    assert LlavaSPForCausalLM.from_pretrained("someone/lora", **given).config.spatial_variant == "pooling"
+    again = LlavaSPProcessor.from_pretrained("someone/lora", **given)
+    assert again.num_image_tokens == processor.num_image_tokens
+    assert needs_processor("someone/lora", **given) and not needs_processor("someone/processor", **given)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("binary", [False, True])
 def test_types_and_bin_adapters(golden, tmp_path, images, dtype, binary):
@@ -165,50 +186,6 @@ def test_first_stage_projector(golden, variant):
 # ---------------------------------------------------------------- LLaVA-1.5
 
 
-@pytest.fixture(scope="module")
-def none(golden) -> LlavaSPForCausalLM:
-    """A model without spatial tokens: what LLaVA-1.5 is."""
-    return LlavaSPForCausalLM.from_backbones(
-        golden / "base", golden / "clip", spatial_variant="none", dtype=torch.float32
-    )
-
-
-def original_keys(model, golden, tower: bool, words: int = 1000) -> dict[str, torch.Tensor]:
-    """The model's weights as LLaVA-1.5's own code names them."""
-    keys = {}
-    for name, tensor in model.state_dict().items():
-        name = name.replace("vision_tower.vision_model.", "vision_tower.")
-        if name.startswith("model.multi_modal_projector."):
-            name = name.replace("multi_modal_projector.linear_1", "mm_projector.0")
-            keys[name.replace("multi_modal_projector.linear_2", "mm_projector.2")] = tensor
-        elif name.startswith("model.vision_tower."):
-            if tower:
-                keys[name.replace("vision_tower.", "vision_tower.vision_tower.vision_model.")] = tensor
-        else:
-            rows = words if "embed_tokens" in name or "lm_head" in name else len(tensor)
-            keys[name.replace("language_model.", "")] = tensor[:rows].contiguous()
-    return keys
-
-
-def write_original(folder, model, golden, tower: bool, beside: bool, safetensors: bool = True) -> None:
-    """A full LLaVA-1.5 folder: its projector within or beside, with or without the tower's weights."""
-    folder.mkdir()
-    for file in (golden / "base").glob("*token*"):
-        shutil.copy(file, folder)
-    settings = json.loads((released_folder(golden, "cropping") / "config.json").read_text())
-    settings |= {"mm_vision_tower": str(golden / "clip"), "architectures": ["LlavaLlamaForCausalLM"]}
-    (folder / "config.json").write_text(json.dumps(settings))
-    keys = original_keys(model, golden, tower)
-    if beside:
-        projector = {key: keys.pop(key) for key in list(keys) if "mm_projector" in key}
-        torch.save(projector, folder / "mm_projector.bin")
-    keys = {key: tensor.clone() for key, tensor in keys.items()}
-    if safetensors:
-        save_file(keys, folder / "model.safetensors", metadata={"format": "pt"})
-    else:
-        torch.save(keys, folder / "pytorch_model.bin")
-
-
 @pytest.mark.parametrize(
     ("tower", "beside", "safetensors"), [(False, False, True), (True, False, False), (True, True, True)]
 )
@@ -247,27 +224,6 @@ def test_llava_15_lora(golden, tmp_path):
     assert any(".lora_B" in name and parameter.any() for name, parameter in model.named_parameters())
 
 
-@pytest.fixture(scope="module")
-def llava_hf(golden, none, tmp_path_factory):
-    """A folder as llava-hf's: transformers' own model, with a tokenizer that has <image> and <pad>."""
-    folder = tmp_path_factory.mktemp("hf")
-    settings = none.config
-    config = LlavaConfig(
-        text_config=settings.text_config.to_dict(),
-        vision_config=settings.vision_config.to_dict(),
-        image_token_index=settings.image_token_id,
-        pad_token_id=settings.pad_token_id,
-    )
-    llava = LlavaForConditionalGeneration(config).eval()
-    llava.load_state_dict(none.state_dict())
-    llava.save_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(golden / "base")
-    add_special_tokens(tokenizer)
-    tokenizer.save_pretrained(folder)
-    shutil.copy(golden / "clip/preprocessor_config.json", folder)
-    return folder
-
-
 def test_llava_hf(golden, none, images, llava_hf):
     model = LlavaSPForCausalLM.from_pretrained(llava_hf)
     processor = LlavaSPProcessor.from_pretrained(llava_hf)
@@ -287,7 +243,8 @@ def test_llava_hf(golden, none, images, llava_hf):
 def test_a_full_llava_is_a_language_model_to_start_from(golden, none, llava_hf, tmp_path):
     """`from_backbones` takes the language model and the tower out of either kind of full LLaVA-1.5."""
     write_original(tmp_path / "m", none, golden, tower=False, beside=False)
-    for language, tower in ((tmp_path / "m", golden / "clip"), (llava_hf, llava_hf)):
+    ours = write_ours(tmp_path / "ours", none)
+    for language, tower in ((tmp_path / "m", golden / "clip"), (llava_hf, llava_hf), (ours, ours)):
         model = LlavaSPForCausalLM.from_backbones(language, tower, spatial_width=3)
         assert model.config.spatial_variant == "cropping"
         for name, tensor in state(none).items():
@@ -305,7 +262,8 @@ def patch_mlp(model) -> dict[str, torch.Tensor]:
 def test_warm_start_keeps_patch_mlp_and_language_model_or_lora(golden, none, llava_hf, tmp_path):
     write_original(tmp_path / "full", none, golden, tower=False, beside=False)
     fresh = LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", spatial_width=3, seed=5)
-    for start in (tmp_path / "full", llava_hf):
+    ours = write_ours(tmp_path / "ours", none)
+    for start in (tmp_path / "full", llava_hf, ours):
         model = LlavaSPForCausalLM.from_backbones(
             vision_tower=golden / "clip", warm_start=start, spatial_width=3, seed=5
         )
@@ -323,5 +281,33 @@ def test_warm_start_keeps_patch_mlp_and_language_model_or_lora(golden, none, lla
     for name, tensor in state(released).items():
         if ".lora_" in name or name in patch_mlp(released):
             assert torch.equal(state(model)[name], tensor), name
+    write_ours(tmp_path / "spatial", fresh)
+    with pytest.raises(ValueError, match="spatial is a full checkpoint with spatial tokens, which would be lost"):
+        LlavaSPForCausalLM.from_backbones(vision_tower=golden / "clip", warm_start=tmp_path / "spatial")
     with pytest.raises(ValueError, match="language_model is not set"):
         LlavaSPForCausalLM.from_backbones(vision_tower=golden / "clip")
+
+
+def test_a_full_checkpoint_of_ours_keeps_its_own_tower_as_a_warm_start(golden, tmp_path):
+    """As transformers' LLaVA does: another tower is an error, its own is taken from its folder."""
+    model = llava_15(golden)
+    weight = next(p for name, p in model.named_parameters() if name.endswith("patch_embedding.weight"))
+    weight.data *= 2
+    ours = write_ours(tmp_path / "ours", model)
+    with pytest.raises(ValueError, match="ours holds a vision tower of its own .*patch_embedding.weight differs"):
+        LlavaSPForCausalLM.from_backbones(vision_tower=golden / "clip", warm_start=ours, spatial_width=3)
+    started = LlavaSPForCausalLM.from_backbones(vision_tower=ours, warm_start=ours, spatial_width=3)
+    for name, tensor in state(model).items():
+        assert torch.equal(state(started)[name], tensor), name
+    assert LlavaSPProcessor.from_backbones(started.config).num_image_tokens == 582
+
+
+def test_an_adapter_is_no_language_model(golden, kinds):
+    for given in (
+        (kinds["llava_sp_adapter"].folder, golden / "clip"),
+        (golden / "base", kinds["llava_sp_adapter"].folder),
+    ):
+        with pytest.raises(
+            ValueError, match="is an adapter checkpoint, without a language model and a tower of its own"
+        ):
+            LlavaSPForCausalLM.from_backbones(*given)

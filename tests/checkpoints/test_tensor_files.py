@@ -112,6 +112,27 @@ def test_code_in_a_pickle_is_refused_and_not_executed(tmp_path, old):
     assert proof.exists()
 
 
+def test_the_headers_of_an_old_pickle_are_read_without_its_tensors(tmp_path, monkeypatch):
+    file, shared = tmp_path / "x.bin", torch.randn(64, 64)
+    tensors = {**TENSORS, "large": torch.randn(1000, 1000), "one": shared[:32], "two": shared.T}
+    torch.save(tensors, file, _use_new_zipfile_serialization=False)
+    read = []
+    monkeypatch.setattr(torch.UntypedStorage, "_set_from_file", lambda *_: read.append(1))
+    assert {t.key: (t.shape, t.dtype) for t in stored_tensors(file)} == {
+        key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()
+    }
+    assert not read
+    monkeypatch.undo()
+    again = read_tensors(file)
+    assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
+    data = file.read_bytes()
+    for kept in (-1, -5000, len(data) // 2, 40):
+        file.write_bytes(data[:kept])
+        for look in (stored_tensors, read_tensors, tensor_lines):
+            with pytest.raises(ValueError, match="x.bin is cut off"):
+                look(file)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llava_sp.checkpoints import from_backbones
+from llava_sp.checkpoints.backbones import from_backbones
 from llava_sp.data.from_config import spatial_settings
 from llava_sp.train.arguments import ModelArguments, load_config, settings_of, split_global_batch
 from llava_sp.train.check import check_inputs
@@ -95,7 +95,7 @@ def test_settings_of_the_spatial_branch(tmp_path):
 
 def test_every_argument_of_a_fresh_model_is_a_key():
     """`from_backbones` has no setting that a run cannot state."""
-    passed = {"language_model", "vision_tower", "warm_start", "cls", "config", "dtype", "seed", "load_kwargs"}
+    passed = {"language_model", "vision_tower", "cls", "config", "dtype", "seed", "load_kwargs"}
     arguments = {
         name for name in inspect.signature(from_backbones).parameters if not name.endswith("_revision")
     } - passed

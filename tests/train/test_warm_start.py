@@ -7,12 +7,14 @@ import shutil
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from llava_sp import LlavaSPForCausalLM
+from llava_sp.data.from_config import dataset_of_config
 from llava_sp.train.config_files import UsageError
-from tests.checkpoints.test_original import none, write_original  # noqa: F401 (fixture)
+from tests.checkpoints.kinds import llava_15, write_original, write_ours
 from tests.released import load_released, released_folder
-from tests.train.runs import GOLDEN, run_here
+from tests.train.runs import GOLDEN, config, run_here
 
 
 def test_lora_and_patch_mlp_are_kept(tmp_path):
@@ -28,17 +30,41 @@ def test_lora_and_patch_mlp_are_kept(tmp_path):
     assert LlavaSPForCausalLM.from_pretrained(tmp_path / "out").config.spatial_variant == "cropping"
 
 
-def test_a_full_llava_is_the_language_model(none, tmp_path, golden):  # noqa: F811
-    write_original(tmp_path / "llava", none, golden, tower=False, beside=False)
+@pytest.mark.parametrize("format", ["original", "ours"])
+def test_a_full_llava_is_the_language_model(tmp_path, golden, format):
+    if format == "ours":
+        write_ours(tmp_path / "llava", llava_15(golden))
+    else:
+        write_original(tmp_path / "llava", llava_15(golden), golden, tower=False, beside=False)
     run_here(tmp_path, warm_start=str(tmp_path / "llava"), max_steps=1, language_model=None)
-    config = json.loads((tmp_path / "out/config.json").read_text())
-    assert config["base_language_model"] == str(tmp_path / "llava")
+    saved = json.loads((tmp_path / "out/config.json").read_text())
+    assert saved["base_language_model"] == str(tmp_path / "llava")
 
 
-def test_what_does_not_go_together(tmp_path):
+def test_preview_and_check_read_what_training_reads(tmp_path, golden):
+    """The tokenizer is the one within the warm start, also where a language model is named beside it."""
+    write_original(tmp_path / "llava", llava_15(golden), golden, tower=False, beside=False)
+    tokenizer = AutoTokenizer.from_pretrained(golden / "base")
+    tokenizer.add_tokens(["<one>", "<two>"])
+    tokenizer.save_pretrained(tmp_path / "llava")
+    for named in (str(golden / "base"), None):
+        path = config(tmp_path / "run", warm_start=str(tmp_path / "llava"), language_model=named)
+        assert dataset_of_config(path).processor.image_token_id == 1002
+    assert (
+        dataset_of_config(
+            path, ["--warm_start", "null", "--language_model", str(golden / "base")]
+        ).processor.image_token_id
+        == 1000
+    )
+    with pytest.raises(OSError, match="no folder .*nowhere"):
+        dataset_of_config(path, ["--warm_start", str(tmp_path / "nowhere")])
+
+
+def test_what_does_not_go_together(tmp_path, monkeypatch):
     start = str(released_folder(GOLDEN, "pooling"))
     with pytest.raises(UsageError, match=r"r 8 and alpha 16; this run has r 4 and alpha 16. Set lora_r"):
         run_here(tmp_path / "1", warm_start=start, lora_r=4)
+    monkeypatch.setattr("llava_sp.train.run.build_model", lambda *_: pytest.fail("a model was built"))
     with pytest.raises(UsageError, match="has LoRA, which the stage pretrain does not train: merge it first"):
         run_here(tmp_path / "2", "pretrain", warm_start=start)
     with pytest.raises(UsageError, match="warm_start = .*nowhere: it is not there"):
