@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -60,9 +61,11 @@ def test_eight_steps(golden, tmp_path, layout):
     trainer.train()
 
     log = [record for record in trainer.state.log_history if "loss" in record]
-    assert [record["loss"] for record in log] == pytest.approx(recorded["loss"], rel=TOLERANCE)
+    assert [record["loss"] for record in log] == pytest.approx(recorded["loss"], rel=TOLERANCE / 10)
     norms = [record["grad_norm"] for record in log]
-    assert norms == pytest.approx(recorded["grad_norm_before_clipping"], rel=TOLERANCE)
+    assert norms[:4] == pytest.approx(recorded["grad_norm_before_clipping"][:4], rel=TOLERANCE)
+    # Rounding differs by CPU and grows: with `cropping`, from 2e-6 in the first step to 3e-3 in the last on one of them.
+    assert norms == pytest.approx(recorded["grad_norm_before_clipping"], rel=10 * TOLERANCE)
     rates = [record["learning_rate/lora"] for record in log]
     assert rates[1:] == pytest.approx(recorded["logged_lr_after_step"][:-1], rel=1e-6) and rates[0] == 0
     assert [record["learning_rate/spatial"] for record in log] == pytest.approx([rate / 10 for rate in rates])
@@ -73,4 +76,9 @@ def test_eight_steps(golden, tmp_path, layout):
         parameter = after[ours(name)].detach()
         assert parameter.norm().item() == pytest.approx(values["l2"], rel=TOLERANCE), name
         change = (parameter - before[ours(name)]).norm().item()
-        assert change == pytest.approx(values["l2_of_change"], rel=2e-2, abs=1e-6), name
+        if re.search(
+            r"key_projector\.\d\.bias", name
+        ):  # moves all keys alike, which the softmax over them does not see: its
+            assert change < 1e-4, name  # gradient is the rounding of the machine, which AdamW scales up
+        else:
+            assert change == pytest.approx(values["l2_of_change"], rel=2e-2, abs=1e-6), name
