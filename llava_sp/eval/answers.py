@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_sp.eval.files import decode, examples, parse_line, read_bytes
+from llava_sp.eval.files import Line, decode, examples, parse_line, parse_lines, read_bytes
 
 if TYPE_CHECKING:
     from llava_sp.eval.base import Item
@@ -40,15 +40,11 @@ def read_answers(path: Path) -> tuple[list[dict[str, Any]], str | None]:
             f"{path} is a JSON list (a submission file?); needed is LLaVA's answers file, one object per line"
         )
     content, note = _without_half_line(content, path)
-    records = []
-    for number, line in enumerate(decode(content, path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        record = parse_line(line, where)
+    records = parse_lines(decode(content, path), path)
+    for record in records:
         if "question_id" not in record or not isinstance(record.get("text"), str):
-            raise ValueError(f"{where} has no question_id or no text; it has {', '.join(sorted(record)) or 'nothing'}")
-        records.append(record)
+            has = ", ".join(sorted(record)) or "nothing"
+            raise ValueError(f"{path}, line {record.number} has no question_id or no text; it has {has}")
     return records, note
 
 
@@ -71,6 +67,32 @@ def _without_half_line(content: bytes, path: Path) -> tuple[bytes, str | None]:
     return content[:end], note
 
 
+def check_questions(items: Sequence[Item], questions: Sequence[str], records: Sequence[dict[str, Any]]) -> None:
+    """Raises ValueError if an answer's line records a prompt that does not hold the question its id has here.
+
+    Ids of different splits and languages can be the same numbers. Case and spaces do not count; lines without `prompt` and
+    questions without words are passed over.
+    """
+    asked = {str(item.id): _plain(question) for item, question in zip(items, questions)}
+    wrong = []
+    for record in records:
+        prompt, question = record.get("prompt"), asked.get(str(record["question_id"]))
+        if isinstance(prompt, str) and prompt.strip() and question and question not in _plain(prompt):
+            wrong.append((record, question))
+    if wrong:
+        record, question = wrong[0]
+        line = f"line {record.number}, " if isinstance(record, Line) else ""
+        raise ValueError(
+            f"{len(wrong)} of {len(records)} answers are to other questions than their ids have here (answers of another "
+            f"split, language or version?): {line}question {record['question_id']} was asked as "
+            f"{' '.join(record['prompt'].split())[:80]!r}, here it is {question[:80]!r}"
+        )
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
 def match_by_question_id(items: Sequence[Item], records: Sequence[dict[str, Any]], what: str) -> list[str]:
     """The answers in the order of the items.
 
@@ -81,8 +103,11 @@ def match_by_question_id(items: Sequence[Item], records: Sequence[dict[str, Any]
     counts = Counter(str(record["question_id"]) for record in records)
     wanted = {str(item.id) for item in items}
     problems = []
+    twice = [i for i, n in counts.items() if n > 1]
+    lines = [str(r.number) for r in records if isinstance(r, Line) and twice and str(r["question_id"]) == twice[0]]
+    of_first = f". {twice[0]} stands in lines {' and '.join(lines[:2])}" if lines else ""
     for found, trouble in (
-        ([i for i, n in counts.items() if n > 1], "have more than one answer"),
+        (twice, "have more than one answer"),
         ([i for i in counts if i not in wanted], f"are not in {what}: answers of another split or data set?"),
         ([str(item.id) for item in items if str(item.id) not in counts], "have no answer"),
     ):
@@ -90,7 +115,9 @@ def match_by_question_id(items: Sequence[Item], records: Sequence[dict[str, Any]
             problems.append(f"{len(found)} question ids {trouble} ({examples(found)})")
     if problems:
         raise ValueError(
-            f"the {len(records)} answers do not fit the {len(items)} questions of {what}: " + "; ".join(problems)
+            f"the {len(records)} answers do not fit the {len(items)} questions of {what}: "
+            + "; ".join(problems)
+            + of_first
         )
     texts = {str(record["question_id"]): record["text"] for record in records}
     return [texts[str(item.id)] for item in items]

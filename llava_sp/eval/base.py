@@ -42,7 +42,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-from llava_sp.eval.answers import match_by_question_id, read_answers
+from llava_sp.eval.answers import check_questions, match_by_question_id, read_answers
 from llava_sp.eval.files import read_json, read_jsonl, read_table
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -117,12 +117,16 @@ class Scores:
             `unit` where items are only judged together (the two questions of a picture, the rotations of a question):
             equal units are drawn together by `llava_sp.eval.compare`.
         categories: figures by category, for tables and bars.
+        count, counted: how many of what the headline is over, where that is not the number of items:
+            1176, "questions", of MMBench's 4377 rows.
     """
 
     score: float | None
     metrics: dict[str, Any]
     per_item: list[dict[str, Any]]
     categories: dict[str, Category] = field(default_factory=dict)
+    count: int | None = None
+    counted: str = "questions"
 
 
 class Benchmark(ABC):
@@ -204,8 +208,18 @@ class Benchmark(ABC):
         return read_answers(path)
 
     def match(self, items: Sequence[Item], records: Sequence[dict[str, Any]]) -> list[str]:
-        """The answers in the order of the items, from the lines of an answers file."""
-        return match_by_question_id(items, records, what=f"{self.name} {self.split or ''}".strip())
+        """The answers in the order of the items, from the lines of an answers file.
+
+        Raises:
+            ValueError: ids that occur twice, are missing or are not of these items; other questions under the same ids.
+        """
+        texts = match_by_question_id(items, records, what=f"{self.name} {self.split or ''}".strip())
+        check_questions(items, [self.question(item) for item in items], records)
+        return texts
+
+    def question(self, item: Item) -> str:
+        """What of the item's text stands in every prompt that may have been answered, whatever the protocol."""
+        return str(item.metadata.get("question", item.text.split("\n")[0]))
 
     def judge(  # noqa: B027 - most benchmarks need none
         self, items: Sequence[Item], answers: Sequence[str], output: Path | None

@@ -291,7 +291,7 @@ def _finish(
     write_json(output / "metrics.json", result)
     split = f", {benchmark.split}" if benchmark.split else ""
     if scores.score is not None:
-        print(f"{benchmark.title}{split}: {scores.score} ({len(items)} questions)")
+        print(f"{benchmark.title}{split}: {scores.score} ({scores.count or len(items)} {scores.counted})")
         for line in benchmark.summary(scores):
             print(f"  {line}")
     else:

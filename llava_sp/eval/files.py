@@ -49,12 +49,24 @@ def read_json(path: Path) -> Any:
         ) from None
 
 
+class Line(dict[str, Any]):
+    """The JSON object on a line of a file; `number` is which line, counted from 1."""
+
+    number: int
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """One JSON object per line; empty lines are passed over. Raises ValueError naming the line."""
+    return parse_lines(read_text(path), path)
+
+
+def parse_lines(text: str, path: Path) -> list[dict[str, Any]]:
+    """`Line`s of a text that was read from `path`. Raises ValueError naming a line that is no JSON object."""
     records = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            records.append(parse_line(line, f"{path}, line {number}"))
+            records.append(Line(parse_line(line, f"{path}, line {number}")))
+            records[-1].number = number
     return records
 
 

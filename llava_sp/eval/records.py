@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from llava_sp.eval.files import examples
+from llava_sp.eval.files import Line, examples
 
 _KINDS = {int: "a whole number", float: "a number", str: "text", list: "a list", dict: "an object with fields"}
 
@@ -33,14 +33,33 @@ def expect_all(records: Any, fields: Mapping[str, type | tuple[type, ...]], file
     if not records:
         raise ValueError(f"{file} holds no {noun}s")
     for number, record in enumerate(records):
-        expect(record, fields, f"{file}: {noun} {number} (counted from 0)")
+        expect(record, fields, place(file, noun, record, number))
 
 
-def expect_once(ids: Iterable[int | str], file: Path, noun: str = "question id") -> None:
-    """Raises ValueError with count and examples if ids occur more than once."""
+def expect_once(records: Iterable[Any], file: Path, noun: str = "question id", key: str | None = None) -> None:
+    """Raises ValueError, with count, examples and where the first one stands, if ids occur more than once.
+
+    Args:
+        records: the ids; with `key`, the records of the file that hold them.
+    """
+    records = list(records)
+    ids = records if key is None else [record[key] for record in records]
     twice = [i for i, count in Counter(ids).items() if count > 1]
     if twice:
-        raise ValueError(f"{file}: {len(twice)} {noun}s occur more than once ({examples(twice)})")
+        where = [number for number, i in enumerate(ids) if i == twice[0]]
+        first = [_number(records[number], number) for number in where[:2]]
+        raise ValueError(
+            f"{file}: {len(twice)} {noun}s occur more than once ({examples(twice)}); {twice[0]} is {' and '.join(first)}"
+        )
+
+
+def place(file: Path, noun: str, record: Any, number: int) -> str:
+    """Where a record stands, for error messages: its line, or its number in a list."""
+    return f"{file}, line {record.number}" if isinstance(record, Line) else f"{file}: {noun} {number} (counted from 0)"
+
+
+def _number(record: Any, number: int) -> str:
+    return f"line {record.number}" if isinstance(record, Line) else f"number {number} (counted from 0)"
 
 
 def inside(folder: Path, name: str, where: str) -> Path:

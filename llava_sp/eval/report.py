@@ -80,7 +80,7 @@ def _table(table: Table) -> str:
 
 def _section(row: Row, outcome: Outcome) -> str:
     score = "no score" if row.score is None else f"{row.score:g}"
-    about = f"{row.benchmark.title}: {score} on {len(outcome.items)} questions, protocol {outcome.benchmark.protocol}."
+    about = f"{row.benchmark.title}: {score} on {row.count} {outcome.scores.counted}, protocol {outcome.benchmark.protocol}."
     others = [f"{name} {value:g}" for name, value in outcome.result.get("scored_as", {}).items() if value is not None]
     if len(others) > 1:
         about += f" The same answers by the scoring rule of each protocol: {', '.join(others)}."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,20 @@ class Row:
     def score(self) -> float | None:
         return self.outcome.scores.score if self.outcome else None
 
+    @property
+    def count(self) -> int:
+        """How many questions the score is over."""
+        return self.outcome.scores.count or len(self.outcome.items) if self.outcome else 0
+
+    @property
+    def published(self) -> Mapping[str, float]:
+        """Published figures, of the split that was asked where they differ by split."""
+        return (self.outcome.benchmark if self.outcome else self.benchmark).published
+
+    @property
+    def published_on(self) -> str:
+        return (self.outcome.benchmark if self.outcome else self.benchmark).published_on
+
 
 @dataclass(frozen=True)
 class Table:
@@ -42,9 +56,9 @@ class Table:
     def cells(self, row: Row) -> list[str]:
         """The row as text; `*` marks published figures of other questions or another judge."""
         outcome = row.outcome
-        about = [outcome.benchmark.protocol, str(len(outcome.items))] if outcome else ["", ""]
-        mark = "*" if row.benchmark.published_on else ""
-        published = [f"{row.benchmark.published[s]:.1f}{mark}" if s in row.benchmark.published else "" for s in SOURCES]
+        about = [outcome.benchmark.protocol, str(row.count)] if outcome else ["", ""]
+        mark = "*" if row.published_on else ""
+        published = [f"{row.published[s]:.1f}{mark}" if s in row.published else "" for s in SOURCES]
         score = "-" if row.score is None else f"{row.score:.2f}"
         return [row.benchmark.name, *about, score, *published]
 
@@ -56,10 +70,10 @@ class Table:
             notes.insert(
                 0, "--limit: only the first questions of each benchmark; nothing here compares with published figures"
             )
-        of = [f"{row.benchmark.name}: {row.benchmark.published_on}" for row in self.rows if row.benchmark.published_on]
+        of = [f"{row.benchmark.name}: {row.published_on}" for row in self.rows if row.published_on]
         if of:
             notes.append("* published figures do not compare directly with a local score: " + "; ".join(of))
-        shown = [source for source in SOURCES if any(source in row.benchmark.published for row in self.rows)]
+        shown = [source for source in SOURCES if any(source in row.published for row in self.rows)]
         notes += [f"{source}: as published in {SOURCES[source]}" for source in shown]
         return notes
 
@@ -108,11 +122,12 @@ class Table:
         record: dict[str, Any] = {"title": row.benchmark.title, "score": row.score}
         if row.outcome:
             result, benchmark = row.outcome.result, row.outcome.benchmark
-            record |= {"protocol": benchmark.protocol, "split": benchmark.split, "count": len(row.outcome.items)}
+            record |= {"protocol": benchmark.protocol, "split": benchmark.split, "count": row.count}
+            record |= {"counted": row.outcome.scores.counted}
             record |= {key: result[key] for key in ("scored_as", "categories") if key in result}
         if row.note:
             record["note"] = row.note
-        record |= {"published": dict(row.benchmark.published), "published_on": row.benchmark.published_on or None}
+        record |= {"published": dict(row.published), "published_on": row.published_on or None}
         return record | {"output": str(row.output) if row.output else None}
 
 
