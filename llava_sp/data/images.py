@@ -22,7 +22,7 @@ MAX_RATIO = 200
 
 # What Pillow's decoders raise on broken files.
 _BROKEN = (
-    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error,
+    OSError, SyntaxError, RuntimeError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error,
     Image.DecompressionBombError,
 )  # fmt: skip
 

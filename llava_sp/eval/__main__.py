@@ -24,13 +24,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_sp.eval.base import Benchmark
-from llava_sp.eval.cli import check_numbers, default_data, evaluate, make_parser, open_engine
+from llava_sp.eval.cli import check_numbers, default_data, evaluate, make_parser, open_engine, together
 from llava_sp.eval.provenance import now, versions
-from llava_sp.eval.ranks import Ranks
+from llava_sp.eval.ranks import Elsewhere, Ranks
 from llava_sp.eval.registry import benchmark_names, load_benchmark
 from llava_sp.eval.results import Row, Table
 
-_OWN = ("--model", "--data", "--output", "--answers", "--validate", "--images")  # are for one benchmark, or set here
+_OWN = (
+    "--model",
+    "--data",
+    "--output",
+    "--answers",
+    "--validate",
+    "--images",
+    "--split",
+)  # are for one benchmark, or set here
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--model and --data are needed")
     try:
         return _run(args, rest)
+    except Elsewhere:  # the process it concerns says it
+        return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="a LLaVA-SP checkpoint: directory or hub id")
     parser.add_argument("--data", type=Path, metavar="ROOT", help="folder with a folder for each benchmark")
     parser.add_argument("--output", type=Path, help="where results go (default ./runs/eval/all/CHECKPOINT)")
+    parser.add_argument("--protocol", help="for the benchmarks that have it; the others are scored by their default")
     return parser
 
 
@@ -76,6 +87,9 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         raise ValueError(f"--data {args.data} is not a directory")
     wanted = args.only or benchmark_names()
     classes = [load_benchmark(name) for name in dict.fromkeys(wanted)]
+    if args.protocol and not any(args.protocol in cls.protocols for cls in classes):
+        known = sorted({protocol for cls in classes for protocol in cls.protocols})
+        raise ValueError(f"none of these benchmarks has the protocol {args.protocol!r}; there are {', '.join(known)}")
     parsed = {cls: _arguments(cls, args, rest) for cls in classes}
     _check_all_known(parsed)
     present = [cls for cls in classes if _has_data(cls, parsed[cls][0], args.data)]
@@ -100,7 +114,8 @@ def _arguments(cls: type[Benchmark], args: argparse.Namespace, rest: list[str]) 
     own = [argument for argument in rest if argument.split("=")[0] in _OWN]
     if own:
         raise ValueError(f"{', '.join(own)} is for a single benchmark: python -m llava_sp.eval.{cls.name}")
-    known, unknown = make_parser(cls).parse_known_args([*rest, "--model", args.model])
+    protocol = ["--protocol", args.protocol] if args.protocol in cls.protocols else []
+    known, unknown = make_parser(cls).parse_known_args([*rest, *protocol, "--model", args.model])
     check_numbers(known)
     return known, unknown
 
@@ -132,7 +147,7 @@ def _rows(
     ranks: Ranks,
 ) -> list[Row]:
     engine = open_engine(args.model, known[classes[0]], ranks)
-    engine.processor()  # a checkpoint that cannot be opened is said before anything else
+    together(ranks, engine.processor)  # a checkpoint that cannot be opened is said before anything else
     rows = []
     for cls in classes:
         folder = output / cls.name
@@ -155,11 +170,11 @@ def _report(args: argparse.Namespace, rows: Sequence[Row], output: Path, limited
 
     table = Table(args.model, rows, limited, {"date": now(), **versions()})
     table.write(output)
-    report = write_report(output, table)
     print("\n" + table.text())
     for note in table.notes:
         print(f"  {note}")
-    print(f"results: {output / 'results.json'}, {output / 'results.md'}\nreport:  {report}")
+    print(f"results: {output / 'results.json'}, {output / 'results.md'}")
+    print(f"report:  {write_report(output, table)}")
     return 2 if any(row.outcome is None for row in rows) else 0
 
 

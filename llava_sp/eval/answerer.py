@@ -32,7 +32,7 @@ def open_image(source: Path | bytes, owner: str) -> Image.Image:
             return load_image(source.parent, source.name)
         with Image.open(io.BytesIO(source)) as image:
             return image.convert("RGB")
-    except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (ValueError, OSError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         what = "" if isinstance(source, Path) else f"embedded image of {len(source)} bytes: "
         raise ValueError(f"{owner}: {what}{error}") from error
 

@@ -132,6 +132,18 @@ def _say_no_locks(folder: Path, reason: str) -> None:
     )
 
 
+def lock(stream: Any, path: Path) -> None:
+    """Locks an open file against a second process; where the file system knows no locks, says so and goes on."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{path} is being written by another process: is the same command running?") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise OSError(f"cannot lock {path}: {error.strerror}") from error
+        _say_no_locks(path.parent, error.strerror)
+
+
 class AnswerLog:
     """The append-only file of one process. Use as a context manager.
 
@@ -146,7 +158,7 @@ class AnswerLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self.path.open("a+b", buffering=0)
         try:
-            self._lock()
+            lock(self._stream, self.path)
             self._repair()
         except BaseException:
             self._stream.close()
@@ -155,17 +167,6 @@ class AnswerLog:
 
     def __exit__(self, *exception: object) -> None:
         self._stream.close()
-
-    def _lock(self) -> None:
-        """Locks the file against a second process; where the file system knows no locks, says so and goes on."""
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.path} is being written by another process: is the same command running?") from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise OSError(f"cannot lock {self.path}: {error.strerror}") from error
-            _say_no_locks(self.path.parent, error.strerror)
 
     def _repair(self) -> None:
         self._stream.seek(0)
@@ -189,13 +190,21 @@ class AnswerLog:
             raise OSError(f"cannot write {self.path}: {error.strerror}; the same command goes on from here") from error
 
 
-def read_logs(folder: Path) -> dict[str, dict[str, Any]]:
-    """All whole lines of all processes, of this run and of earlier ones with any number of processes: key -> line."""
+def read_logs(folder: Path, settings: str | None = None) -> dict[str, dict[str, Any]]:
+    """All whole lines of all processes, of this run and of earlier ones with any number of processes: key -> line.
+
+    Raises ValueError naming file and line: for a line that is none of ours, or of a run with other `settings`.
+    """
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("rank-*.jsonl")):
         content = path.read_bytes()
         lines = decode(content[: content.rfind(b"\n") + 1], path).splitlines()
         for number, line in enumerate(lines, 1):
-            record = parse_line(line, f"{path}, line {number}")
+            where = f"{path}, line {number}"
+            record = parse_line(line, where)
+            if not isinstance(record.get("key"), str) or not isinstance(record.get("text"), str):
+                raise ValueError(f"{where} is no answer of this program: it has no key or no text")
+            if settings is not None and record.get("settings", settings) != settings:
+                raise ValueError(f"{where} is an answer of a run with other settings: give another --output")
             found.setdefault(record["key"], record)
     return found

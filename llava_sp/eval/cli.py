@@ -25,13 +25,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from llava_sp.eval.answers import lock
 from llava_sp.eval.base import Benchmark, Generation, Item, Scores
-from llava_sp.eval.files import checkpoints_hint, examples, sha256, write_json, write_jsonl
+from llava_sp.eval.files import checkpoints_hint, examples, read_json, sha256, write_json, write_jsonl
 from llava_sp.eval.provenance import check_output, provenance, run_settings, settings_id
 from llava_sp.eval.ranks import Elsewhere, Ranks
 from llava_sp.eval.records import first_folder
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 DEFAULT_MODEL = "llava-sp-7b-cropping-lora"  # what configs/finetune_lora_7b_cropping.yaml writes, below the runs folder
+LOCK = ".lock"
 QUICKSTART = "bash scripts/quickstart.sh"
 
 
@@ -82,6 +86,7 @@ def make_parser(benchmark: type[Benchmark]) -> argparse.ArgumentParser:
         prog=f"python -m llava_sp.eval.{benchmark.name}",
         description=f"{benchmark.title}. {(sys.modules[benchmark.__module__].__doc__ or '').strip()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", help="a LLaVA-SP checkpoint (full or adapter): directory or hub id")
@@ -130,7 +135,7 @@ def _score_answers(benchmark_class: type[Benchmark], args: argparse.Namespace) -
     if args.model:
         raise ValueError("--model does not go with --answers: existing answers are scored without a model")
     benchmark = benchmark_class.from_arguments(args)
-    items = benchmark.load(_find_data(benchmark_class, args.data))
+    items = _load(benchmark, _find_data(benchmark_class, args.data))
     records, note = benchmark.read_answers(args.answers)
     try:
         answers = benchmark.match(items, records)
@@ -143,10 +148,11 @@ def _score_answers(benchmark_class: type[Benchmark], args: argparse.Namespace) -
         "answers_sha256": sha256(args.answers),
         "model_ids": sorted({str(record["model_id"]) for record in records if "model_id" in record}),
     }
-    if args.output:
-        check_output(args.output, settings)
     origin = provenance(benchmark, items, settings, answers_file=str(args.answers))
-    _finish(benchmark, items, answers, args.output, origin)
+    with claimed(args.output) as output:
+        if output:
+            check_output(output, settings)
+        _finish(benchmark, items, answers, output, origin)
     return 0
 
 
@@ -185,67 +191,135 @@ def evaluate(
     """
     from llava_sp.eval import loading
 
-    benchmark = benchmark_class.from_arguments(args)
-    all_items = benchmark.load(data)
+    def prepare() -> tuple[Benchmark, Sequence[Item], Any]:
+        benchmark = benchmark_class.from_arguments(args)
+        items = _load(benchmark, data)
+        return benchmark, items, engine.processor(args.image_mode or benchmark.image_mode)
+
+    benchmark, all_items, processor = together(ranks, prepare)
     items = all_items[: args.limit]
     generation = _generation(benchmark, args)
-    about = {"generation": asdict(generation)}
-    processor = engine.processor(args.image_mode or benchmark.image_mode)
 
     def claim() -> dict[str, Any]:
         check_images(items)
-        settings = run_settings(
-            benchmark,
-            all_items,
-            checkpoint=engine.source.fingerprint,
-            template=benchmark.conversation or processor.conversation_template,
-            example=loading.render_prompt(processor, benchmark.message(items[0]), benchmark.conversation),
-            image_mode=processor.image_aspect_ratio,
-            generation=generation,
-            dtype=engine.dtype,
-            seed=args.seed,
-        )
+        settings = _settings(benchmark, all_items, engine, processor, generation, args.seed)
         check_output(output, settings)
+        _check_limit(output, len(items))
         asked = " ".join(filter(None, (benchmark.name, benchmark.split)))
         print(f"{len(items)} questions of {asked} -> {output}", file=sys.stderr)
         return settings
 
-    def answer() -> int:
-        return generate_answers(
+    with claimed(output if ranks.first else None, ranks):
+        settings = together(ranks, claim if ranks.first else dict)
+        run_id = ranks.from_first(settings_id(settings))
+
+        def answer() -> int:
+            return generate_answers(
+                benchmark,
+                items,
+                lambda: loading.ModelAnswerer(engine.model, processor, benchmark, generation, args.seed),
+                output,
+                batch_size=1 if generation.do_sample else args.batch_size,
+                ranks=ranks,
+                about={"generation": asdict(generation), "settings": run_id},
+            )
+
+        start = time.perf_counter()
+        answered = together(ranks, answer)
+        if not ranks.first:
+            return None
+        about = {"generation": asdict(generation)}
+        records = merge(benchmark, items, output, model_id=engine.source.name, settings_id=run_id, metadata=about)
+        origin = provenance(
             benchmark,
             items,
-            lambda: loading.ModelAnswerer(engine.model, processor, benchmark, generation, args.seed),
-            output,
-            batch_size=1 if generation.do_sample else args.batch_size,
-            ranks=ranks,
-            about=about,
+            settings,
+            model=engine.source.path,
+            device=loading.device_name(engine.device),
+            batch_size=args.batch_size,
+            processes=ranks.world,
+            limit=args.limit,
+            seed=args.seed,
+            last_command={
+                "answered_by_first_process": answered,
+                "seconds": round(time.perf_counter() - start, 2),
+            },
         )
-
-    settings = _together(ranks, claim if ranks.first else dict)
-    start = time.perf_counter()
-    answered = _together(ranks, answer)
-    seconds = round(time.perf_counter() - start, 2)
-    if not ranks.first:
-        return None
-    model_id = engine.source.name
-    records = merge(benchmark, items, output, model_id=model_id, settings_id=settings_id(settings), metadata=about)
-    run = {
-        "model": engine.source.path,
-        "device": loading.device_name(engine.device),
-        "batch_size": args.batch_size,
-        "processes": ranks.world,
-        "limit": args.limit,
-        "seed": args.seed,
-        "last_command": {"answered_by_first_process": answered, "seconds": seconds},
-    }
-    answers = [record["text"] for record in records]
-    outcome = _finish(benchmark, items, answers, output, provenance(benchmark, items, settings, **run))
+        outcome = _finish(benchmark, items, [record["text"] for record in records], output, origin)
     if len(items) < len(all_items):
         print(f"note: --limit: the first {len(items)} of {len(all_items)} questions; not comparable", file=sys.stderr)
     return outcome
 
 
-def _together(ranks: Ranks, function: Callable[[], T]) -> T:
+def _settings(
+    benchmark: Benchmark, items: Sequence[Item], engine: Engine, processor: Any, generation: Generation, seed: int
+) -> dict[str, Any]:
+    """What decides the answers; see `provenance.run_settings`."""
+    from llava_sp.eval import loading
+
+    return run_settings(
+        benchmark,
+        items,
+        checkpoint=engine.source.fingerprint,
+        config=engine.source.config_hash,
+        processor=loading.processor_hash(processor),
+        checkpoint_generation=engine.source.generation_config,
+        template=benchmark.conversation or processor.conversation_template,
+        example=loading.render_prompt(processor, benchmark.message(items[0]), benchmark.conversation),
+        image_mode=processor.image_aspect_ratio,
+        generation=generation,
+        dtype=engine.dtype,
+        seed=seed,
+    )
+
+
+def _load(benchmark: Benchmark, data: Path) -> list[Item]:
+    """The benchmark's items. Raises ValueError if there is none, or if answers could not be told apart by their keys."""
+    items = benchmark.load(data)
+    if not items:
+        raise ValueError(f"{data} holds no questions of {benchmark.name}")
+    twice = [key for key, count in Counter(item.key for item in items).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{len(twice)} ids of {benchmark.name} occur more than once in {data} ({examples(twice)}); where official ids "
+            "repeat, the benchmark must give each Item a key of its own"
+        )
+    return items
+
+
+@contextmanager
+def claimed(output: Path | None, ranks: Ranks | None = None) -> Iterator[Path | None]:
+    """Keeps a second command out of the folder as long as this one is in it; nothing happens without a folder.
+
+    Raises:
+        ValueError: another command is in it; with `ranks`, on every process.
+    """
+    with ExitStack() as stack:
+
+        def take() -> None:
+            if output is None:
+                return
+            if output.exists() and not output.is_dir():
+                raise ValueError(f"--output {output} is a file; give a directory")
+            output.mkdir(parents=True, exist_ok=True)
+            path = output / LOCK
+            lock(stack.enter_context(path.open("a")), path)
+
+        together(ranks or Ranks(), take)
+        yield output
+
+
+def _check_limit(output: Path, count: int) -> None:
+    """Raises ValueError if results of more questions are there, which those of `count` would replace."""
+    metrics = output / "metrics.json"
+    held = read_json(metrics).get("provenance", {}).get("count", 0) if metrics.is_file() else 0
+    if held > count:
+        raise ValueError(
+            f"{output} holds results of {held} questions, and those of {count} would replace them: give another --output"
+        )
+
+
+def together(ranks: Ranks, function: Callable[[], T]) -> T:
     """Calls `function`; a problem on any process is raised on all of them, once all have come here."""
     result, problem = None, None
     try:
@@ -291,7 +365,8 @@ def _finish(
     write_json(output / "metrics.json", result)
     split = f", {benchmark.split}" if benchmark.split else ""
     if scores.score is not None:
-        print(f"{benchmark.title}{split}: {scores.score} ({scores.count or len(items)} {scores.counted})")
+        count = len(items) if scores.count is None else scores.count
+        print(f"{benchmark.title}{split}: {scores.score} ({count} {scores.counted})")
         for line in benchmark.summary(scores):
             print(f"  {line}")
     else:

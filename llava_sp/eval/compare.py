@@ -25,8 +25,13 @@ import numpy as np
 from llava_sp.eval.base import Benchmark
 from llava_sp.eval.files import examples, read_json, read_jsonl, write_json
 from llava_sp.eval.registry import ORDER, load_benchmark
+from llava_sp.eval.vqa_metrics import AccuracyBenchmark
 
 RESAMPLES = 2000
+
+
+class Unscored(ValueError):
+    """A run has answers and no score."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Run:
     split: str | None
     items: list[dict[str, Any]]
     judge: str | None = None
+    questions: str | None = None  # hash of ids, prompts and pictures, where the run recorded it
 
 
 @dataclass(frozen=True)
@@ -69,13 +75,17 @@ def read_run(folder: Path) -> Run:
     if not (folder / "metrics.json").is_file():
         raise ValueError(f"{folder} has no metrics.json: it is no output folder of a finished evaluation")
     result, items = read_json(folder / "metrics.json"), read_jsonl(folder / "per_item.jsonl")
-    origin = result["provenance"]
+    origin = result.get("provenance") if isinstance(result, dict) else None
+    if not isinstance(origin, dict) or not {"benchmark", "protocol", "split"} <= set(origin):
+        raise ValueError(f"{folder / 'metrics.json'} is not the result of an evaluation: it has no provenance")
     if result["score"] is None:
-        raise ValueError(f"{folder} has answers of {origin['benchmark']} but no score (a server or a judge gives it)")
+        raise Unscored(f"{folder} has answers of {origin['benchmark']} but no score (a server or a judge gives it)")
     benchmark = load_benchmark(origin["benchmark"])
     judge = result["metrics"].get("judge")
     named = f"{judge['model']} (prompt: {judge['prompt']})" if judge else None
-    return Run(folder, benchmark, result["score"], origin["protocol"], origin["split"], items, named)
+    return Run(
+        folder, benchmark, result["score"], origin["protocol"], origin["split"], items, named, origin.get("questions")
+    )
 
 
 def compare(a: Run, b: Run, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
@@ -93,6 +103,12 @@ def compare(a: Run, b: Run, resamples: int = RESAMPLES, seed: int = 0) -> Compar
         raise ValueError(
             f"{a.folder} and {b.folder} did not score the same questions: {len(ids[0])} and {len(ids[1])}"
             + (f"; {len(only)} are in one only ({examples(only)})" if only else ", in another order")
+        )
+    asked = [[(record.get("question"), record.get("references")) for record in run.items] for run in (a, b)]
+    if asked[0] != asked[1] or (a.questions and b.questions and a.questions != b.questions):
+        raise ValueError(
+            f"{a.folder} and {b.folder} did not score the same questions: the ids are the same, but not what was asked, what "
+            "is right, or the names of the pictures"
         )
     differences = bootstrap(a.benchmark, a.items, b.items, resamples, seed)
     low, high = np.percentile(differences, [2.5, 97.5])
@@ -127,7 +143,8 @@ def bootstrap(
     members = list(units.values())
     rng = np.random.default_rng(seed)
     draws = (rng.integers(len(members), size=len(members)) for _ in range(resamples))
-    if benchmark.headline.__func__ is Benchmark.headline.__func__:  # the mean: sums of units are enough
+    means = (Benchmark.headline.__func__, AccuracyBenchmark.headline.__func__)
+    if benchmark.headline.__func__ in means:  # sums of units are enough
         gains = np.array([sum(b[i]["score"] - a[i]["score"] for i in unit) for unit in members])
         sizes = np.array([len(unit) for unit in members])
         return np.array([gains[draw].sum() / sizes[draw].sum() for draw in draws])
@@ -152,6 +169,9 @@ def find_pairs(a: Path, b: Path) -> list[tuple[Path, Path]]:
     names = sorted(below[0] & below[1], key=lambda name: (name not in ORDER, ORDER.index(name) if name in ORDER else 0))
     if not names:
         raise ValueError(f"{a} and {b} hold no results of a benchmark in common (metrics.json, or NAME/metrics.json)")
+    for folder, other in ((a, below[0] - below[1]), (b, below[1] - below[0])):
+        if other:
+            print(f"note: only {folder} holds {', '.join(sorted(other))}", file=sys.stderr)
     return [(a / name, b / name) for name in names]
 
 
@@ -171,6 +191,25 @@ def _print(result: Comparison, show: int) -> None:
         print(f"    ... {len(result.items) - show} more; --show N, or --output FILE.json for all")
 
 
+def _compare_all(pairs: Sequence[tuple[Path, Path]], args: argparse.Namespace) -> tuple[list[Comparison], int]:
+    """Compares and prints each pair; of several, one that does not compare is said and does not stop the others."""
+    results, status = [], 0
+    for a, b in pairs:
+        try:
+            results.append(compare(read_run(a), read_run(b), args.samples, args.seed))
+            _print(results[-1], args.show)
+        except Unscored as error:
+            if len(pairs) == 1:
+                raise
+            print(f"note: left out: {error}", file=sys.stderr)
+        except ValueError as error:
+            if len(pairs) == 1:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+    return results, status
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns 0, or 2 with a message for runs that do not compare."""
     parser = argparse.ArgumentParser(
@@ -188,16 +227,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.samples < 1:
         parser.error(f"--samples is {args.samples}; it must be at least 1")
     try:
-        pairs = find_pairs(args.a, args.b)
-        results = [compare(read_run(a), read_run(b), args.samples, args.seed) for a, b in pairs]
-        for result in results:
-            _print(result, args.show)
+        results, status = _compare_all(find_pairs(args.a, args.b), args)
         if args.output:
             write_json(args.output, {"a": str(args.a), "b": str(args.b), "results": [asdict(r) for r in results]})
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    return status
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ class GQA(Benchmark):
     def _llava_lines(self, file: Path) -> list[dict[str, Any]]:
         lines = self.read_jsonl(file)
         expect_all(lines, {"question_id": (int, str), "image": str, "text": str}, file)
-        expect_once((line["question_id"] for line in lines), file)
+        expect_once(lines, file, key="question_id")
         return lines
 
 

@@ -56,6 +56,7 @@ _LINE = {
     "answer_sha256": str,
     "reply": str,
 }
+_OPTIONAL = {"date": str, "url": str, "answered_by": str, "usage": dict}
 _CARRIED = ("split", "protocol", "rules", "judge_prompt", "grader_prompt")  # arguments that the later command needs too
 
 Run = dict[str, list[str]]  # item key -> the judge's replies to its answer, in the order of the attempts
@@ -285,7 +286,16 @@ def read_judgements(path: Path) -> list[dict[str, Any]]:
             where = f"{path}, line {number}"
             records.append(parse_line(line, where))
             expect(records[-1], _LINE, where)
+            _check_optional(records[-1], where)
     return records
+
+
+def _check_optional(record: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError if what need not be there is of another kind; null is as good as absent."""
+    given = {name: record[name] for name in _OPTIONAL if record.get(name) is not None}
+    expect(given, {name: _OPTIONAL[name] for name in given}, where)
+    if given.get("usage", {}).get("total_tokens") is not None:
+        expect(given["usage"], {"total_tokens": int}, f"{where}: usage")
 
 
 def check_foreign_ids(file: Path, found: Iterable[int | str], items: Sequence[Item]) -> None:

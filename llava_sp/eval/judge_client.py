@@ -171,7 +171,7 @@ class JudgeClient:
             "temperature": request.temperature,
             "max_tokens": request.max_tokens,
             "reply": content or "",  # None is a refusal: the benchmark's rule for replies it cannot read applies
-            "answered_by": completion.model,
+            "answered_by": None if completion.model is None else str(completion.model),
             "finish_reason": choice.finish_reason,
             "refusal": getattr(choice.message, "refusal", None),
             "usage": _tokens(completion.usage),

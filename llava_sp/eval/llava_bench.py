@@ -17,7 +17,7 @@ The rule is our own wording of what LLaVA's asks for, and so is the system messa
 
 Protocols, which differ in how replies are read and added up:
     llava15      the first line must be two numbers with one space or comma between them; means rounded to 3 decimals first
-    lmms_eval    the first two numbers anywhere in the first line
+    lmms_eval    the first two numbers anywhere in the first line; answers of up to 4096 tokens (the others: 1024)
     vlmevalkit   reads as llava15, divides unrounded means
 Several runs (--judge-runs, or several files of --judgements) are averaged.
 
@@ -73,6 +73,7 @@ class LLaVABench(JudgedBenchmark):
     folders = ("llava-bench-in-the-wild",)
     protocols = ("llava15", "lmms_eval", "vlmevalkit")
     generation = Generation(max_new_tokens=1024)
+    generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=4096)}
     published: ClassVar = {LLAVA15: 65.4, LLAVA15_LORA: 67.9, LLAVA_SP: 61.7}
     published_on = "judged by gpt-4-0314 (retired; LLaVA-SP's judge is not said)"
     rules: Mapping[str, tuple[str, str]] | None = None  # category -> role and rule, of --rules
@@ -95,7 +96,7 @@ class LLaVABench(JudgedBenchmark):
         file = find_one(data, "questions.jsonl", what="questions of LLaVA-Bench")
         questions = self.read_jsonl(file)
         expect_all(questions, _QUESTION, file)
-        expect_once((question["question_id"] for question in questions), file)
+        expect_once(questions, file, key="question_id")
         captions = self._captions(find_one(data, "context.jsonl", what="descriptions of LLaVA-Bench's pictures"))
         reference = self._references(find_one(data, "answers_gpt4.jsonl", what="answers of GPT-4"), questions)
         folder = self.images or first_folder([file.parent / "images", data / "images"])
@@ -115,7 +116,7 @@ class LLaVABench(JudgedBenchmark):
     def _captions(self, file: Path) -> dict[str, str]:
         records = self.read_jsonl(file)
         expect_all(records, {"image": str, "caption": (str, list)}, file, "picture")
-        expect_once((record["image"] for record in records), file, "picture")
+        expect_once(records, file, "picture", key="image")
         for record in records:
             if isinstance(record["caption"], list) and not all(isinstance(line, str) for line in record["caption"]):
                 raise ValueError(f"{file}: picture {record['image']}: caption holds something that is not text")
@@ -181,6 +182,7 @@ class LLaVABench(JudgedBenchmark):
                 "image": item.images[0].name,
                 "category": item.metadata["category"],
                 "references": [item.reference],
+                "protocol": self.protocol,
             }
             for item, answer in zip(items, answers)
         ]
@@ -192,7 +194,7 @@ class LLaVABench(JudgedBenchmark):
             record["ratings"] = [read(reply) for reply in replies]  # of the reference and of the model, by run
             record["score"] = 10 * fmean(min(10.0, max(0.0, model)) for _, model in record["ratings"])
             record["judgements"] = replies
-        rounded = self.protocol != "vlmevalkit"
+        rounded = _rounds(per_item)
         categories = [category for category in CATEGORIES if any(r["category"] == category for r in per_item)]
         parts = {"all": per_item} | {c: [r for r in per_item if r["category"] == c] for c in categories}
         runs = [
@@ -219,13 +221,18 @@ class LLaVABench(JudgedBenchmark):
 
     @classmethod
     def headline(cls, per_item: Sequence[Mapping[str, Any]]) -> float:
-        runs = zip(*(record["ratings"] for record in per_item))
-        return round(fmean(relative(run)[0] for run in runs), 1)
+        rounded, runs = _rounds(per_item), zip(*(record["ratings"] for record in per_item))
+        return round(fmean(relative(run, rounded)[0] for run in runs), 1 if rounded else 2)
 
     def summary(self, scores: Scores) -> list[str]:
         lines = super().summary(scores)
         unread = scores.metrics.get("unread_replies")
         return [*lines, f"{unread} replies could not be read; they count as -1 for both"] if unread else lines
+
+
+def _rounds(per_item: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the protocol rounds means before it divides them, and the score to one decimal."""
+    return per_item[0]["protocol"] != "vlmevalkit"
 
 
 def read_strictly(reply: str) -> Pair:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +16,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints import checkpoint_hash, format_of
 from llava_sp.eval.answerer import ModelAnswerer, render_prompt
-from llava_sp.eval.files import checkpoints_hint
+from llava_sp.eval.files import checkpoints_hint, read_json
 
 __all__ = [
     "Engine", "ModelAnswerer", "Source", "choose_device", "choose_dtype", "device_name", "load_processor", "render_prompt",
 ]  # fmt: skip
 
+_PLACES = ("base_language_model", "base_vision_tower", "mm_vision_tower", "_name_or_path")
+_VERSIONS = ("transformers_version", "_from_model_config")
 _OURS = ("llava_sp", "llava_sp_adapter")
 _PROCESSOR_FILES = (("processor_config.json",), ("tokenizer.json", "tokenizer.model", "vocab.json"))  # one of each
 
@@ -65,6 +69,22 @@ class Source:
             return own
         parts = [checkpoint_hash(path) if Path(path).is_dir() else path for path in self.overrides.values()]
         return hashlib.sha256("".join([own, *parts]).encode()).hexdigest()[:16]
+
+    @property
+    def config_hash(self) -> str:
+        """Stands for the settings in config.json, without versions and paths."""
+        found = self._settings("config.json", but=_PLACES)
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """The checkpoint's own settings for `generate`, which hold where the benchmark says nothing."""
+        return self._settings("generation_config.json")
+
+    def _settings(self, name: str, but: Sequence[str] = ()) -> dict[str, Any]:
+        file = self.folder / name
+        found = read_json(file) if file.is_file() else {}
+        return {key: value for key, value in found.items() if key not in (*but, *_VERSIONS)}
 
     @property
     def overrides(self) -> dict[str, str]:
@@ -115,6 +135,18 @@ class Engine:
 
     def processor(self, image_mode: str | None = None) -> Any:
         return load_processor(self.source, image_mode)
+
+
+def processor_hash(processor: Any) -> str:
+    """Stands for what turns text and pictures into tokens and pixels: tokenizer, templates, image settings."""
+    tokenizer = getattr(processor.tokenizer, "backend_tokenizer", None)
+    parts = [
+        processor.image_processor.to_json_string(),
+        str(processor.chat_template),
+        tokenizer.to_str() if tokenizer is not None else json.dumps(processor.tokenizer.get_vocab(), sort_keys=True),
+        str(processor.num_image_tokens),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def merge_lora(model: Any) -> Any:

@@ -14,24 +14,32 @@ Protocols: `llava15` counts an answer that is the letter and nothing else (surro
 scores MMBench, a server does; of LLaVA-1.5-13B's released answers this rule gives 67.69, published is 67.7.
 `vlmevalkit` and `vlmevalkit_v0.2` infer letters as exact matching in VLMEvalKit does today and did then; its table of
 answers turns an empty answer, and answers like NA or None, into the text "nan", which is then searched for the
-options' texts. It asks LLaVA models with the same words, up to 512 tokens. `lmms_eval` infers letters as lmms-eval's
-static MMBench does, and asks with its own prompt. An answer of which no letter can be inferred is wrong under all of
-them (where these programs would ask a judge model, or draw at random).
+options' texts. It asks LLaVA models with the same words (but for all options, see below), up to 512 tokens. `lmms_eval`
+infers letters as lmms-eval's static MMBench does, and asks with its own prompt. An answer of which no letter can be inferred
+is wrong under all of them (where these programs would ask a judge model, or draw at random).
 
 O/submission.xlsx is the file for the MMBench server, for dev and test (its answers are secret); it needs
 `pip install llava_sp[eval]`. LLaVA's converter loses answers that begin with "=" to a formula; here every answer is
-written as text. `--validate O/submission.xlsx` checks one. An option or hint that is empty, or that pandas reads as
-missing ("nan", "NA", "None", ...), is absent, and LLaVA's prompt ends its list there, as LLaVA's does.
+written as text. `--validate O/submission.xlsx` checks one: its columns, one row per row of the data with the same
+question, options, answer and split, and predictions that are text.
+
+An option or hint is absent where it is empty or what pandas reads as missing ("nan", "NaN", "NA", "None", "null", ..., in
+just these cases). LLaVA takes "nan" and "none" in any case for missing too, and ends its list of options at the first that
+is: an option "none" is not shown under `llava15`, and is one like any other under the other protocols. An answer whose
+letter has no option is an error, and so is a picture that is none.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import io
 import os
 import re
+import struct
 import sys
-from collections import defaultdict
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -39,9 +47,11 @@ from types import ModuleType
 from typing import Any, ClassVar
 from zipfile import BadZipFile
 
+from PIL import Image, UnidentifiedImageError
+
 from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, OPTION_LETTER, Benchmark, Category, Generation, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.files import examples
+from llava_sp.eval.files import Line, examples, read_bytes
 from llava_sp.eval.options import lettered, lmms_mmbench, percent, vlmevalkit
 from llava_sp.eval.records import compare_ids, expect_once, find
 
@@ -65,16 +75,22 @@ _MISSING = frozenset(
         "#NA",
         "-1.#IND",
         "-1.#QNAN",
+        "-NaN",
+        "-nan",
         "1.#IND",
         "1.#QNAN",
         "<NA>",
         "N/A",
         "NA",
         "NULL",
+        "NaN",
+        "None",
         "n/a",
+        "nan",
         "null",
     )
-)  # fmt: skip - what pandas takes for missing, with nan and none in any case
+)  # fmt: skip - what pandas takes for missing, in just these cases
+_LLAVA_MISSING = ("nan", "none")  # what LLaVA takes for missing besides, in any case
 _NO_CELL = re.compile(r"[\000-\010\013\014\016-\037]")  # characters that a table cannot hold
 
 
@@ -109,15 +125,23 @@ class MMBench(Benchmark):
         return items
 
     def prompt(self, item: Item) -> str:
+        return self._asked(item) + (self.lmms_suffix if self.protocol == "lmms_eval" else self.letter_suffix)
+
+    def _asked(self, item: Item) -> str:
+        """The prompt without its last sentence."""
+        if self.protocol == "llava15":
+            return item.text
+        hint, question = item.metadata["hint"], item.metadata["question"]
+        options = lettered(item.metadata["options"])
         if self.protocol == "lmms_eval":
-            hint = f"{item.metadata['hint']} " if item.metadata["hint"] else ""
-            options = lettered(item.metadata["options"])
-            return f"{hint}{item.metadata['question']} There are several options:\n{options}{self.lmms_suffix}"
-        return item.text + self.letter_suffix
+            introduced = f"{hint} {question}" if hint else question
+            return f"{introduced} There are several options:\n{options}"
+        return _joined(hint, question, options)
 
     def record(self, item: Item) -> dict[str, Any]:
-        options = _shown(item.metadata["options"])
-        prompt = self.prompt(item) if self.protocol == "lmms_eval" else item.text  # LLaVA's lacks the last sentence
+        options = item.metadata["options"]
+        options = _shown(options) if self.protocol == "llava15" else options
+        prompt = self.prompt(item) if self.protocol == "lmms_eval" else self._asked(item)  # so does LLaVA's line
         record = {"question_id": item.id, "round_id": 0, "prompt": prompt, "text": ""}  # the answer's place among them
         return {**record, "options": list(options.values()), "option_char": list(options)}
 
@@ -156,7 +180,8 @@ class MMBench(Benchmark):
             "by_ability": {name: by_ability[name].score for name in order},
             "by_category": {name: figures.score for name, figures in sorted(groups["category"].items())},
         }
-        return Scores(self.headline(per_item), metrics, per_item, {name: by_ability[name] for name in order})
+        categories = {name: by_ability[name] for name in order}
+        return Scores(self.headline(per_item), metrics, per_item, categories, count=len(right))
 
     @classmethod
     def headline(cls, per_item: Sequence[Mapping[str, Any]]) -> float:
@@ -196,18 +221,49 @@ class MMBench(Benchmark):
         raise ValueError(f"{file} " + "; ".join(problems))
 
 
+def _columns(items: Sequence[Item]) -> list[str]:
+    """The columns of a submission: those that the data have of `_UPLOADED`, and the prediction."""
+    return [name for name in _UPLOADED if name == "prediction" or name in items[0].metadata["row"]]
+
+
 def _misfits(rows: list[dict[str, Any]], items: Sequence[Item]) -> str:
     """What in a submission does not fit the questions; empty if all does."""
     trouble = compare_ids([row["index"] for row in rows], [item.id for item in items])
     if trouble:
         return trouble
-    submitted = {row["index"]: _words(str(row["question"])) for row in rows}
-    differing = [item.id for item in items if submitted[item.id] != _words(item.metadata["question"])]
-    return f"{len(differing)} questions are not those of the data ({examples(differing)})" if differing else ""
+    absent = [name for name in _columns(items) if name not in rows[0]]
+    if absent:
+        return f"has no column {', '.join(absent)}; it has {', '.join(rows[0])}"
+    submitted = {row["index"]: row for row in rows}
+    for name in _columns(items):
+        if name not in ("index", "prediction"):
+            differing = [i.id for i in items if not _is_same(submitted[i.id][name], i.metadata["row"][name])]
+            if differing:
+                return (
+                    f"{len(differing)} rows have another {name} than the data ({examples(differing)}): {differing[0]} has "
+                    f"{str(submitted[differing[0]][name])[:60]!r}"
+                )
+    wrong = [row for row in rows if not isinstance(row["prediction"], (str, type(None)))]
+    if wrong:
+        return (
+            f"{len(wrong)} predictions are no text ({examples(row['index'] for row in wrong)}): {wrong[0]['index']} has "
+            f"{wrong[0]['prediction']!r}"
+        )
+    return ""
+
+
+def _is_same(cell: object, text: str) -> bool:
+    """Whether a cell says what the data say, spaces aside. pandas makes numbers of some options and empties missing ones."""
+    if isinstance(cell, (int, float)):
+        try:
+            return float(text) == cell
+        except ValueError:
+            return str(cell) == text
+    return _words("" if cell is None else str(cell)) == _words(text)
 
 
 def _words(text: str) -> list[str]:
-    return _NO_CELL.sub(" ", text).split()
+    return [] if _is_missing(text) else _NO_CELL.sub(" ", text).split()
 
 
 def _items(rows: list[tuple[int, dict[str, str]]], file: Path) -> list[Item]:
@@ -217,7 +273,7 @@ def _items(rows: list[tuple[int, dict[str, str]]], file: Path) -> list[Item]:
     for line, row in rows:
         if not row["index"].isdecimal():
             raise ValueError(f"{file}, line {line}: index is {row['index'][:60]!r}, not a whole number")
-    expect_once((int(row["index"]) for _, row in rows), file, "index number")
+    expect_once((_index(line, row) for line, row in rows), file, "index number", key="index")
     _check_rotations(rows, file)
     pictures = {row["index"]: row["image"] for _, row in rows}
     decoded: dict[str, bytes] = {}  # equal pictures are one object, so that their rows share its computation
@@ -237,6 +293,12 @@ def _items(rows: list[tuple[int, dict[str, str]]], file: Path) -> list[Item]:
     return items
 
 
+def _index(line: int, row: Mapping[str, str]) -> Line:
+    record = Line(index=int(row["index"]))
+    record.number = line
+    return record
+
+
 def _item(row: Mapping[str, str], picture: bytes, where: str) -> Item:
     options = {letter: row[letter] for letter in "ABCD" if not _is_missing(row.get(letter, ""))}
     if not options:
@@ -245,17 +307,29 @@ def _item(row: Mapping[str, str], picture: bytes, where: str) -> Item:
     answer = None if _is_missing(row.get("answer", "")) else row["answer"]
     if answer is not None and answer not in tuple("ABCD"):
         raise ValueError(f"{where} (index {row['index']}): answer is {answer[:60]!r}, not A, B, C or D")
+    if answer is not None and answer not in options:
+        raise ValueError(
+            f"{where} (index {row['index']}): answer is {answer}, but the row has no such option ({', '.join(options)})"
+        )
     index = int(row["index"])
     facts = {"question": row["question"], "hint": hint, "options": options, "unit": index % ROTATION}
     facts |= {"category": row.get("category", ""), "l2_category": row.get("l2-category", "")}
-    text = "\n".join(part for part in (hint, row["question"], lettered(_shown(options))) if part)
+    text = _joined("" if hint.lower() in _LLAVA_MISSING else hint, row["question"], lettered(_shown(options)))
     kept = {column: row[column] for column in _UPLOADED if column in row}
     return Item(index, text, (picture,), answer, {**facts, "row": kept})
 
 
+def _joined(*parts: str) -> str:
+    return "\n".join(part for part in parts if part)
+
+
 def _shown(options: Mapping[str, str]) -> dict[str, str]:
-    """The options that LLaVA's prompt lists: up to the first one that is missing."""
-    return {letter: options[letter] for letter in takewhile(lambda letter: letter in options, "ABCD")}
+    """The options that LLaVA's prompt lists: up to the first one that it takes for missing."""
+
+    def there(letter: str) -> bool:
+        return letter in options and options[letter].lower() not in _LLAVA_MISSING
+
+    return {letter: options[letter] for letter in takewhile(there, "ABCD")}
 
 
 def _check_rotations(rows: list[tuple[int, dict[str, str]]], file: Path) -> None:
@@ -265,7 +339,7 @@ def _check_rotations(rows: list[tuple[int, dict[str, str]]], file: Path) -> None
     for _, row in rows:
         rotation, unit = divmod(int(row["index"]), ROTATION)
         rotations[unit].add(rotation)
-        options[unit] = max(options[unit], sum(bool(row.get(letter)) for letter in "ABCD"))
+        options[unit] = max(options[unit], sum(not _is_missing(row.get(letter, "")) for letter in "ABCD"))
     if all(found == {0} for found in rotations.values()):
         return
     broken = [u for u, found in rotations.items() if found != set(range(max(len(found), options[u])))]
@@ -283,11 +357,17 @@ def _decode(encoded: str, where: str) -> bytes:
         raise ValueError(f"{where}: image is {encoded[:20]!r}..., not a picture in base64 ({error})") from None
     if not picture:
         raise ValueError(f"{where}: image is empty")
+    try:
+        Image.open(io.BytesIO(picture)).close()  # reads the header alone
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        said = "no kind of picture that is known" if isinstance(error, UnidentifiedImageError) else error
+        raise ValueError(f"{where}: image is {encoded[:20]!r}..., in base64, but not a picture ({said})") from None
     return picture
 
 
 def _is_missing(text: str) -> bool:
-    return text in _MISSING or text.lower() in ("nan", "-nan", "none")
+    """Whether pandas, with which all programs read these tables, takes the field for missing."""
+    return text in _MISSING
 
 
 def _right(per_item: Sequence[Mapping[str, Any]]) -> dict[int, bool]:
@@ -308,6 +388,13 @@ def _percent_by(key: str, main_rows: Mapping[int, Mapping[str, Any]], right: Map
     }
 
 
+# What zipfile, the XML parser and openpyxl raise for files that are no workbook, or had bytes changed on their way
+_DAMAGED = (
+    BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError, LookupError, TypeError, AttributeError, ValueError,
+    SyntaxError,  # the XML parser's
+)  # fmt: skip
+
+
 class _NotInstalled(ValueError):
     """openpyxl is not there."""
 
@@ -324,7 +411,7 @@ def _write_xlsx(path: Path, items: Sequence[Item], answers: Sequence[str]) -> No
     openpyxl = _openpyxl()
     book = openpyxl.Workbook()
     sheet = book.active
-    columns = [name for name in _UPLOADED if name == "prediction" or name in items[0].metadata["row"]]
+    columns = _columns(items)
     table = [dict(zip(columns, columns))]
     for item, answer in zip(items, answers):
         table.append({**item.metadata["row"], "index": item.id, "prediction": answer})
@@ -346,32 +433,49 @@ def _write_xlsx(path: Path, items: Sequence[Item], answers: Sequence[str]) -> No
 
 def _read_xlsx(file: Path) -> list[dict[str, Any]]:
     """The rows of a submission. Raises ValueError if it is no such table."""
-    openpyxl = _openpyxl()
-    try:
-        book = openpyxl.load_workbook(file, read_only=True)
-    except (BadZipFile, KeyError, openpyxl.utils.exceptions.InvalidFileException) as error:
-        raise ValueError(f"{file} is not an .xlsx table ({error})") from None
-    try:
-        cells = list(book.active.iter_rows())
-    finally:
-        book.close()
+    cells = _cells(file)
     columns = [cell.value for cell in cells[0]] if cells else []
-    absent = [name for name in ("index", "question", "A", "B", "prediction") if name not in columns]
+    absent = [name for name in ("index", "question", "prediction") if name not in columns]
     if absent:
         raise ValueError(
             f"{file} has no column {', '.join(absent)}; it has {', '.join(map(str, columns)) or 'nothing'}"
         )
+    twice = [name for name, count in Counter(columns).items() if name is not None and count > 1]
+    if twice:
+        raise ValueError(f"{file} has more than one column {', '.join(map(str, twice))}")
     formulas = [number for number, row in enumerate(cells, 1) if any(cell.data_type == "f" for cell in row)]
     if formulas:
         raise ValueError(
             f"{file}: {len(formulas)} rows hold a formula where a text begins with = (row {examples(formulas)})"
         )
-    rows = [dict(zip(columns, (cell.value for cell in row))) for row in cells[1:]]
-    rows = [row for row in rows if any(value is not None for value in row.values())]
-    wrong = [number for number, row in enumerate(rows, 2) if not isinstance(row["index"], int)]
+    empty = dict.fromkeys(columns)  # a row may end early
+    table = [(n, empty | dict(zip(columns, (cell.value for cell in row)))) for n, row in enumerate(cells[1:], 2)]
+    rows = {number: row for number, row in table if any(value is not None for value in row.values())}
+    if not rows:
+        raise ValueError(f"{file} has no rows below its header")
+    wrong = [number for number, row in rows.items() if not _is_whole(row["index"])]
     if wrong:
         raise ValueError(f"{file}: {len(wrong)} rows have no whole number as index (row {examples(wrong)})")
-    return rows
+    return [{str(name): value for name, value in row.items() if name is not None} for row in rows.values()]
+
+
+def _cells(file: Path) -> list[tuple[Any, ...]]:
+    """The cells of the first table of a workbook, row by row. Raises ValueError for whatever is none, or is damaged."""
+    openpyxl = _openpyxl()
+    content = io.BytesIO(read_bytes(file))
+    try:
+        book = openpyxl.load_workbook(content, read_only=True)
+        if not book.worksheets:
+            raise ValueError("it has no table")
+        return [tuple(row) for row in book.worksheets[0].iter_rows()]
+    except _DAMAGED as error:
+        raise ValueError(
+            f"{file} is not an .xlsx table, or a damaged one ({str(error) or type(error).__name__})"
+        ) from None
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 if __name__ == "__main__":

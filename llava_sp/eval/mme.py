@@ -11,7 +11,8 @@ is taken if it is in D (for the order of the questions); without it the same pro
 The score is the sum over the ten perception subtasks, 2000 at most: 1510.7 is published for LLaVA-1.5-7B. The sum over the
 four cognition subtasks, 800 at most, is `cognition` in the metrics. A subtask's score, 200 at most, is 100 times its accuracy
 plus 100 times the share of pictures with both answers right ("acc+"). Subtasks that D lacks are named in the metrics
-(`missing_subtasks`) and when the score is printed: the sum is then not comparable.
+(`missing_subtasks`) and when the score is printed: the sum is then not comparable. Without any perception subtask (D has
+none, or a --limit) there is no score.
 
 O/mme_results/ has the same answers as the official results folder, one text file per subtask ("picture.txt<tab>question<tab>
 Yes|No<tab>answer"), for `calculation.py --results_dir`.
@@ -74,6 +75,7 @@ Pair = list[tuple[str, str]]  # the two lines of a picture: question, Yes or No
 class MME(Benchmark):
     name = "mme"
     submission_label = "for calculation.py"
+    unscored = "none of them is of a perception subtask, and the score is the sum over those"
     title = "MME perception score"
     protocols = ("llava15", "lmms_eval", "vlmevalkit")
     generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=16)}
@@ -131,7 +133,9 @@ class MME(Benchmark):
         missing = [subtask for subtask in SUBTASKS if subtask not in figures]
         categories = {name: Category(round(f["score"], 2), f["count"], 200.0) for name, f in figures.items()}
         metrics = {**sums, "missing_subtasks": missing, "subtasks": figures}
-        return Scores(self.headline(per_item), metrics, per_item, categories)
+        count = sum(figures[subtask]["count"] for subtask in PERCEPTION if subtask in figures)
+        score = self.headline(per_item) if count else None
+        return Scores(score, metrics, per_item, categories, count, "perception questions")
 
     @classmethod
     def headline(cls, per_item: Sequence[Mapping[str, Any]]) -> float:

@@ -130,7 +130,7 @@ class MMVet(JudgedBenchmark):
         """name -> prompt and picture, from LLaVA's question file."""
         records = self.read_jsonl(file)
         expect_all(records, {"question_id": int, "image": str, "text": str}, file)
-        expect_once((record["question_id"] for record in records), file)
+        expect_once(records, file, key="question_id")
         found = {f"v1_{record['question_id']}": (record["text"], record["image"]) for record in records}
         trouble = compare_ids(found, entries, "line")
         if trouble:

@@ -180,7 +180,7 @@ class MMVP(JudgedBenchmark):
         metrics["pairs"] = len(per_item) // 2
         if self.protocol == "official":
             metrics["judge"] = self.about_judge
-        return Scores(self.headline(per_item), metrics, per_item)
+        return Scores(self.headline(per_item), metrics, per_item, count=metrics["pairs"], counted="pairs")
 
     def _verdict(self, item: Item, answer: str) -> dict[str, Any]:
         """Whether the answer is right, in each run of the judge, and what says so."""

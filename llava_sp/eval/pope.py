@@ -40,6 +40,7 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from llava_sp.eval import yes_no
+from llava_sp.eval.answers import match_by_question_id
 from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, SHORT_ANSWER, Benchmark, Category, Item, Scores
 from llava_sp.eval.cli import main
 from llava_sp.eval.records import expect_all, expect_once, find, first_folder, inside
@@ -80,7 +81,7 @@ class POPE(Benchmark):
         return item.text if item.text.endswith(SHORT_ANSWER) else item.text + SHORT_ANSWER
 
     def match(self, items: Sequence[Item], records: Sequence[dict[str, Any]]) -> list[str]:
-        answers = super().match(items, records)
+        answers = match_by_question_id(items, records, what=f"{self.name} {self.split or ''}".strip())
         asked = {str(record["question_id"]): record.get("prompt") for record in records}
         for item in items:
             prompt = asked[str(item.id)]
@@ -119,7 +120,7 @@ class POPE(Benchmark):
     def _read_labels(self, file: Path) -> list[Row]:
         rows = self.read_jsonl(file)
         expect_all(rows, _LABEL, file)
-        expect_once((row["question_id"] for row in rows), file)
+        expect_once(rows, file, key="question_id")
         for row in rows:
             if row["label"].strip().lower() not in ("yes", "no"):
                 raise ValueError(f"{file}: question {row['question_id']}: label is {row['label']!r}, not yes or no")
@@ -130,7 +131,7 @@ class POPE(Benchmark):
     ) -> list[Item]:
         rows = self.read_jsonl(file)
         expect_all(rows, _QUESTION, file)
-        expect_once((row["question_id"] for row in rows), file)
+        expect_once(rows, file, key="question_id")
         strange = next((row for row in rows if row["category"] not in CATEGORIES), None)
         if strange is not None:
             raise ValueError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shlex
 import sys
@@ -44,6 +43,9 @@ def run_settings(
     items: Sequence[Item],
     *,
     checkpoint: str,
+    config: str,
+    processor: str,
+    checkpoint_generation: dict[str, Any],
     template: str,
     example: str,
     image_mode: str,
@@ -57,6 +59,9 @@ def run_settings(
         "split": benchmark.split,
         "questions": _hash_questions(benchmark, items),
         "checkpoint": checkpoint,
+        "config": config,
+        "processor": processor,
+        "checkpoint_generation": checkpoint_generation,
         "template": template,
         "prompt_example": example,
         "image_mode": image_mode,
@@ -84,7 +89,10 @@ def check_output(output: Path, settings: dict[str, Any]) -> None:
             raise ValueError(f"{output} holds {', '.join(unknown)} but no {RUN_FILE}: give another --output")
         write_json(file, {"settings": settings, "started": now()})
         return
-    before = dict(_flat(read_json(file).get("settings", {})))
+    held = read_json(file)
+    if not isinstance(held, dict) or not isinstance(held.get("settings"), dict):
+        raise ValueError(f"{file} is not the record of a run: it has no settings. Give another --output")
+    before = dict(_flat(held["settings"]))
     after = dict(_flat(settings))
     changed = [
         f"{key} was {_short(before.get(key))}, now {_short(after.get(key))}"
@@ -117,9 +125,15 @@ def provenance(benchmark: Benchmark, items: Sequence[Item], settings: dict[str, 
         "data_files": _hash_files(benchmark.files),
         "versions": versions(),
         "platform": platform.platform(),
-        "command": shlex.join(["python", "-m", f"llava_sp.eval.{benchmark.name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", _started_module(benchmark), *sys.argv[1:]]),
         "date": now(),
     }
+
+
+def _started_module(benchmark: Benchmark) -> str:
+    """The module that `python -m` runs: the benchmark's, or that of all of them."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name.removesuffix(".__main__") if spec else f"llava_sp.eval.{benchmark.name}"
 
 
 def _hash_files(files: Sequence[Path]) -> dict[str, str]:
@@ -145,7 +159,7 @@ def _hash_questions(benchmark: Benchmark, items: Sequence[Item]) -> str:
     digest = hashlib.sha256()
     for item in items:
         images = [
-            os.path.basename(image) if isinstance(image, Path) else hashlib.sha256(image).hexdigest()
+            "/".join(image.parts[-2:]) if isinstance(image, Path) else hashlib.sha256(image).hexdigest()
             for image in item.images
         ]
         digest.update(json.dumps([item.key, benchmark.message(item), images]).encode() + b"\n")

@@ -22,7 +22,9 @@ authors meant).
 
 O/llvisionqa_<split>_answers.json holds the official records with `response`, LLaVA's answers file. LLaVA's has neither
 line breaks nor brackets around the records, so that no JSON reader takes it; ours is a JSON list. `--answers` reads
-both, and answers.jsonl of this command; answers are matched by image and question.
+both, and answers.jsonl of this command. Answers in LLaVA's file are matched by image and question; those in answers.jsonl by
+number, and where a line says what was asked (`prompt`, `img_path`), question, options and image must be those of the number
+here: an answer of another split is an error.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from llava_sp.eval.answers import read_answers
 from llava_sp.eval.base import OPTION_LETTER, Benchmark, Category, Generation, Item, Scores
 from llava_sp.eval.cli import main
 from llava_sp.eval.files import read_json, read_text, write_json
-from llava_sp.eval.options import by_letter, lettered, lmms_qbench, percent, vlmevalkit
+from llava_sp.eval.options import by_letter, lettered, lmms_qbench, not_in, percent, vlmevalkit
 from llava_sp.eval.records import compare_ids, expect_all, find, first_folder, inside
 
 _FILES = {split: f"llvisionqa_{split}.json" for split in ("dev", "test")}
@@ -89,6 +91,9 @@ class QBench(Benchmark):
             return f"{item.text}\n{options}{OPTION_LETTER}\n"
         return f"{item.text}\nChoose between one of the options as follows:\n{options}\n"
 
+    def record(self, item: Item) -> dict[str, Any]:
+        return {**super().record(item), "img_path": item.metadata["official"]["img_path"]}
+
     def read_answers(self, path: Path) -> tuple[list[dict[str, Any]], str | None]:
         """The lines of an answers file, also of LLaVA's: records with `response`, in a list or one after another."""
         text = read_text(path).strip()
@@ -104,7 +109,9 @@ class QBench(Benchmark):
     def match(self, items: Sequence[Item], records: Sequence[dict[str, Any]]) -> list[str]:
         """By image and question for LLaVA's file, by number for answers.jsonl."""
         if not any("response" in record for record in records):
-            return super().match(items, records)
+            texts = super().match(items, records)
+            self._check_asked(items, records)
+            return texts
         trouble = compare_ids([record["question_id"] for record in records], [item.metadata["place"] for item in items])
         if trouble:
             raise ValueError(
@@ -112,6 +119,19 @@ class QBench(Benchmark):
             )
         texts = {record["question_id"]: record["text"] for record in records}
         return [texts[item.metadata["place"]] for item in items]
+
+    def _check_asked(self, items: Sequence[Item], records: Sequence[dict[str, Any]]) -> None:
+        """Raises ValueError if lines say that they answer something else than the questions of their numbers here."""
+        asked = {str(record["question_id"]): record for record in records}
+        wrong = [item for item in items if _is_other(item, asked[str(item.id)])]
+        if wrong:
+            record = asked[str(wrong[0].id)]
+            was = " about ".join(str(record[key])[:80] for key in ("prompt", "img_path") if record.get(key))
+            raise ValueError(
+                f"{len(wrong)} of {len(records)} answers are to other questions than {self.name} {self.split} has under their "
+                f"numbers (answers of another split?): question {wrong[0].id} was {was!r}, here it is "
+                f"{wrong[0].text[:80]!r} about {wrong[0].metadata['official']['img_path']}"
+            )
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:
         infer = lmms_qbench if self.protocol == "lmms_eval" else vlmevalkit
@@ -181,6 +201,14 @@ def _item(number: int, question: dict[str, Any], folder: Path, file: Path) -> It
     image = inside(folder, question["img_path"], where)
     reference = None if right is None else list(options)[candidates.index(right)]
     return Item(number, question["question"], (image,), reference, facts)
+
+
+def _is_other(item: Item, record: Mapping[str, Any]) -> bool:
+    """Whether an answer's line names another image, or a prompt without the question and its options."""
+    prompt, image = record.get("prompt"), record.get("img_path")
+    wrong_image = image is not None and image != item.metadata["official"]["img_path"]
+    parts = (item.text, *item.metadata["options"].values())
+    return wrong_image or (isinstance(prompt, str) and bool(prompt) and not_in(prompt, parts) is not None)
 
 
 def _place(record: Mapping[str, Any]) -> str:

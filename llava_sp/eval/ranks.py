@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
+
+T = TypeVar("T")
 
 _LONGEST_WAIT = timedelta(days=7)  # for the slowest process at the end of a long benchmark
 
@@ -29,6 +32,10 @@ class Ranks:
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
         rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if not 0 <= rank < world:
+            raise ValueError(
+                f"RANK is {rank} and WORLD_SIZE {world} in the environment; RANK must be from 0 to {world - 1}"
+            )
         if world > 1:
             import torch.distributed as dist
 
@@ -56,6 +63,16 @@ class Ranks:
             raise ValueError(problem)
         if any(problems):
             raise Elsewhere(next(p for p in problems if p is not None))
+
+    def from_first(self, value: T) -> T:
+        """The value that the first process has, on every process."""
+        if self.world == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
 
     def close(self) -> None:
         if self.world > 1:

@@ -18,7 +18,8 @@ refcoco_plus), SPLIT one of val, testA, testB, test; files lie in the folder its
         The official files. refs(unc).p is a Python pickle, which can run any code when it is opened: nothing here opens one.
         Where you trust its source, make the JSON file yourself, in the folder of the pickle:
             python -c "import json, pickle; json.dump(pickle.load(open('refs(unc).p', 'rb')), open('refs(unc).json', 'w'))"
-        Every sentence of every ref is a question; its id is DATASET_SENTID.
+        Every sentence of every ref is a question; its id is DATASET_SENTID. A ref and its annotation must be of
+        one image.
 
     DATASET_SPLIT.jsonl (or .json)
         Lines as InternVL and Qwen-VL have them: {"image": path, "sent": text, "bbox": [x1, y1, x2, y2] in pixels, "height",
@@ -40,7 +41,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from llava_sp.eval.files import examples
-from llava_sp.eval.records import expect, expect_all, find
+from llava_sp.eval.records import expect, expect_all, expect_once, find
 
 DATASETS: Mapping[str, str] = {
     "refcoco": "RefCOCO",
@@ -132,6 +133,12 @@ def _official_files(data: Path, read_json: Reader, read_jsonl: Reader) -> Iterat
                 raise ValueError(
                     f"{where}: instances.json has no annotation {ref['ann_id']} or image {ref['image_id']}"
                 )
+            of_image = boxes[ref["ann_id"]].get("image_id", ref["image_id"])
+            if of_image != ref["image_id"]:
+                raise ValueError(
+                    f"{where} is of image {ref['image_id']}, but its annotation {ref['ann_id']} in instances.json is of image "
+                    f"{of_image}"
+                )
             picture = pictures[ref["image_id"]]
             expect(picture, {"file_name": str, "width": _NUMBER, "height": _NUMBER}, f"{where}: its image")
             size = _size(picture["width"], picture["height"], where)
@@ -196,6 +203,7 @@ def _dataset_of(folder: str, file: Path) -> str:
 
 def _by_id(records: Sequence[Any], file: Path, noun: str) -> dict[int, dict[str, Any]]:
     expect_all(records, {"id": int}, file, noun)
+    expect_once(records, file, f"{noun} id", key="id")
     return {record["id"]: record for record in records}
 
 

@@ -123,10 +123,7 @@ def worst_items(per_item: Sequence[dict[str, Any]], count: int = WORST) -> list[
 
 
 def _card(item: Item, record: dict[str, Any]) -> str:
-    pictures = "".join(
-        f'<img alt="picture of question {escape(str(item.id))}" src="{_thumbnail(image, item)}">'
-        for image in item.images[:1]
-    )
+    pictures = "".join(_picture(image, item) for image in item.images[:1])
     answer = record.get("answer")
     shown = {"answer": "(nothing)" if answer in (None, "") else answer, "truth": _references(record)}
     if record.get("text") not in (None, answer):
@@ -154,9 +151,14 @@ def _cut(value: object) -> str:
     return text if len(text) <= TEXT_LIMIT else text[:TEXT_LIMIT] + " ..."
 
 
-def _thumbnail(source: Path | bytes, item: Item) -> str:
-    image = open_image(source, f"question {item.id}")
+def _picture(source: Path | bytes, item: Item) -> str:
+    """The picture, made small; what is wrong with it, where it was damaged since it was answered."""
+    try:
+        image = open_image(source, f"question {item.id}")
+    except ValueError as error:
+        return f"<p>{escape(str(error))}</p>"
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+    content = base64.b64encode(stream.getvalue()).decode()
+    return f'<img alt="picture of question {escape(str(item.id))}" src="data:image/jpeg;base64,{content}">'

@@ -28,7 +28,10 @@ class Row:
     @property
     def count(self) -> int:
         """How many questions the score is over."""
-        return self.outcome.scores.count or len(self.outcome.items) if self.outcome else 0
+        if self.outcome is None:
+            return 0
+        counted = self.outcome.scores.count
+        return len(self.outcome.items) if counted is None else counted
 
     @property
     def published(self) -> Mapping[str, float]:

@@ -56,14 +56,18 @@ def generate_answers(
 ) -> int:
     """Answers this process's share of `items` that nobody has answered yet; returns how many those were.
 
-    Each line of the log holds the item's record, the answer (`text`), `key`, the fields of `about`, and `seconds`: the
-    time of the batch divided by its size.
+    Each line of the log holds the item's record, the answer (`text`), `key`, the fields of `about` (among them `settings`,
+    which must be those of all lines there), `image_bytes`, and `seconds`: the time of the batch divided by its size.
+
+    Raises:
+        ValueError: answers of other settings, or about other pictures under the same names, are there already.
     """
     if batch_size < 1:
         raise ValueError(f"batch size is {batch_size}; it must be at least 1")
     share = items[ranks.rank :: ranks.world]
     with AnswerLog(output / LOGS / f"rank-{ranks.rank:05d}.jsonl") as log:
-        done = read_logs(output / LOGS)
+        done = read_logs(output / LOGS, about.get("settings"))
+        check_same_images(share, done)
         todo = [item for item in share if item.key not in done]
         todo = in_order(benchmark, todo)
         if not todo:
@@ -79,11 +83,28 @@ def generate_answers(
                 assert len(texts) == len(batch), f"{len(texts)} answers for {len(batch)} items"
                 seconds = round((time.perf_counter() - start) / len(batch), 4)
                 log.append(
-                    {**benchmark.record(item), "text": text, "key": item.key, **about, "seconds": seconds}
+                    {**benchmark.record(item), "text": text, "key": item.key, **about}
+                    | {"image_bytes": image_bytes(item), "seconds": seconds}
                     for item, text in zip(batch, texts)
                 )
                 bar.update(len(batch))
     return len(todo)
+
+
+def image_bytes(item: Item) -> list[int]:
+    """The sizes of the item's image files."""
+    return [image.stat().st_size if isinstance(image, Path) else len(image) for image in item.images]
+
+
+def check_same_images(items: Sequence[Item], done: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ValueError if an item was answered when its image files had other sizes."""
+    for item in items:
+        before = done.get(item.key, {}).get("image_bytes")
+        if before is not None and before != image_bytes(item):
+            raise ValueError(
+                f"question {item.id} was answered with pictures of {before} bytes, now they have {image_bytes(item)}: "
+                "other pictures under the same names? Give another --output"
+            )
 
 
 def in_order(benchmark: Benchmark, items: Sequence[Item]) -> list[Item]:
@@ -115,7 +136,7 @@ def merge(
     The file depends on settings, items and texts alone, not on the number of processes or interruptions:
     `answer_id` is a hash of the settings and the item.
     """
-    logged = read_logs(output / LOGS)
+    logged = read_logs(output / LOGS, settings_id)
     missing = [item.key for item in items if item.key not in logged]
     if missing:
         raise ValueError(

@@ -8,9 +8,9 @@ taken where it is there; without it the same prompts are made from problems.json
 convert_sqa_to_llava.py makes another layout, with which no published figure was made: such a file is refused.)
 
 Published for LLaVA-1.5-7B: 66.8, the accuracy on the questions with a picture (IMG); that is the headline here. All
-questions are asked, those without a picture as text alone. The LLaVA scripts of October 2023 cropped the middle of
-each picture where today's pad it to a square; which of them the published figure was made with is not known:
-`--image-mode crop` gives the older way.
+questions are asked, those without a picture as text alone; a split (or a --limit) without any picture has no score.
+The LLaVA scripts of October 2023 cropped the middle of each picture where today's pad it to a square; which of them
+the published figure was made with is not known: `--image-mode crop` gives the older way.
 
 Protocols, with the same prompts: `llava15` counts the letter alone, "A. ..." or one "The answer is A."; anything else,
 also "A." or "a", is wrong. `lmms_eval` counts the letter alone in either case or before a period, and generates 16
@@ -58,6 +58,7 @@ class ScienceQA(Benchmark):
     title = "ScienceQA accuracy on questions with a picture, in percent"
     splits = ("test", "val", "train", "minitest", "minival")
     protocols = ("llava15", "lmms_eval")
+    unscored = "none of them has a picture, and the score is of those that have one (metrics.json holds the rest)"
     generation = Generation(max_new_tokens=1024)
     generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=16)}
     published: ClassVar = {LLAVA15: 66.8, LLAVA15_LORA: 68.4, LLAVA_SP: 68.4}
@@ -156,7 +157,8 @@ class ScienceQA(Benchmark):
         metrics: dict[str, Any] = {"accuracy": _accuracy(per_item), "correct": _correct(per_item)}
         metrics["count"] = len(per_item)
         with_image = [record for record in per_item if record["image"]]
-        metrics["image_accuracy"] = _accuracy(with_image) if with_image else None
+        score = self.headline(per_item) if with_image else None
+        metrics["image_accuracy"] = score
         metrics |= {"image_correct": _correct(with_image), "image_count": len(with_image)}
         metrics["not_understood"] = sum(record["answer"] is None for record in per_item)
         metrics["by_topic"] = {
@@ -164,12 +166,12 @@ class ScienceQA(Benchmark):
             for topic in sorted({record["topic"] for record in per_item})
         }
         categories = {name: Category(_accuracy(members), len(members)) for name, members in groups.items()}
-        return Scores(self.headline(per_item), metrics, per_item, categories)
+        return Scores(score, metrics, per_item, categories, len(with_image), "questions with a picture")
 
     @classmethod
     def headline(cls, per_item: Sequence[Mapping[str, Any]]) -> float:
-        """The accuracy on questions with a picture; on all where none has one (a `--limit`)."""
-        return _accuracy([record for record in per_item if record["image"]] or per_item)
+        """The accuracy on questions with a picture; 0 where a sample has none of them."""
+        return _accuracy([record for record in per_item if record["image"]])
 
 
 def _groups(per_item: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:

@@ -7,8 +7,9 @@ SEED-Bench-video-image/<type>_<question id>.png: of each video its middle frame,
 writes it. LLaVA's question file llava-seed-bench.jsonl is taken where it is there; without it the same prompts are
 made from SEED-Bench.json. Who has no videos takes `--split image`; its score is what tables call SEED-I.
 
-Published for LLaVA-1.5-7B: 58.6, images and videos together, by generated letters. The benchmark's own eval.py ranks
-the options by their likelihood instead: do not compare with its leaderboard.
+Published for LLaVA-1.5-7B: 58.6, images and videos together, by generated letters; 66.2 on the images alone (SEED-I;
+LLaVA-SP-7B 67.9; both as TrustCLIP, table 3, has them). The benchmark's own eval.py ranks the options by their likelihood
+instead: do not compare with its leaderboard.
 
 Protocols, with the same prompts: `llava15` counts an answer that is exactly the letter ("B." is wrong); `lmms_eval`
 counts the first character, in either case (it gives eight frames of a video, though, where LLaVA and this command give
@@ -31,7 +32,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from llava_sp.eval.answers import match_by_question_id
-from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, OPTION_LETTER, Benchmark, Category, Generation, Item, Scores
+from llava_sp.eval.base import (
+    LLAVA15,
+    LLAVA15_LORA,
+    LLAVA_SP,
+    OPTION_LETTER,
+    Benchmark,
+    Category,
+    Generation,
+    Item,
+    Scores,
+)
 from llava_sp.eval.cli import main
 from llava_sp.eval.files import examples, read_jsonl, write_jsonl
 from llava_sp.eval.options import by_letter, lettered, lmms_seedbench, not_in, percent
@@ -61,6 +72,14 @@ class SeedBench(Benchmark):
     published_on = "images and videos together"
     folders = ("seed_bench", "SEED-Bench")
 
+    def __init__(self, split: str | None = None, protocol: str | None = None, images: Path | None = None):
+        super().__init__(split, protocol, images)
+        if self.split == "image":  # what tables call SEED-I
+            self.published = {LLAVA15: 66.2, LLAVA_SP: 67.9}
+            self.published_on = "images alone, both as TrustCLIP, table 3, has them"
+        elif self.split == "video":
+            self.published, self.published_on = {}, ""
+
     def load(self, data: Path) -> list[Item]:
         self.data = data
         self.split = self.split or ALL
@@ -69,7 +88,7 @@ class SeedBench(Benchmark):
         expect(content, {"questions": list, "question_type": dict}, str(file))
         questions = content["questions"]
         expect_all(questions, _QUESTION, file)
-        names = {number: name for name, number in content["question_type"].items()}
+        names = _type_names(content["question_type"], f"{file}: question_type")
         for question in questions:
             _check(question, names, f"{file}: question {question['question_id']}")
         questions = [q for q in questions if self.split in (ALL, q["data_type"])]
@@ -190,6 +209,17 @@ def _item(question: Mapping[str, Any], text: str, image: Path, type_name: str, k
     facts = {"question": question["question"], "options": _options(question), "data_type": question["data_type"]}
     facts |= {"type": type_name, "type_id": question["question_type_id"], "official_id": str(question["question_id"])}
     return Item(_llava_id(question["question_id"]), text, (image,), question["answer"], facts, key)
+
+
+def _type_names(numbers: dict[str, Any], where: str) -> dict[int, str]:
+    """Number -> name of a kind of question. Raises ValueError for what is no number, and for one number of two kinds."""
+    expect(numbers, dict.fromkeys(numbers, int), where)
+    names: dict[int, str] = {}
+    for name, number in numbers.items():
+        if number in names:
+            raise ValueError(f"{where}: {number} is the number of both {names[number]!r} and {name!r}")
+        names[number] = name
+    return names
 
 
 def _check(question: dict[str, Any], names: Mapping[int, str], where: str) -> None:

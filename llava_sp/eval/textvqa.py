@@ -38,11 +38,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, SHORT_ANSWER, Benchmark, Generation, Item, Scores
+from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, SHORT_ANSWER, Generation, Item, Scores
 from llava_sp.eval.cli import main
 from llava_sp.eval.files import examples
-from llava_sp.eval.records import expect_all, expect_once, find, find_one, first_folder, inside
-from llava_sp.eval.vqa_metrics import evalai_answer, leave_one_out, vlmevalkit_answer
+from llava_sp.eval.records import expect_all, expect_once, find, find_one, first_folder, inside, place
+from llava_sp.eval.vqa_metrics import (
+    AccuracyBenchmark,
+    evalai_answer,
+    leave_one_out,
+    percent_of_mean,
+    vlmevalkit_answer,
+)
 
 OFFICIAL = "TextVQA_0.5.1_val.json"
 LLAVA = "llava_textvqa_val_v051_ocr.jsonl"
@@ -58,12 +64,13 @@ _OLD_PROMPT = re.compile("Question: (.*?) Short answer:", re.DOTALL)
 Key = tuple[str, str]  # image id, question in small letters
 
 
-class TextVQA(Benchmark):
+class TextVQA(AccuracyBenchmark):
     name = "textvqa"
     title = "TextVQA accuracy in percent"
     protocols = tuple(PREPARE)
     generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=1024), "vlmevalkit": Generation(max_new_tokens=512)}
     published: ClassVar = {LLAVA15: 58.2, LLAVA15_LORA: 58.2, LLAVA_SP: 58.5}
+    mean_in_percent = staticmethod(percent_of_mean)
 
     def load(self, data: Path) -> list[Item]:
         file = find_one(data, OFFICIAL, what="TextVQA annotations")
@@ -127,6 +134,7 @@ class TextVQA(Benchmark):
                 {
                     "question_id": item.metadata["question_id"],
                     "score": round(100 * accuracy, 2),
+                    "accuracy": accuracy,
                     "answer": answer,
                     "text": text,
                     "question": item.metadata["question"],
@@ -143,7 +151,7 @@ class TextVQA(Benchmark):
             raise ValueError(f'{file} is not an official TextVQA file: it has no list "data"')
         rows = content["data"]
         expect_all(rows, _ROW, file)
-        expect_once((row["question_id"] for row in rows), file)
+        expect_once(rows, file, key="question_id")
         for row in rows:
             texts = [answer for answer in row["answers"] if isinstance(answer, str)]
             if len(texts) != ANNOTATORS or len(row["answers"]) != ANNOTATORS:
@@ -159,7 +167,7 @@ class TextVQA(Benchmark):
         """LLaVA's lines in their order, each with its annotation."""
         lines = self.read_jsonl(llava)
         expect_all(lines, {"question_id": str, "image": str, "text": str}, llava)
-        where = [f"{llava}: question {number} (counted from 0)" for number in range(len(lines))]
+        where = [place(llava, "question", line, number) for number, line in enumerate(lines)]
         keys = [(line["question_id"], question_of(line["text"], w)) for line, w in zip(lines, where)]
         trouble = _compare_keys(Counter(keys), {key: len(rows) for key, rows in by_key.items()}, "line")
         if trouble:

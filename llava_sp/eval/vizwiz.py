@@ -44,7 +44,6 @@ from llava_sp.eval.base import (
     LLAVA15,
     LLAVA15_LORA,
     SHORT_ANSWER,
-    Benchmark,
     Category,
     Generation,
     Item,
@@ -53,7 +52,7 @@ from llava_sp.eval.base import (
 from llava_sp.eval.cli import main
 from llava_sp.eval.files import write_json
 from llava_sp.eval.records import compare_ids, expect, expect_all, expect_once, find, first_folder, inside
-from llava_sp.eval.vqa_metrics import evalai_answer, leave_one_out, official_answer, percent
+from llava_sp.eval.vqa_metrics import AccuracyBenchmark, evalai_answer, leave_one_out, official_answer, percent
 
 SUFFIX = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT_ANSWER
 UNANSWERABLE = "unanswerable"
@@ -61,7 +60,7 @@ ANSWER_TYPES = ("yes/no", "number", "other", UNANSWERABLE)
 _ANNOTATION = {"answers": list, "answer_type": str, "answerable": int}
 
 
-class VizWiz(Benchmark):
+class VizWiz(AccuracyBenchmark):
     name = "vizwiz"
     title = "VizWiz accuracy in percent"
     splits = ("val", "test")
@@ -101,7 +100,7 @@ class VizWiz(Benchmark):
             references = [record["answer"] for record in item.reference["answers"]]
             compared = [evalai_answer(r) for r in references] if self.protocol == "lmms_eval" else references
             accuracies.append(leave_one_out(line["answer"], compared))
-            line |= {"score": round(100 * accuracies[-1], 2), "references": references}
+            line |= {"score": round(100 * accuracies[-1], 2), "accuracy": accuracies[-1], "references": references}
             line |= {"category": item.reference["answer_type"], "answerable": item.reference["answerable"]}
         unanswerable = [item.reference["answerable"] == 0 for item in items]
         metrics = {"unanswerability": unanswerability(unanswerable, [answer == UNANSWERABLE for answer in judged])}
@@ -110,7 +109,7 @@ class VizWiz(Benchmark):
             groups.setdefault(item.reference["answer_type"], []).append(accuracy)
         kinds = [kind for kind in ANSWER_TYPES if kind in groups] + sorted(set(groups).difference(ANSWER_TYPES))
         categories = {kind: Category(percent(groups[kind]), len(groups[kind])) for kind in kinds}
-        return Scores(self.headline(per_item), metrics, per_item, categories)
+        return Scores(percent(accuracies), metrics, per_item, categories)
 
     def _final(self, answer: str) -> str:
         """The answer as the protocol hands it to its scorer, or to the server."""
@@ -159,8 +158,8 @@ class VizWiz(Benchmark):
             expect_all(records, {"image": str, "question": str}, file)
             numbered = enumerate(records)
             lines = [{"question_id": i, "image": r["image"], "text": r["question"] + SUFFIX} for i, r in numbered]
-        expect_once((line["question_id"] for line in lines), file)
-        expect_once((line["image"] for line in lines), file, "image")
+        expect_once(lines, file, key="question_id")
+        expect_once(lines, file, "image", key="image")
         return file, lines
 
     def _annotations(self, data: Path, images: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -22,6 +22,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, ClassVar
+
+from llava_sp.eval.base import Benchmark
 
 _APOSTROPHE_LOST = """
 ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's I'm I've
@@ -63,7 +66,7 @@ ARTICLES = frozenset(("a", "an", "the"))
 NUMBERS: Mapping[str, str] = {"none": "0", "zero": "0"} | {word: str(i + 1) for i, word in enumerate(_COUNTING)}
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _LOOSE_PERIOD = re.compile(r"\.(?!\d)")
-_PERIOD_BY_NO_DIGIT = re.compile(r"(?<!\d)\.(?!\d)")  # VLMEvalKit's: `5.` stays
+PERIOD_BY_NO_DIGIT = re.compile(r"(?<!\d)\.(?!\d)")  # VLMEvalKit's: `5.` stays
 _MOST_PERIODS = 32  # the official code passes re.UNICODE, which is 32, where re.sub expects a count
 
 
@@ -102,7 +105,7 @@ def official_answer(text: str) -> str:
 
 def vlmevalkit_answer(text: str) -> str:
     """The official scorer's steps with VLMEvalKit's rule for periods: only those beside no digit go (`1984.` stays)."""
-    return process_digits_and_articles(process_punctuation(clean(text), _PERIOD_BY_NO_DIGIT))
+    return process_digits_and_articles(process_punctuation(clean(text), PERIOD_BY_NO_DIGIT))
 
 
 def leave_one_out(prediction: str, answers: Sequence[str], identities: Sequence[object] | None = None) -> float:
@@ -143,12 +146,13 @@ def vqa_accuracy(prediction: str, answers: Sequence[Mapping[str, object]], alway
 
 @dataclass(frozen=True)
 class VQAScores:
-    """All figures in percent, rounded to two decimals as the official scorer prints them."""
+    """Figures in percent, rounded to two decimals as the official scorer prints them; `accuracies` from 0 to 1, unrounded."""
 
     overall: float
     per_answer_type: dict[str, float]
     per_question_type: dict[str, float]
     per_item: list[float]
+    accuracies: list[float]
 
 
 def score_vqa(
@@ -186,6 +190,7 @@ def score_vqa(
         per_answer_type={kind: percent(values) for kind, values in by_answer_type.items()},
         per_question_type={kind: percent(values) for kind, values in by_question_type.items()},
         per_item=[round(100 * accuracy, 2) for accuracy in accuracies],
+        accuracies=accuracies,
     )
 
 
@@ -193,3 +198,20 @@ def percent(accuracies: Iterable[float]) -> float:
     """The mean in percent, two decimals, with the official order of operations (100 * sum / count)."""
     values = list(accuracies)
     return round(100 * sum(values) / len(values), 2)
+
+
+def percent_of_mean(accuracies: Iterable[float]) -> float:
+    """The mean in percent, two decimals, in TextVQA's order of operations (100 * (sum / count)): ties may round apart."""
+    values = list(accuracies)
+    return round(100 * (sum(values) / len(values)), 2)
+
+
+class AccuracyBenchmark(Benchmark):
+    """A benchmark whose headline is the mean of VQA accuracies: each record has its own as `accuracy`, 0 to 1, unrounded."""
+
+    mean_in_percent: ClassVar[Callable[[Iterable[float]], float]] = staticmethod(percent)
+
+    @classmethod
+    def headline(cls, per_item: Sequence[Mapping[str, Any]]) -> float:
+        """The official figure to the digit; the mean of `score`, which is rounded, is another one at times."""
+        return cls.mean_in_percent(record["accuracy"] for record in per_item)

@@ -7,12 +7,13 @@ D holds, under their official names (in D itself or one folder below), for val a
 and for the test splits, whose answers only the EvalAI server knows,
     v2_OpenEnded_mscoco_test-dev2015_questions.json, images test2015/COCO_test2015_*.jpg
 or LLaVA's question files llava_vqav2_mscoco_test-dev2015.jsonl. For a test split O/submission.json is written; it covers the
-whole of test2015 (empty answers outside test-dev, as LLaVA's) if the questions of test2015 are in D too.
+whole of test2015 (empty answers outside test-dev, as LLaVA's) if the questions of test2015 are in D too; these must then hold
+all of test-dev.
 
 Published for LLaVA-1.5-7B: 78.5 (LoRA 79.1) on test-dev, from the server. Scores on val are not comparable with it.
 
 LLaVA's converter skips broken answer lines, lets the last of two answers win and fills gaps with empty answers; here each of
-these is an error that counts them (only a half-written last line is left out, and said).
+these is an error that counts them (only a half-written last line is left out, and said), and so is a second annotation.
 
 Protocols, all with the same prompt:
     llava15    the EvalAI answer processor, then the official scorer (the default, and what published figures rest on)
@@ -36,16 +37,15 @@ from llava_sp.eval.base import (
     LLAVA15_LORA,
     LLAVA_SP,
     SHORT_ANSWER,
-    Benchmark,
     Category,
     Generation,
     Item,
     Scores,
 )
 from llava_sp.eval.cli import main
-from llava_sp.eval.files import write_json
+from llava_sp.eval.files import examples, write_json
 from llava_sp.eval.records import compare_ids, expect, expect_all, expect_once, find, first_folder, inside
-from llava_sp.eval.vqa_metrics import evalai_answer, official_answer, score_vqa
+from llava_sp.eval.vqa_metrics import AccuracyBenchmark, evalai_answer, official_answer, score_vqa
 
 SUBTYPES = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015", "train": "train2014"}
 FULL_TEST = "test"
@@ -53,7 +53,7 @@ ANSWER_TYPES = ("yes/no", "number", "other")  # in the order of the published ta
 _ANNOTATION = {"question_id": (int, str), "answers": list, "answer_type": str, "question_type": str}
 
 
-class VQAv2(Benchmark):
+class VQAv2(AccuracyBenchmark):
     name = "vqav2"
     title = "VQAv2 accuracy in percent"
     splits = tuple(SUBTYPES)
@@ -70,7 +70,8 @@ class VQAv2(Benchmark):
         folder = self._image_folder(self.split)
         items = [_item(record, folder, self.split, file) for record in records]
         if self.split == "test-dev" and self._question_files(FULL_TEST):
-            _, records = self._records(FULL_TEST)
+            file, records = self._records(FULL_TEST)
+            _check_inside(items, records, file)
         self.submission_ids = [record["question_id"] for record in records]
         if not self.split.startswith("test"):
             items = self._annotated(items)
@@ -92,10 +93,15 @@ class VQAv2(Benchmark):
             scores = score_vqa(answers, annotations, prepare=None, always_normalise=True)
         else:
             scores = score_vqa(final, annotations, prepare=None)
-        for line, item, value in zip(per_item, items, scores.per_item):
+        for line, item, value, accuracy in zip(per_item, items, scores.per_item, scores.accuracies):
             kinds = {key: item.reference[key] for key in ("answer_type", "question_type")}
             references = [record["answer"] for record in item.reference["answers"]]
-            line |= {"score": value, "question": item.metadata["question"], "image": item.images[0].name}
+            line |= {
+                "score": value,
+                "accuracy": accuracy,
+                "question": item.metadata["question"],
+                "image": item.images[0].name,
+            }
             line |= {**kinds, "references": references}
         metrics = {"per_answer_type": scores.per_answer_type, "per_question_type": scores.per_question_type}
         counts = Counter(a["answer_type"] for a in annotations)
@@ -103,7 +109,7 @@ class VQAv2(Benchmark):
         metrics["count_per_question_type"] = dict(Counter(a["question_type"] for a in annotations))
         kinds = [kind for kind in ANSWER_TYPES if kind in counts] + sorted(set(counts).difference(ANSWER_TYPES))
         categories = {kind: Category(scores.per_answer_type[kind], counts[kind]) for kind in kinds}
-        return Scores(self.headline(per_item), metrics, per_item, categories)
+        return Scores(scores.overall, metrics, per_item, categories)
 
     def _final(self, answer: str) -> str:
         """The answer as the protocol hands it to its scorer, or to the server."""
@@ -159,7 +165,7 @@ class VQAv2(Benchmark):
         file = files[0]
         records = self.read_jsonl(file) if file.suffix == ".jsonl" else self._official(file)
         expect_all(records, {"question_id": (int, str)}, file)
-        expect_once((record["question_id"] for record in records), file)
+        expect_once(records, file, key="question_id")
         return file, records
 
     def _official(self, file: Path) -> list[dict[str, Any]]:
@@ -182,10 +188,10 @@ class VQAv2(Benchmark):
         content = self.read_json(file)
         if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
             raise ValueError(f'{file} is not an official annotations file: it has no list "annotations"')
-        by_id = {}
         for number, record in enumerate(content["annotations"]):
             _check_annotation(record, f"{file}: annotation {number} (counted from 0)")
-            by_id[record["question_id"]] = record
+        expect_once(content["annotations"], file, "annotated question", key="question_id")
+        by_id = {record["question_id"]: record for record in content["annotations"]}
         trouble = compare_ids(by_id, [item.id for item in items], "annotation")
         if trouble:
             raise ValueError(f"{file} does not fit the questions: {trouble}")
@@ -206,8 +212,20 @@ def _item(record: dict[str, Any], folder: Path, split: str, file: Path) -> Item:
     return Item(record["question_id"], record[text_key], (image,), metadata={"question": question})
 
 
+def _check_inside(items: Sequence[Item], records: Sequence[dict[str, Any]], file: Path) -> None:
+    """Raises ValueError if questions are not among those of the whole test set: their answers would not be sent."""
+    whole = {record["question_id"] for record in records}
+    lost = [item.id for item in items if item.id not in whole]
+    if lost:
+        raise ValueError(
+            f"{file} lacks {len(lost)} of the {len(items)} questions of test-dev ({examples(lost)}), and the submission has "
+            "the questions of that file: is one of the two of another version, or cut off?"
+        )
+
+
 def _check_annotation(record: Any, where: str) -> None:
-    """Raises ValueError unless it is `{"question_id", "answer_type", "question_type", "answers": [{"answer": text}, ...]}`."""
+    """Raises ValueError unless it is `{"question_id", "answer_type", "question_type", "answers": [{"answer": text}, ...]}`,
+    with a number or text wherever there is an `answer_id`."""
     expect(record, _ANNOTATION, where)
     if not record["answers"]:
         raise ValueError(f"{where} has no answers")
@@ -217,6 +235,8 @@ def _check_annotation(record: Any, where: str) -> None:
                 f"{where}: answer {number} is {str(answer)[:60]!r}, not an annotator's record "
                 '{"answer": text, "answer_id": number, ...}'
             )
+        if "answer_id" in answer:
+            expect(answer, {"answer_id": (int, str)}, f"{where}: answer {number}")
 
 
 def _names(split: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def test_every_benchmark_ran(results, data):
         benchmark = load_benchmark(name)
         metrics = json.loads((results / name / "metrics.json").read_text())
         lines = [json.loads(line) for line in (results / name / "per_item.jsonl").open()]
-        assert record["score"] == metrics["score"] and record["count"] == len(lines) > 0
+        assert record["score"] == metrics["score"] and 0 < record["count"] <= len(lines)
         assert record["published"] == dict(benchmark.published)
         if name in JUDGED:
             assert record["score"] is None and record["note"] and record["protocol"] not in metrics.get("scored_as", {})
@@ -109,12 +110,12 @@ def test_the_same_command_again_answers_nothing(results, model, data, capsys):
 
 
 def test_two_results_compare(results, capsys):
-    assert compare([str(results), str(results), "--samples", "20"]) == 2
-    assert "no score" in capsys.readouterr().err
-    scored = [name for name in ORDER if name not in JUDGED]
-    for name in scored:
-        assert compare([str(results / name), str(results / name), "--samples", "20"]) == 0
-    assert capsys.readouterr().out.count("B - A +0.00") == len(scored)
+    assert compare([str(results), str(results), "--samples", "20"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("B - A +0.00") == len(ORDER) - len(JUDGED)
+    assert err.count("note: left out: ") == len(JUDGED) and err.count("but no score") == len(JUDGED)
+    assert compare([str(results / "mmvet"), str(results / "mmvet")]) == 2
+    assert "but no score" in capsys.readouterr().err
 
 
 def test_what_cannot_run_is_said_and_the_rest_runs(model, data, tmp_path, capsys):
@@ -137,6 +138,47 @@ def test_what_cannot_run_is_said_and_the_rest_runs(model, data, tmp_path, capsys
     assert found["benchmarks"]["pope"]["count"] == 4 and "only the first questions" in out
 
 
+def test_pictures_damaged_since_are_said_in_the_report(model, data, tmp_path, capsys):
+    shutil.copytree(data / "qbench", tmp_path / "data" / "qbench")
+    arguments = ["--all", "--data", tmp_path / "data", "--model", model, "--output", tmp_path / "out", *SMALL]
+    arguments = [str(argument) for argument in arguments]
+    assert main(arguments) == 0
+    for picture in (tmp_path / "data" / "qbench" / "images").iterdir():
+        size = picture.stat().st_size
+        picture.write_bytes(b"x" * size)
+    assert main(arguments) == 0
+    assert "<p>question 0: " in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_protocol_goes_to_the_benchmarks_that_have_it(model, data, tmp_path, capsys):
+    names = ["--only", "mmvet", "pope"]
+    arguments = ["--data", str(data), "--model", str(model), "--output", str(tmp_path / "out"), *SMALL, "--limit", "2"]
+    assert main([*names, *arguments, "--protocol", "lmms_eval"]) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]
+    assert {name: record["protocol"] for name, record in found.items()} == {"mmvet": "llava15", "pope": "lmms_eval"}
+    assert main([*names, *arguments, "--protocol", "nothing"]) == 2
+    assert (
+        "none of these benchmarks has the protocol 'nothing'; there are llava15, lmms_eval" in capsys.readouterr().err
+    )
+
+
+def test_fewer_questions_do_not_replace_more(model, data, tmp_path, capsys):
+    arguments = [
+        "--only",
+        "pope",
+        "--data",
+        str(data),
+        "--model",
+        str(model),
+        "--output",
+        str(tmp_path / "out"),
+        *SMALL,
+    ]
+    assert main(arguments) == 0
+    assert main([*arguments, "--limit", "2"]) == 2
+    assert "holds results of 6 questions, and those of 2 would replace them" in capsys.readouterr().err
+
+
 def test_chinese_tables_in_the_english_folder(model, data, tmp_path, capsys):
     """As LLaVA's documents have it; an English folder alone is none of MMBench-CN."""
     folder = tmp_path / "data" / "mmbench"
@@ -155,6 +197,8 @@ def test_chinese_tables_in_the_english_folder(model, data, tmp_path, capsys):
     [
         (["--only", "nothing"], "there is no benchmark 'nothing'; there are vqav2"),
         (["--all", "--batchsize", "3"], "unknown arguments: --batchsize 3"),
+        (["--all", "--split", "val"], "--split is for a single benchmark"),
+        (["--all", "--outp", "x"], "unknown arguments: --outp x"),
         (["--all", "--answers", "x"], "--answers is for a single benchmark"),
         (["--all", "--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
         (["--only", "gqa", "--model", "nowhere/at/all"], "nowhere/at/all"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,7 +15,8 @@ from PIL import Image
 from llava_sp.eval import base
 from llava_sp.eval.answerer import open_image
 from llava_sp.eval.base import Item
-from llava_sp.eval.cli import main
+from llava_sp.eval.cli import claimed, main
+from llava_sp.eval.files import write_json
 
 HEADER = "from llava_sp.eval.base import Benchmark, Item, Scores, SHORT_ANSWER\n"
 
@@ -55,6 +57,48 @@ def test_example_scores_an_answers_file(colour_qa, data, tmp_path, capsys):
 def test_example_has_no_submissions_to_validate(colour_qa, data, capsys):
     assert main(colour_qa, ["--validate", "x.json", "--data", str(data)]) == 1
     assert "colourqa has no submission files" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "ids, message",
+    [
+        (["q", "q", 1, "1"], r"2 ids of colourqa occur more than once .* \(q, 1\)"),
+        ([], "holds no questions of colourqa"),
+    ],
+)
+def test_items_that_cannot_be_told_apart(colour_qa, tmp_path, capsys, ids, message):
+    rows = [{"id": i, "q": "Which colour?", "image": "x.png", "a": "red"} for i in ids]
+    (tmp_path / "colourqa.json").write_text(json.dumps(rows))
+    (tmp_path / "a.jsonl").write_text('{"question_id": "q", "text": "red"}\n')
+    assert main(colour_qa, ["--answers", str(tmp_path / "a.jsonl"), "--data", str(tmp_path)]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_half_a_surrogate_pair_is_written_as_json(colour_qa, data, tmp_path):
+    text = json.loads('"\\ud83d red"')
+    answers = [{"question_id": f"q{i}", "text": text} for i in range(2)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    out = tmp_path / "out"
+    assert main(colour_qa, ["--answers", str(tmp_path / "a.jsonl"), "--data", str(data), "--output", str(out)]) == 0
+    write_json(out / "x.json", {"text": text})
+    assert json.loads((out / "x.json").read_text()) == {"text": text}
+
+
+def test_a_folder_belongs_to_one_command_at_a_time(colour_qa, data, tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"question_id": "q0", "text": "red"}\n{"question_id": "q1", "text": "red"}\n')
+    out = tmp_path / "out"
+    arguments = ["--answers", str(tmp_path / "a.jsonl"), "--data", str(data), "--output", str(out)]
+    with claimed(out):
+        assert main(colour_qa, arguments) == 2
+        assert "is being written by another process" in capsys.readouterr().err
+        assert not (out / "run.json").exists()
+    assert main(colour_qa, arguments) == 0
+
+
+def test_arguments_are_not_abbreviated(colour_qa, data, capsys):
+    with pytest.raises(SystemExit):
+        main(colour_qa, ["--answ", "x", "--data", str(data)])
+    assert "unrecognized arguments: --answ" in capsys.readouterr().err
 
 
 def test_the_readmes_benchmark_is_one_file(repo, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,9 @@ def test_runs_that_do_not_compare():
         compare(a, run_of([1, 2], name="b", judge="gpt-x"))
     with pytest.raises(ValueError, match="benchmark is mean in one, vqav2 in the other"):
         compare(a, Run(Path("b"), VQAv2, 1.0, "llava15", None, a.items))
+    other = Run(Path("b"), Mean, 1.5, "llava15", None, [record | {"question": "else?"} for record in a.items])
+    with pytest.raises(ValueError, match="the ids are the same, but not what was asked"):
+        compare(a, other)
     with pytest.raises(ValueError, match=r"not score the same questions: 2 and 3; 1 are in one only \(2\)"):
         compare(a, run_of([1, 2, 3], name="b"))
 
@@ -142,6 +146,16 @@ def test_command_says_what_is_missing(outputs, tmp_path, capsys):
     assert "hold no results of a benchmark in common" in capsys.readouterr().err
     assert main([str(outputs[0] / "vqav2"), str(tmp_path / "nothing")]) == 2
     assert "nothing has no metrics.json" in capsys.readouterr().err
+
+
+def test_one_bad_pair_of_many_does_not_stop_the_others(outputs, capsys):
+    for folder in outputs:
+        shutil.copytree(folder / "vqav2", folder / "pope")
+        (folder / "pope" / "metrics.json").write_text("[]")
+    shutil.copytree(outputs[0] / "vqav2", outputs[0] / "gqa")
+    assert main([*map(str, outputs), "--samples", "20"]) == 2
+    out, err = capsys.readouterr()
+    assert "vqav2, val" in out and "is not the result of an evaluation" in err and f"only {outputs[0]} holds gqa" in err
 
 
 def test_run_without_a_score(outputs):

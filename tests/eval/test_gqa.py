@@ -269,7 +269,7 @@ def question(**changes: object) -> str:
         (QUESTIONS, question(semantic=[{"operation": "x"}]), "question 5, semantic 0 (counted from 0) has no argument"),
         (QUESTIONS, question(), "40 lines are for questions that are not in the file (200900000"),
         (LLAVA, '{"question_id": "200900000", "image": "a.jpg", "text": "?"}', "39 questions have no line (200900001"),
-        (LLAVA, '{"question_id": "200900000", "image": "a.jpg"}', "question 0 (counted from 0) has no text"),
+        (LLAVA, '{"question_id": "200900000", "image": "a.jpg"}', "line 1 has no text"),
         (LLAVA, '{"question_id": 1.5, "image": "a", "text": ""}', "question_id is '1.5', not a whole number or text"),
         (LLAVA, '{"question_id": "2', f"{LLAVA}, line 1 is not valid JSON"),
     ],

@@ -458,3 +458,37 @@ def test_retry_after_as_number_and_date():
     assert judge_client._retry_after({"retry-after": formatdate(time.time() - 30, usegmt=True)}) == 0.0
     for said in ({}, {"retry-after": ""}, {"retry-after": "later"}):
         assert judge_client._retry_after(said) is None
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"date": 5}, "line 2: date is '5', not text"),
+        ({"url": ["x"]}, "line 2: url is \"['x']\", not text"),
+        ({"answered_by": {"a": 1}}, "line 2: answered_by is "),
+        ({"usage": [3]}, "line 2: usage is '[3]', not an object with fields"),
+        ({"usage": {"total_tokens": "7"}}, "line 2: usage: total_tokens is '7', not a whole number"),
+        ({"run": None}, "line 2: run is 'None', not a whole number"),
+    ],
+)
+def test_recorded_fields_of_another_kind_are_named(tmp_path, data, capsys, changes, message):
+    with JudgeServer(by_answer) as server:
+        assert run(capsys, data, "--output", tmp_path / "out", *server.arguments)[0] == 0
+    file = tmp_path / "judgements.jsonl"
+    lines = [json.loads(line) for line in (tmp_path / "out" / JUDGEMENTS).open()]
+    write_lines(file, [lines[0], lines[1] | changes, *lines[2:]])
+    status, _, err = run(capsys, data, "--judgements", file)
+    assert status == 2 and f"{file}, {message}" in err
+    bare = [{k: v for k, v in line.items() if k not in ("url", "usage")} | {"date": None} for line in lines]
+    write_lines(file, [*bare[:-1], bare[-1] | {"usage": {"total_tokens": None}, "answered_by": None}])
+    status, out, _ = run(capsys, data, "--judgements", file)
+    assert status == 0 and json.loads(out)["metrics"]["judge"]["tokens"] == 0
+
+
+def test_replies_that_say_little_of_themselves(tmp_path, data, capsys):
+    body = {"choices": [{"message": {"role": "assistant", "content": "yes"}}]}
+    for name, more in {"none": {}, "number": {"model": 7}}.items():
+        with JudgeServer(always(Reply(body=json.dumps(body | more)))) as server:
+            assert run(capsys, data, "--output", tmp_path / name, *server.arguments)[0] == 0
+        status, _, err = run(capsys, data, "--output", tmp_path / name)  # what was recorded can be read back
+        assert status == 0 and metrics(tmp_path / name)["score"] == 100.0, err

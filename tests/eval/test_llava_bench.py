@@ -96,8 +96,11 @@ def test_protocols_read_and_add_up_in_their_own_ways(tmp_path, data, recorded, c
         reference, model = (sum(pair[side] for pair in pairs) / 40 for side in (0, 1))
         digits = 1 if protocol == "lmms_eval" else 2
         assert scored[protocol] == round(model / reference * 100, digits)
-        status, out, _ = run(capsys, data, "--judgements", output / JUDGEMENTS, "--protocol", protocol)
-        assert status == 0 and json.loads(out)["score"] == scored[protocol]
+        again = tmp_path / protocol
+        arguments = ("--judgements", output / JUDGEMENTS, "--protocol", protocol, "--output", again)
+        assert run(capsys, data, *arguments)[0] == 0
+        result, lines = written(again)
+        assert result["score"] == scored[protocol] == LLaVABench.headline(lines)
     assert scored["lmms_eval"] != scored["llava15"]
 
 
@@ -147,6 +150,17 @@ def test_runs_are_averaged_as_published(tmp_path, data, capsys):
     assert status == 0 and result["metrics"]["runs"] == [64.7, 65.3, 66.3] and result["score"] == 65.4
     assert LLaVABench.headline(lines) == 65.4 == LLaVABench.headline([lines[0], lines[0], lines[3]])
     assert "3 runs" in out
+
+
+def test_the_headline_of_several_runs_under_each_protocol(data):
+    benchmark = LLaVABench()
+    items = benchmark.load(data)
+    replies = [["9 7", "8 8.5", "7 8", "10 6.47"][n % 4] for n in range(43)]
+    benchmark.judged = [{item.key: [replies[n + run]] for n, item in enumerate(items)} for run in range(3)]
+    scores = {protocol: benchmark.under(protocol).score(items, ["x"] * 40) for protocol in LLaVABench.protocols}
+    for found in scores.values():
+        assert LLaVABench.headline(found.per_item) == found.score
+    assert scores["vlmevalkit"].score == round(scores["vlmevalkit"].score, 2) != round(scores["vlmevalkit"].score, 1)
 
 
 def review_file(path: Path, recorded: dict, replies: list[str]) -> Path:
@@ -230,6 +244,8 @@ def test_prompts_records_and_generation_equal_llavas(data, recorded_prompts):
         assert record == case["answer_record_without_answer_id"]
         assert benchmark.message(item) in case["prompt"]
         assert item.images == (data / "images" / case["question_record"]["image"],)
+    lengths = {protocol: LLaVABench(protocol=protocol).generation.max_new_tokens for protocol in LLaVABench.protocols}
+    assert lengths == {"llava15": 1024, "lmms_eval": 4096, "vlmevalkit": 1024}
     with pytest.raises(ValueError, match=r"14 image files are missing"):
         check_images(list(items.values()))
     assert LLaVABench(images=Path("/else")).load(data)[0].images == (Path("/else/000.jpg"),)
@@ -251,15 +267,15 @@ def line(**changes: object) -> str:
     [
         (QUESTIONS, "", "is empty"),
         (QUESTIONS, '{"question_id": 0, "im', "line 1 is not valid JSON"),
-        (QUESTIONS, line(text=None), "question 0 (counted from 0): text is 'None', not text"),
+        (QUESTIONS, line(text=None), "line 1: text is 'None', not text"),
         (QUESTIONS, line() * 2, "1 question ids occur more than once (0)"),
         (QUESTIONS, line(), "does not fit the questions: 39 answers are for questions that are not in the file"),
-        (CONTEXT, '{"image": "000.jpg"}', "picture 0 (counted from 0) has no caption"),
+        (CONTEXT, '{"image": "000.jpg"}', "line 1 has no caption"),
         (CONTEXT, '{"image": "000.jpg", "caption": [1]}', "picture 000.jpg: caption holds something that is not text"),
         (CONTEXT, '{"image": "000.jpg", "caption": "x"}\n' * 2, "1 pictures occur more than once (000.jpg)"),
         (CONTEXT, '{"image": "000.jpg", "caption": "x"}', "question 3: context.jsonl has no caption of 001.jpg"),
         (REFERENCES, '{"question_id": 0, "text": "x"}', "39 questions have no answer (1, 2, 3, ...)"),
-        (REFERENCES, '{"question_id": 0}', "answer 0 (counted from 0) has no text"),
+        (REFERENCES, '{"question_id": 0}', "line 1 has no text"),
     ],
 )
 def test_broken_data_files_are_named(data, capsys, name, content, message):

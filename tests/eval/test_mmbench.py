@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import sys
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from llava_sp.eval.cli import main
 from llava_sp.eval.mmbench import ABILITIES, MMBench
@@ -80,7 +83,7 @@ def test_scores_equal_those_of_other_programs(tmp_path, data, answers, recorded,
     result = json.loads((output / "metrics.json").read_text())
     lines = [json.loads(line) for line in (output / "per_item.jsonl").open()]
     check_scores(result, lines, expected)
-    assert status == 0 and f"{result['score']} (40 questions)" in out
+    assert status == 0 and f"{result['score']} (12 questions)" in out
     assert MMBench.headline(lines) == result["score"]
 
 
@@ -185,12 +188,49 @@ def test_vlmevalkit_searches_an_empty_answer_as_nan(tmp_path):
 
 
 def test_missing_options_and_hints(tmp_path):
-    row = {"index": "1", "hint": "NaN", "C": "none", "D": "cow", "answer": "D"}
+    row = {"index": "1", "hint": "NaN", "C": "None", "D": "cow", "answer": "D"}
     benchmark = MMBench()
     item = benchmark.load(made(tmp_path / "data", row))[0]
     assert item.text == "Which?\nA. cat\nB. dog" and item.metadata["hint"] == ""  # LLaVA's list ends at the gap
     assert item.metadata["options"] == {"A": "cat", "B": "dog", "D": "cow"}  # an inferred letter may still be D
     assert benchmark.record(item)["option_char"] == ["A", "B"]
+
+
+@pytest.mark.parametrize("text", ["none", "NONE", "NAN", "Nan"])
+def test_what_llava_alone_takes_for_missing(tmp_path, text):
+    """pandas reads "None", "nan" and "NaN" as missing, in no other case; LLaVA passes over these in any case."""
+    row = {"index": "1", "hint": text, "C": "cow", "D": text, "answer": "D"}
+    options = ["A. cat", "B. dog", "C. cow", f"D. {text}"]
+    asked = {
+        "llava15": "\n".join(["Which?", *options[:3]]),
+        "vlmevalkit": "\n".join([text, "Which?", *options]),
+        "vlmevalkit_v0.2": "\n".join([text, "Which?", *options]),
+        "lmms_eval": "\n".join([f"{text} Which? There are several options:", *options]),
+    }
+    for protocol, prompt in asked.items():
+        benchmark = MMBench(protocol=protocol)
+        item = benchmark.load(made(tmp_path / "data", row))[0]
+        assert benchmark.prompt(item).startswith(f"{prompt}\n") and benchmark.prompt(item).count("\nD.") == (
+            protocol != "llava15"
+        )
+        assert benchmark.record(item)["option_char"] == list("ABCD")[: 3 if protocol == "llava15" else 4]
+        assert benchmark.score([item], ["D"]).score == 100.0
+    assert MMBench(protocol="vlmevalkit").infer(f"It is {text}", item.metadata["options"]) == "D"
+
+
+def test_missing_is_what_pandas_takes_for_it(tmp_path):
+    """As read_csv of pandas 3.1.1 does, with either parser."""
+    missing = "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null"
+    kept = "none|NONE|NAN|Nan|Null|na|-NAN|NuLL|<na>|N/a|-Nan|Na| NA|NA "
+    rows = [{"index": str(i), "C": t, "answer": "A"} for i, t in enumerate([*missing.split("|"), *kept.split("|")])]
+    found = ["C" in item.metadata["options"] for item in loaded(made(tmp_path / "data", *rows))]
+    assert found == [False] * 18 + [True] * 14
+
+
+def test_rotations_are_those_of_options_that_count(tmp_path):
+    """Tables that other programs wrote have "nan" in empty fields."""
+    rows = [{"index": i, "C": "nan", "D": "nan", "answer": a} for i, a in (("1", "A"), ("1000001", "B"))]
+    assert len(loaded(made(tmp_path / "data", *rows))) == 2
 
 
 def test_pictures_of_other_rows_and_line_breaks(tmp_path):
@@ -303,10 +343,31 @@ def submission(tmp_path, data, answers, capsys):
         (lambda s: s.append([7, "?", "a", "b"]), "1 answers are for questions that are not in the file (7)"),
         (lambda s: s.append([100, "?", "a", "b"]), "1 questions have more than one answer (100)"),
         (lambda s: s.delete_cols(7), "has no column prediction; it has index, question"),
-        (lambda s: s.__setitem__("B3", "Another?"), "1 questions are not those of the data (107)"),
+        (
+            lambda s: s.__setitem__("B3", "Another?"),
+            "1 rows have another question than the data (107): 107 has 'Another?'",
+        ),
         (lambda s: s.__setitem__("G3", "=1+1"), "1 rows hold a formula where a text begins with = (row 3)"),
         (lambda s: s.__setitem__("A3", "x"), "1 rows have no whole number as index (row 3)"),
-        (lambda s: s.delete_rows(1, 99), "has no column index, question, A, B, prediction; it has nothing"),
+        (
+            lambda s: s.delete_cols(3),
+            "as dev: has no column A; it has index, question, B, C, D, prediction, answer, split",
+        ),
+        (lambda s: s.delete_cols(6), "has no column D"),
+        (lambda s: s.delete_cols(8), "has no column answer"),
+        (lambda s: s.delete_cols(9), "has no column split"),
+        (lambda s: s.__setitem__("J1", "prediction"), "has more than one column prediction"),
+        (lambda s: s.__setitem__("D4", "changed"), "1 rows have another B than the data (114): 114 has 'changed'"),
+        (lambda s: s.__setitem__("D4", 5), "1 rows have another B than the data (114): 114 has '5'"),
+        (lambda s: s.__setitem__("F2", "fourth"), "1 rows have another D than the data (100): 100 has 'fourth'"),
+        (lambda s: s.__setitem__("C3", None), "1 rows have another A than the data (107): 107 has 'None'"),
+        (lambda s: s.__setitem__("H3", "D"), "1 rows have another answer than the data (107)"),
+        (lambda s: s.__setitem__("I3", "test"), "1 rows have another split than the data (107): 107 has 'test'"),
+        (lambda s: s.__setitem__("G3", 5), "1 predictions are no text (107): 107 has 5"),
+        (lambda s: s.__setitem__("G3", True), "1 predictions are no text (107): 107 has True"),
+        (lambda s: s.__setitem__("A3", True), "1 rows have no whole number as index (row 3)"),
+        (lambda s: s.delete_rows(2, 99), "has no rows below its header"),
+        (lambda s: s.delete_rows(1, 99), "has no column index, question, prediction; it has nothing"),
     ],
 )
 def test_validator_says_what_is_wrong(data, submission, capsys, edit, message):
@@ -325,11 +386,55 @@ def test_validator_finds_the_split(data, submission, capsys):
 
 
 def test_validator_of_another_kind_of_file(tmp_path, data, capsys):
-    pytest.importorskip("openpyxl")
+    openpyxl = pytest.importorskip("openpyxl")
     for name in ("x.xlsx", "x.json"):
         (tmp_path / name).write_text("[]")
         status, _, err = run(capsys, "--validate", tmp_path / name, "--data", data)
         assert status == 1 and "is not an .xlsx table" in err
+    book = openpyxl.Workbook()
+    book.create_chartsheet()
+    book.remove(book.worksheets[0])
+    book.save(tmp_path / "chart.xlsx")
+    status, _, err = run(capsys, "--validate", tmp_path / "chart.xlsx", "--data", data)
+    assert status == 1 and "chart.xlsx is not an .xlsx table, or a damaged one (" in err
+    status, _, err = run(capsys, "--validate", tmp_path / "absent.xlsx", "--data", data)
+    assert status == 1 and "absent.xlsx does not exist" in err
+
+
+def test_damaged_tables_are_told(data, submission, capsys):
+    """One byte or a few changed, or the end lost: in the archive, and within the texts that it holds."""
+    file = submission(lambda sheet: None)
+    whole, rng = file.read_bytes(), random.Random(0)
+    with zipfile.ZipFile(file) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    for number in range(150):
+        content = bytearray(whole)
+        for _ in range(rng.choice((1, 3))):
+            content[rng.randrange(len(content))] ^= rng.randrange(1, 256)
+        file.write_bytes(content if number % 5 else whole[: rng.randrange(1, len(whole))])
+        assert main(MMBench, ["--validate", str(file), "--data", str(data)]) in (0, 1)
+        name = rng.choice(list(parts))
+        text = bytearray(parts[name])
+        start = rng.randrange(len(text))
+        text[start : start + rng.choice((1, 20, len(text)))] = rng.choice((b"", b"x", b"<"))
+        with zipfile.ZipFile(file, "w") as archive:
+            for part, kept in parts.items():
+                archive.writestr(part, bytes(text) if part == name else kept)
+        assert main(MMBench, ["--validate", str(file), "--data", str(data)]) in (0, 1)
+    err = capsys.readouterr().err
+    assert err.count("or a damaged one") > 150 and "Error -3 while decompressing" in err
+
+
+def test_options_that_other_programs_made_numbers_of(tmp_path, capsys):
+    openpyxl = pytest.importorskip("openpyxl")
+    folder = made(tmp_path / "data", {"index": "1", "A": "3", "B": "4", "C": "none", "answer": "B"})
+    columns = ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
+    book = openpyxl.Workbook()
+    for row in (columns, [1, "Which?", 3, 4.0, "none", None, None, "B", "dev"]):
+        book.active.append(row)
+    book.save(tmp_path / "made.xlsx")
+    status, out, _ = run(capsys, "--validate", tmp_path / "made.xlsx", "--data", folder)
+    assert status == 0 and "answers all 1 rows of mmbench dev once (1 answers are empty)" in out
 
 
 @pytest.mark.parametrize(
@@ -343,6 +448,12 @@ def test_validator_of_another_kind_of_file(tmp_path, data, capsys):
         (3, {"image": "*" * 70}, "line 3: image is '********************'..., not a picture in base64"),
         (3, {"image": "12"}, "line 3: image is '12'..., not a picture"),
         (3, {"image": ""}, "line 3: image is empty"),
+        (
+            3,
+            {"image": base64.b64encode(b"no picture at all " * 4).decode()},
+            "line 3: image is 'bm8gcGljdHVyZSBhdCBh'..., in base64, but not a picture (no kind of picture that is known)",
+        ),
+        (3, {"answer": "D"}, "line 3 (index 107): answer is D, but the row has no such option (A, B, C)"),
         (3, {"A": "", "B": "nan", "C": "", "D": ""}, "line 3 (index 107) has no options"),
         (2, {"D": "fourth"}, "1 questions do not have one row for each rotation of their options (100)"),
         (2, {"index": "5000100"}, "1 questions do not have one row for each rotation"),
@@ -352,6 +463,14 @@ def test_wrong_fields_are_named(data, answers, capsys, line, values, message):
     change(data, line, **values)
     status, _, err = run(capsys, "--answers", answers, "--data", data)
     assert status == 2 and TABLE in err and message in err
+
+
+def test_each_picture_is_looked_at_once(tmp_path, monkeypatch):
+    rows = [{"index": str(i), "answer": "A"} for i in range(50)]
+    rows.append({"index": "50", "answer": "A", "image": base64.b64encode(base64.b64decode(PICTURE) + b" ").decode()})
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda stream, whole=Image.open: opened.append(stream) or whole(stream))
+    assert len(loaded(made(tmp_path / "data", *rows))) == 51 and len(opened) == 2
 
 
 def test_tables_cut_off_are_told(data, answers, capsys):

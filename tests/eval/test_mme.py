@@ -236,6 +236,19 @@ def test_headline_of_a_sample(tmp_path, data, capsys):
     assert MME.headline([line for line in per_item if line["category"] in COGNITION]) == 0
 
 
+def test_without_perception_there_is_no_score(tmp_path, data, capsys):
+    """As with a small --limit: LLaVA's question file begins with cognition."""
+    for subtask in PERCEPTION:
+        shutil.rmtree(data / ROOT / subtask)
+    for file in (data / QUESTIONS, data / "answers" / "model.jsonl"):
+        write_lines(file, [line for line in lines_of(file) if line["question_id"].split("/")[0] in COGNITION])
+    answers = data / "answers" / "model.jsonl"
+    status, out, _ = run(capsys, "--answers", answers, "--data", data, "--output", tmp_path / "out")
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert status == 0 and result["score"] is None and result["metrics"]["cognition"] > 0
+    assert "16 questions answered; none of them is of a perception subtask" in out
+
+
 def test_folder_itself_or_nested(tmp_path, data, capsys):
     answers = data / "answers" / "model.jsonl"
     shutil.copytree(data / ROOT, tmp_path / "nested" / ROOT / "MME_Benchmark")
@@ -311,7 +324,7 @@ def test_windows_line_ends_and_other_files(data, capsys):
             "question 1 (counted from 0), count/zzz.png: the official files have no count/zzz",
         ),
         ({"text": "Is it?"}, "'Is it?' is not what existence/exi_000.txt asks (Is item 0 of existence short?)"),
-        ({"text": None}, "question 1 (counted from 0): text is 'None', not text"),
+        ({"text": None}, "line 2: text is 'None', not text"),
         ({"image": "../../x.png"}, "image '../../x.png' is outside"),
     ],
 )

@@ -280,7 +280,7 @@ def entry(**changes: object) -> dict:
         (OFFICIAL, json.dumps({"v1_0": entry(capability=[])}), "v1_0: capability is [], not a list of names"),
         (OFFICIAL, json.dumps({"v1_0": entry(imagename="../x.png")}), "does not fit mm-vet.json"),
         (OFFICIAL, json.dumps({"v1_0": entry()}), "lines are for questions that are not in the file (v1_1"),
-        (LLAVAS, '{"question_id": 0, "image": "v1_0.png"}', "question 0 (counted from 0) has no text"),
+        (LLAVAS, '{"question_id": 0, "image": "v1_0.png"}', "line 1 has no text"),
         (LLAVAS, '{"question_id": "0", "image": "v1_0.png", "text": "?"}', "question_id is '0', not a whole number"),
         (LLAVAS, '{"question_id": 0, "image": "v1_0.png", "text": "?"}', "39 questions have no line (v1_1, v1_10"),
         (LLAVAS, '{"question_id": 0, "image": "a", "text": ""}\n' * 2, "1 question ids occur more than once (0)"),

@@ -77,7 +77,7 @@ def test_judged_as_the_official_grader(tmp_path, data, recorded, capsys, monkeyp
     assert MMVP.headline(lines) == result["score"]
     assert MMVP.headline([*lines[2:4], *lines[2:4], *lines[:2]]) == 66.67  # units drawn with repetition
     assert result["scored_as"] == {"official": 50.0, "lmms_eval": 5.0, "vlmevalkit": 5.0}
-    assert "MMVP pair accuracy in percent: 50.0 (40 questions)" in out
+    assert "MMVP pair accuracy in percent: 50.0 (20 pairs)" in out
 
 
 @pytest.mark.parametrize("protocol", ["lmms_eval", "vlmevalkit"])
@@ -118,7 +118,7 @@ def test_answers_of_the_official_script_are_read(official, capsys):
     text = (folder / "answers.jsonl").read_text()
     (folder / "answers.jsonl").write_text(text.replace('"response": "b"', '"response": 3', 1))
     status, _, err = run(capsys, folder)
-    assert status == 2 and "answers.jsonl: answer 3 (counted from 0): response is '3', not text" in err
+    assert status == 2 and "answers.jsonl, line 4: response is '3', not text" in err
 
 
 def test_runs_are_averaged(tmp_path, data, capsys):

@@ -280,10 +280,10 @@ def changed(file: Path, **changes: object) -> str:
     [
         (RANDOM, {"label": "maybe"}, "question 2: label is 'maybe', not yes or no"),
         (RANDOM, {"question_id": 1}, "1 question ids occur more than once (1)"),
-        (RANDOM, {"text": 7}, "question 1 (counted from 0): text is '7', not text"),
+        (RANDOM, {"text": 7}, "line 2: text is '7', not text"),
         (QUESTIONS, {"category": "easy"}, "question 2: category is 'easy', not one of random, popular, adversarial"),
         (QUESTIONS, {"question_id": 1}, "1 question ids occur more than once (1)"),
-        (QUESTIONS, {"image": None}, "question 1 (counted from 0): image is 'None', not text"),
+        (QUESTIONS, {"image": None}, "line 2: image is 'None', not text"),
         (QUESTIONS, {"image": "other.jpg"}, "the first is question 2, 'Is there a thimble in the image?' about other"),
     ],
 )

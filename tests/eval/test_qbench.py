@@ -94,7 +94,7 @@ def test_prompts_and_generation_equal_llavas(data, recorded_prompts):
     assert benchmark.image_mode == "crop"
     options = "A. grainy\nB. noisy\nC. bright\nD. vivid\n"
     prompt = f"How does region 0 look?\nChoose between one of the options as follows:\n{options}"
-    assert benchmark.record(items[0]) == {"question_id": 0, "prompt": prompt}
+    assert benchmark.record(items[0]) == {"question_id": 0, "prompt": prompt, "img_path": "m_0.jpg"}
 
 
 def test_other_programs_ask_for_the_letter(data):
@@ -202,6 +202,52 @@ def test_answers_must_fit(data, answers, capsys):
     )
     status, _, err = run(capsys, "--answers", answers, "--data", data)
     assert status == 2 and "2 question ids have no answer (0, 1)" in err and "not in qbench dev" in err
+
+
+def split_files(folder: Path, split: str, images: str, question: str = "How is it?") -> Path:
+    """A split of four questions, and answers to it as this command writes them."""
+    folder.mkdir(exist_ok=True)
+    about = {"question": question, "candidates": ["red", "green"], "correct_ans": "red"}
+    rows = [{"img_path": f"{images}{number}.jpg", **about} for number in range(4)]
+    (folder / f"llvisionqa_{split}.json").write_text(json.dumps(rows))
+    benchmark = QBench(split)
+    lines = [{**benchmark.record(item), "text": "A"} for item in benchmark.load(folder)]
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / f"{split}.jsonl"
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"question": "Where is it?"}, "question 0 was asked as 'Where is it?"),
+        ({"images": "t"}, "4 of 4 answers are to other questions than qbench dev has under their numbers"),
+    ],
+)
+def test_answers_of_another_split_with_the_same_numbers(tmp_path, capsys, other, message):
+    split_files(tmp_path, "dev", "d")
+    answers = split_files(tmp_path, "test", **{"images": "d", **other})
+    status, _, err = run(capsys, "--answers", answers, "--data", tmp_path, "--split", "dev")
+    assert status == 2 and message in err
+    assert run(capsys, "--answers", answers, "--data", tmp_path, "--split", "test")[0] == 0
+    status, out, _ = run(capsys, "--validate", answers, "--data", tmp_path)
+    assert status == 0 and "4 questions of test once" in out
+    status, _, err = run(capsys, "--validate", answers, "--data", tmp_path, "--split", "dev")
+    assert status == 1 and message in err
+
+
+def test_other_options_are_another_question(tmp_path, capsys):
+    answers = split_files(tmp_path, "dev", "d")
+    answers.write_text(answers.read_text().replace("B. green", "B. blue", 1))
+    status, _, err = run(capsys, "--answers", answers, "--data", tmp_path)
+    assert status == 2 and "1 of 4 answers are to other questions" in err and "question 0 was 'How is it?" in err
+    lines = [json.loads(line) for line in answers.open()]
+    answers.write_text("".join(json.dumps({k: line[k] for k in ("question_id", "text")}) + "\n" for line in lines))
+    assert run(capsys, "--answers", answers, "--data", tmp_path)[0] == 0  # lines that do not say what was asked
+    for protocol in QBench.protocols:  # whatever the prompt was
+        benchmark = QBench(protocol=protocol)
+        own = [{**benchmark.record(item), "text": "A"} for item in benchmark.load(tmp_path)]
+        default = QBench()
+        assert default.match(default.load(tmp_path), own) == ["A"] * 4
 
 
 def test_writes_llavas_file_and_validates_it(tmp_path, data, answers, capsys):

@@ -362,6 +362,24 @@ def broken(form: str, folder: Path) -> None:
         write(
             folder / "refcoco" / "instances.json", {"images": [PICTURE], "annotations": [{"id": 5, "bbox": BOXES[1]}]}
         )
+    elif form == "doubled boxes":
+        official_form(folder)
+        file = folder / "refcoco" / "instances.json"
+        content = json.loads(file.read_text())
+        content["annotations"].append(content["annotations"][0] | {"bbox": BOXES[2]})
+        write(file, content)
+    elif form == "box in another picture":
+        official_form(folder)
+        file = folder / "refcoco" / "instances.json"
+        content = json.loads(file.read_text())
+        content["images"].append(PICTURE | {"id": 8})
+        content["annotations"][1]["image_id"] = 8
+        write(file, content)
+    elif form == "doubled pictures":
+        coco_form(folder)
+        file = folder / "mdetr" / "finetune_refcoco_testA.json"
+        content = json.loads(file.read_text())
+        write(file, content | {"images": [*content["images"], content["images"][1]]})
     elif form == "folder":
         official_form(folder, "expressions")
     elif form == "two boxes":
@@ -384,6 +402,15 @@ def broken(form: str, folder: Path) -> None:
     [
         ("no instances", "refcoco/instances.json does not exist"),
         ("box of another file", "refs(unc).json: ref 10: instances.json has no annotation 1 or image 7"),
+        (
+            "doubled boxes",
+            "instances.json: 1 annotation ids occur more than once (1); 1 is number 0 (counted from 0) and",
+        ),
+        (
+            "box in another picture",
+            "refs(unc).json: ref 11 is of image 7, but its annotation 2 in instances.json is of image 8",
+        ),
+        ("doubled pictures", "finetune_refcoco_testA.json: 1 image ids occur more than once (1)"),
         ("folder", "refs(unc).json must lie in a folder named after its data set"),
         ("two boxes", "finetune_refcoco_testA.json: image 0 has 2 boxes in annotations, not one"),
         ("fractions for pixels", "refcoco_val.jsonl: line 0 (counted from 0): the corners of the box, [4, 3, 2, 1]"),
@@ -395,3 +422,13 @@ def test_broken_files_are_named(tmp_path, capsys, form, message):
     broken(form, tmp_path)
     (tmp_path / "answers.jsonl").write_text('{"question_id": 1, "text": ""}\n')
     assert message in refused(capsys, tmp_path)
+
+
+def test_annotations_need_not_say_their_picture(tmp_path):
+    official_form(tmp_path)
+    file = tmp_path / "refcoco" / "instances.json"
+    content = json.loads(file.read_text())
+    for annotation in content["annotations"]:
+        del annotation["image_id"]
+    write(file, content)
+    assert len(RefCOCO(split="testA").load(tmp_path)) == 3

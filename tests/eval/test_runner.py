@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.answers import AnswerLog, read_logs
+from llava_sp.eval.base import Item
 from llava_sp.eval.ranks import Ranks
 from llava_sp.eval.runner import LOGS, MERGED, ahead, generate_answers, merge
 
@@ -78,6 +79,41 @@ def test_nothing_left_loads_no_model(tmp_path):
             assert answered == 0
     merge(fake.Fake(), fake.make_items(9), tmp_path, model_id="fake", settings_id="settings")
     assert (tmp_path / MERGED).read_bytes() == first
+
+
+def test_answers_of_other_settings_are_refused(tmp_path):
+    items, log = fake.make_items(4), tmp_path / LOGS / "rank-00000.jsonl"
+
+    def run(settings: str) -> int:
+        about = {"settings": settings}
+        return generate_answers(
+            fake.Fake(), items, fake.Echo, tmp_path, batch_size=2, ranks=Ranks(), progress=False, about=about
+        )
+
+    assert (run("a"), run("a")) == (4, 0)
+    with pytest.raises(ValueError, match="rank-00000.jsonl, line 1 is an answer of a run with other settings"):
+        run("b")
+    with pytest.raises(ValueError, match="line 1 is an answer of a run with other settings"):
+        merge(fake.Fake(), items, tmp_path, model_id="fake", settings_id="b")
+    log.write_text('{"text": "no key"}\n')
+    with pytest.raises(ValueError, match="line 1 is no answer of this program: it has no key or no text"):
+        run("a")
+
+
+def test_other_pictures_under_the_same_names_are_refused(tmp_path):
+    picture = tmp_path / "image.png"
+    picture.write_bytes(b"1234")
+    items = [Item(i, f"question {i}", (picture,)) for i in range(3)]
+
+    def run(count: int) -> int:
+        return generate_answers(
+            fake.Fake(), items[:count], fake.Echo, tmp_path / "out", batch_size=2, ranks=Ranks(), progress=False
+        )
+
+    assert run(2) == 2
+    picture.write_bytes(b"12345")
+    with pytest.raises(ValueError, match=r"question 0 was answered with pictures of \[4\] bytes, now they have \[5\]"):
+        run(3)
 
 
 @pytest.mark.parametrize("cut", [1, 20, 60])
@@ -222,6 +258,13 @@ def test_processes_killed_then_resumed_by_another_number(tmp_path):
     assert 20 <= len(read_logs(output / LOGS)) < count
     assert [process.wait(timeout=120) for process in start_world(output, count, 3)] == [0, 0, 0]
     assert (output / MERGED).read_bytes() == whole
+
+
+def test_a_rank_that_cannot_be(monkeypatch):
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(ValueError, match="RANK is 5 and WORLD_SIZE 1 in the environment; RANK must be from 0 to 0"):
+        Ranks.from_environment()
 
 
 def test_fewer_items_than_processes(tmp_path):

@@ -58,7 +58,7 @@ def test_scores_equal_llavas(tmp_path, data, answers, recorded, capsys):
     expected = recorded["expected"]["llava_eval_science_qa"]
     result = json.loads((output / "metrics.json").read_text())
     lines = [json.loads(line) for line in (output / "per_item.jsonl").open()]
-    assert status == 0 and "45.0 (40 questions)" in out
+    assert status == 0 and "45.0 (20 questions with a picture)" in out
     assert result["score"] == expected["aggregate"]["img_acc"] == ScienceQA.headline(lines)
     metrics = result["metrics"]
     assert metrics["accuracy"] == round(expected["aggregate"]["acc"], 2)
@@ -158,7 +158,21 @@ def test_headline_of_a_resample_counts_pictures_alone():
     right, wrong, text = line(100.0, "a"), line(0.0, "b"), line(100.0, None)
     assert ScienceQA.headline([right, wrong, wrong, text, text]) == 33.33
     assert ScienceQA.headline([right, right, wrong]) == 66.67
-    assert ScienceQA.headline([text]) == 100.0  # --limit: no picture among them
+    assert ScienceQA.headline([text]) == 0.0  # a sample without a picture; a whole run without one has no score
+
+
+def test_a_split_without_a_picture_has_no_score(tmp_path, data, answers, capsys):
+    pictures = {item.id: bool(item.images) for item in ScienceQA().load(data)}
+    text_only = [i for i, has_one in pictures.items() if not has_one]
+    change(data / SPLITS, lambda s: s.update(test=text_only))
+    change(data / LLAVA, lambda lines: lines.__setitem__(slice(None), [x for x in lines if x["id"] in text_only]))
+    lines = [json.loads(line) for line in answers.open()]
+    answers.write_text("".join(json.dumps(line) + "\n" for line in lines if line["question_id"] in text_only))
+    status, out, _ = run(capsys, "--answers", answers, "--data", data, "--output", tmp_path / "out")
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert status == 0 and result["score"] is None and "scored_as" not in result
+    assert result["metrics"]["image_accuracy"] is None and result["metrics"]["accuracy"] > 0
+    assert "20 questions answered; none of them has a picture, and the score is of those that have one" in out
 
 
 def test_a_group_without_questions_is_left_out(tmp_path, data, answers, capsys):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_sp.eval.base import LLAVA15, LLAVA_SP
 from llava_sp.eval.cli import check_images, main
 from llava_sp.eval.seedbench import SeedBench
 
@@ -148,7 +149,7 @@ def test_upload_equals_llavas_and_validates(tmp_path, data, answers, recorded, c
         (lambda lines: [*lines, {"question_id": "v7", "prediction": "A"}], "or for one twice (v7)"),
         (
             lambda lines: [{**lines[0], "prediction": 3}, *lines[1:]],
-            "line 0 (counted from 0): prediction is '3', not text",
+            "line 1: prediction is '3', not text",
         ),
         (lambda lines: [{"question_id": "900000", "answer": "A"}, *lines[1:]], "has no prediction"),
     ],
@@ -245,6 +246,7 @@ def test_answers_of_other_questions(data, answers, capsys):
         ({"answer": None}, "answer is 'None', not text"),
         ({"data_type": "sound"}, "question 900000: data_type is 'sound', not image or video"),
         ({"question_type_id": 13}, "question 900000: question_type_id 13 is not in question_type"),
+        ({"question_type_id": [1]}, "question 0 (counted from 0): question_type_id is '[1]', not a whole number"),
         ({"choice_c": 5}, "question 0 (counted from 0): choice_c is '5', not text"),
         ({"question_id": [1]}, "question_id is '[1]', not text or a whole number"),
         ({"question": "Another?"}, "question 900000 asks 'What is object 0?"),
@@ -254,6 +256,30 @@ def test_wrong_fields_are_named(data, answers, capsys, changes, message):
     change(data, lambda questions: questions[0].update(changes))
     status, _, err = run(capsys, "--answers", answers, "--data", data)
     assert status == 2 and OFFICIAL in err and message in err
+
+
+@pytest.mark.parametrize(
+    "kinds, message",
+    [
+        ({"Scene": [1]}, "question_type: Scene is '[1]', not a whole number"),
+        ({"Scene": {"id": 1}}, "question_type: Scene is "),
+        ({"Scene": None}, "question_type: Scene is 'None', not a whole number"),
+        ({"Scene": 1, "Identity": 1}, "question_type: 1 is the number of both 'Scene' and 'Identity'"),
+    ],
+)
+def test_kinds_of_questions_are_numbers(data, answers, capsys, kinds, message):
+    content = json.loads((data / OFFICIAL).read_text())
+    (data / OFFICIAL).write_text(json.dumps(content | {"question_type": kinds}))
+    status, _, err = run(capsys, "--answers", answers, "--data", data)
+    assert status == 2 and OFFICIAL in err and message in err
+
+
+def test_published_figures_are_those_of_the_split():
+    everything, images, videos = (SeedBench(split=split) for split in (None, "image", "video"))
+    assert everything.published == SeedBench.published == SeedBench(split="all").published
+    assert everything.published[LLAVA15] == 58.6 and LLAVA_SP not in everything.published
+    assert images.published == {LLAVA15: 66.2, LLAVA_SP: 67.9} and "TrustCLIP" in images.published_on
+    assert videos.published == {} and not videos.published_on
 
 
 def test_image_outside_the_folder_is_refused(data, answers, capsys):

@@ -258,10 +258,10 @@ def llava_line(**changes: object) -> str:
         (
             LLAVA,
             llava_line(text="What?"),
-            "question 0 (counted from 0): no question can be read from the prompt 'What?'",
+            "line 1: no question can be read from the prompt 'What?'",
         ),
-        (LLAVA, llava_line(question_id=5), "question 0 (counted from 0): question_id is '5', not text"),
-        (LLAVA, llava_line(image=None), "question 0 (counted from 0): image is 'None', not text"),
+        (LLAVA, llava_line(question_id=5), "line 1: question_id is '5', not text"),
+        (LLAVA, llava_line(image=None), "line 1: image is 'None', not text"),
         (LLAVA, llava_line()[:-5], f"{LLAVA}, line 1 is not valid JSON"),
         (LLAVA, llava_line() + "\n" + llava_line(), "1 questions have more than one line (efc5a59c4958ae38: what"),
     ],

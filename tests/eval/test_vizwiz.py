@@ -239,7 +239,7 @@ def record(**changes: object) -> str:
         ("val.json", record(answerable=2), "question 0 (counted from 0): answerable is 2, not 0 or 1"),
         ("val.json", record(answerable="1"), "answerable is '1', not a whole number"),
         ("val.json", record(), "40 questions have no annotation (VizWiz_val_00000000.jpg"),
-        ("llava_val.jsonl", '{"question_id": 0, "image": "a.jpg"}', "question 0 (counted from 0) has no text"),
+        ("llava_val.jsonl", '{"question_id": 0, "image": "a.jpg"}', "line 1 has no text"),
         ("llava_val.jsonl", '{"question_id": 0', "llava_val.jsonl, line 1 is not valid JSON"),
     ],
 )  # fmt: skip

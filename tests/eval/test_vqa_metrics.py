@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
+from statistics import fmean
 
 import pytest
 
+from llava_sp.eval.base import SHORT_ANSWER
+from llava_sp.eval.cli import main
+from llava_sp.eval.textvqa import TextVQA
+from llava_sp.eval.vizwiz import VizWiz
 from llava_sp.eval.vqa_metrics import (
     CONTRACTIONS,
     PUNCTUATION,
@@ -20,6 +26,7 @@ from llava_sp.eval.vqa_metrics import (
     vlmevalkit_answer,
     vqa_accuracy,
 )
+from llava_sp.eval.vqav2 import VQAv2
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +169,66 @@ def test_errors_name_the_numbers():
 def test_imports_without_torch():
     code = "import sys, llava_sp.eval.vqa_metrics; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def ten_answers(matches: int) -> list[str]:
+    return ["x"] * matches + [f"other{number}" for number in range(10 - matches)]
+
+
+def vqav2_files(folder: Path, matches: list[int]) -> None:
+    questions = [{"question_id": i, "image_id": i, "question": "?"} for i in range(len(matches))]
+    kinds = {"answer_type": "other", "question_type": "what"}
+    annotations = [
+        {"question_id": i, "answers": [{"answer": a, "answer_id": j} for j, a in enumerate(ten_answers(n))], **kinds}
+        for i, n in enumerate(matches)
+    ]
+    (folder / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": questions}))
+    (folder / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": annotations}))
+
+
+def vizwiz_files(folder: Path, matches: list[int]) -> None:
+    kinds = {"question": "?", "answer_type": "other", "answerable": 1}
+    records = [
+        {"image": f"{i}.jpg", "answers": [{"answer": a} for a in ten_answers(n)], **kinds}
+        for i, n in enumerate(matches)
+    ]
+    (folder / "val.json").write_text(json.dumps(records))
+
+
+def textvqa_files(folder: Path, matches: list[int]) -> None:
+    rows = [
+        {"question": "?", "image_id": str(i), "question_id": i, "answers": ten_answers(n)}
+        for i, n in enumerate(matches)
+    ]
+    (folder / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": rows}))
+
+
+ONE_TIE = [3, 4, 4, 4, 4] + [0] * 11  # 4.9 of 16 are 30.625 %; by the rounded scores of the questions it would be 30.62
+OTHER_TIE = [3] + [4] * 24 + [0] * 23  # 24.9 of 48 are 51.875 %
+
+
+@pytest.mark.parametrize(
+    "benchmark, files, matches, score",
+    [
+        (VQAv2, vqav2_files, ONE_TIE, 30.63),
+        (VizWiz, vizwiz_files, ONE_TIE, 30.63),
+        (TextVQA, textvqa_files, ONE_TIE, 30.63),
+        (VQAv2, vqav2_files, OTHER_TIE, 51.88),  # 100 * sum / count, as vqaEval.py has it
+        (VizWiz, vizwiz_files, OTHER_TIE, 51.88),
+        (TextVQA, textvqa_files, OTHER_TIE, 51.87),  # 100 * (sum / count), as eval_textvqa.py has it
+    ],
+)
+def test_ties_are_rounded_as_the_official_code_does(tmp_path, capsys, benchmark, files, matches, score):
+    files(tmp_path, matches)
+    lines = [{"question_id": i, "prompt": f"?{SHORT_ANSWER}", "text": "x"} for i in range(len(matches))]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = ["--answers", tmp_path / "answers.jsonl", "--data", tmp_path, "--output", tmp_path / "out"]
+    assert main(benchmark, [str(argument) for argument in arguments]) == 0
+    capsys.readouterr()
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    per_item = [json.loads(line) for line in (tmp_path / "out" / "per_item.jsonl").open()]
+    assert result["score"] == score == benchmark.headline(per_item)
+    assert {category["score"] for category in result["categories"].values()} <= {score}
+    assert [line["score"] for line in per_item] == [round(100 * line["accuracy"], 2) for line in per_item]
+    if matches is ONE_TIE:
+        assert round(fmean(line["score"] for line in per_item), 2) != score

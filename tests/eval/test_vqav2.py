@@ -167,6 +167,17 @@ def test_test_dev_submission_covers_the_whole_test_set(tmp_path, data, answers, 
     assert status == 0 and "(30 answers are empty)" in out
 
 
+def test_questions_of_test_dev_that_the_whole_set_lacks(tmp_path, data, answers, capsys):
+    lines = (data / LLAVA_TEST).read_text().splitlines(keepends=True)
+    (data / "llava_vqav2_mscoco_test-dev2015.jsonl").write_text("".join(lines[:10]))
+    (data / LLAVA_TEST).write_text("".join(lines[2:]))
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:10]))
+    arguments = ["--split", "test-dev", "--output", tmp_path / "out"]
+    status, _, err = run(capsys, "--answers", answers, "--data", data, *arguments)
+    assert status == 2 and not (tmp_path / "out").exists()
+    assert f"{LLAVA_TEST} lacks 2 of the 10 questions of test-dev (900001000, 900001001)" in err
+
+
 @pytest.mark.parametrize("protocol, answer", [("llava15", "green"), ("official", "Green."), ("lmms_eval", "green")])
 def test_submission_follows_the_protocol(tmp_path, data, answers, capsys, protocol, answer):
     output = tmp_path / "out"
@@ -298,6 +309,16 @@ def annotation(**changes: object) -> str:
             ANNOTATIONS,
             annotation(answers=[{"answer": "a"}, {"id": 1}]),
             "answer 1 is \"{'id': 1}\", not an annotator's",
+        ),
+        (
+            ANNOTATIONS,
+            annotation(answers=[{"answer": "a", "answer_id": 1}, {"answer": "a", "answer_id": [2]}]),
+            "annotation 0 (counted from 0): answer 1: answer_id is '[2]', not a whole number or text",
+        ),
+        (
+            ANNOTATIONS,
+            json.dumps({"annotations": json.loads(annotation())["annotations"] * 2}),
+            "1 annotated questions occur more than once (1); 1 is number 0 (counted from 0) and number 1",
         ),
         (ANNOTATIONS, annotation(answer_type=["a"]), "answer_type is \"['a']\", not text"),
         (ANNOTATIONS, annotation(question_id=None), "question_id is 'None', not a whole number or text"),

@@ -285,6 +285,29 @@ def test_other_model_or_questions_in_a_used_directory_are_refused(golden, opened
     assert "prompt_example was" in err and "questions was" in err
 
 
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        (
+            "generation_config.json",
+            {"repetition_penalty": 1.3},
+            "checkpoint_generation.repetition_penalty was None, now 1.3",
+        ),
+        ("config.json", {"vision_feature_layer": -1}, "config was "),
+        ("processor_config.json", None, "processor was "),
+    ],
+)
+def test_other_files_of_the_checkpoint_count_too(checkpoint, data, whole, tmp_path, capsys, file, change, message):
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint, other)
+    content = json.loads((other / file).read_text())
+    if change is None:
+        content["image_processor"]["image_mean"] = [0.1, 0.2, 0.3]
+    (other / file).write_text(json.dumps(content | (change or {})))
+    assert main(VQAv2, arguments(other, data, whole)) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_another_base_is_another_model(golden, opened, tmp_path):
     """A folder of the original code does not say which weights it belongs to: the named ones count."""
     opened[0].model.language_model.save_pretrained(tmp_path / "other")
