@@ -4,10 +4,9 @@
     python benchmarks/evaluation.py --size 7b              7B + CLIP-L/14-336 with random weights, float16, on the first GPU
 
 "one by one" is what LLaVA's scripts do: for each question open the picture, prepare it, encode it, generate, decode. The
-runner is `llava_sp.eval.runner` as the benchmarks use it, with its logs on disk. Two sets of questions about pictures of the
-shapes world: `unshared`, a picture for each question (as VizWiz), and `shared`, several questions to a picture (as POPE, GQA,
-MME), where the runner is also measured with each question's picture encoded for itself. All in one process and one run;
-repeats take turns; medians. Prints a table with ratios against one by one and writes JSON to `benchmarks/results/`.
+runner is `llava_sp.eval.runner` as the benchmarks use it, with its logs on disk. Sets of questions about pictures of the shapes
+world with 1 question to a picture (as VizWiz), 3 (as VQAv2), and 6 (POPE has 18, GQA 31); from two on, the runner is also
+measured with each question's picture encoded for itself. All in one process and one run; repeats take turns; medians. Prints a table with ratios against one by one and writes JSON to `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -118,12 +117,12 @@ def by_runner(
     return {key: line["text"] for key, line in read_logs(folder / LOGS).items()}
 
 
-def measure(name: str, items: list[Item], model, processor, generation: Generation, arguments) -> list[dict]:
+def measure(per_picture: int, items: list[Item], model, processor, generation: Generation, arguments) -> list[dict]:
     """A row for each way of answering `items`."""
     ways = {"one by one": None}
     for batch in arguments.batch:
         ways[f"runner, batch {batch}"] = (batch, True)
-        if name == "shared" and batch > 1:
+        if per_picture > 1 and batch > 1:
             ways[f"runner, batch {batch}, not shared"] = (batch, False)
     times: dict[str, list[float]] = {way: [] for way in ways}
     texts: dict[str, dict[str, str]] = {}
@@ -146,10 +145,11 @@ def measure(name: str, items: list[Item], model, processor, generation: Generati
     for way, seconds in times.items():
         same = sum(texts[way][key] == text for key, text in texts["one by one"].items())
         median = statistics.median(seconds)
-        row = {"questions": name, "way": way, "count": len(items), "seconds": seconds}
+        row = {"per_picture": per_picture, "way": way, "count": len(items), "seconds": seconds}
         rows.append(row | {"items_per_second": len(items) / median, "ratio": base / median, "same_answers": same})
         print(
-            f"{name:9} {way:28} {len(items) / median:9.1f} {base / median:7.2f}x {same:6d} of {len(items)}", flush=True
+            f"{per_picture:11d} {way:28} {len(items) / median:9.1f} {base / median:7.2f}x {same:6d} of {len(items)}",
+            flush=True,
         )
     return rows
 
@@ -158,7 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["7b", "tiny"], default="tiny")
     parser.add_argument("--count", type=int, default=192, help="questions of each set")
-    parser.add_argument("--per-picture", type=int, default=6, help="questions to a picture in the shared set")
+    parser.add_argument("--per-picture", type=int, nargs="+", default=[1, 3, 6], help="questions to a picture")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=8, help="at most; random weights take all of them")
     parser.add_argument("--repeats", type=int, default=3)
@@ -169,12 +169,12 @@ def main() -> None:
         parser.error("7B needs a CUDA GPU; --size tiny runs the same code on a CPU")
     model, processor = load(arguments.size, arguments.device)
     generation = Generation(max_new_tokens=arguments.new_tokens)
-    print(f"{'questions':9} {'way':28} {'items/s':>9} {'ratio':>8} {'same answers':>12}")
+    print(f"{'per picture':11} {'way':28} {'items/s':>9} {'ratio':>8} {'same answers':>12}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, per_picture in (("unshared", 1), ("shared", arguments.per_picture)):
-            items = make_items(Path(folder) / name, arguments.count, per_picture, seed=0)
-            rows += measure(name, items, model, processor, generation, arguments)
+        for per_picture in arguments.per_picture:
+            items = make_items(Path(folder) / str(per_picture), arguments.count, per_picture, seed=0)
+            rows += measure(per_picture, items, model, processor, generation, arguments)
     about = machine(arguments.device)
     device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-") if arguments.device == "cuda" else "cpu"
     output = arguments.output or Path(__file__).parent / "results" / f"evaluation_{arguments.size}_{device}.json"

@@ -137,6 +137,7 @@ def describe(path: str | os.PathLike) -> dict:
             "(checkpoint-* beside it), or run the same training command again."
         )
     described = read_json(manifest)
+    _check_manifest(described, manifest)
     for name, expected in described["files"].items():
         file = Path(path) / name
         found = file.stat().st_size if file.is_file() else None
@@ -145,6 +146,22 @@ def describe(path: str | os.PathLike) -> dict:
                 f"{file} is {found} bytes long, but {MANIFEST} says {expected['bytes']}: the copy is cut off"
             )
     return described
+
+
+def _check_manifest(described: dict, file: Path) -> None:
+    """Raises `ValueError` where what is read from a manifest is not there, or is of another kind."""
+    files = described.get("files")
+    if not isinstance(files, dict) or not files:
+        raise ValueError(
+            f"{file} is no manifest of an adapter checkpoint: files is {files!r}; expected names and sizes"
+        )
+    for name, about in files.items():
+        kinds = {"bytes": int, "sha256": str}
+        if not isinstance(about, dict) or any(type(about.get(key)) is not kind for key, kind in kinds.items()):
+            raise ValueError(f"{file}: files has {about!r} under {name!r}; expected its bytes and sha256")
+    for key in ("base_language_model", "base_vision_tower"):
+        if not isinstance(described.get(key), list) or len(described[key]) != 2:
+            raise ValueError(f"{file}: {key} is {described.get(key)!r}; expected a place and a fingerprint")
 
 
 def checkpoint_hash(path: str | os.PathLike) -> str:
@@ -194,12 +211,11 @@ def open_adapter(
     recorded = (config.base_language_model_hash, config.base_vision_tower_hash)
     language = find_base(path, base_model, config.base_language_model, "base_model", "language model", **load_kwargs)
     tower = find_base(path, vision_tower, config.base_vision_tower, "vision_tower", "vision tower", **load_kwargs)
-    dtype = load_kwargs.pop("torch_dtype", dtype)  # its name in older code
     if dtype == "auto" and config.dtype is not None:
         dtype = config.dtype
     model = from_backbones(cls, language, tower, config=config, dtype=dtype, **load_kwargs)
     if check_base:
-        _check_bases(path, recorded, config)
+        check_bases(path, recorded, config)
     if lora is not None:
         model.add_adapter(lora, adapter_name=ADAPTER_NAME)
     load_adapter(model, path)
@@ -216,7 +232,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     describe(path)
     tensors = parameter_names(read_checked(recognise(path).tensors, zeros_allowed=True))
     own = {n: p for n, p in model.named_parameters() if n.startswith(PROJECTOR) or LORA in n}
-    copy_strictly(own, tensors, f"the checkpoint {path}", _config_differences(path, model.config))
+    copy_strictly(own, tensors, f"the checkpoint {path}", config_differences(path, model.config))
 
 
 def load_projector(model: nn.Module, path: str | os.PathLike) -> None:
@@ -230,10 +246,11 @@ def load_projector(model: nn.Module, path: str | os.PathLike) -> None:
     describe(path)
     tensors = read_checked(recognise(path).part(PROJECTOR), zeros_allowed=True)
     own = {name: parameter for name, parameter in model.named_parameters() if name.startswith(PROJECTOR)}
-    copy_strictly(own, tensors, f"the projector in {path}", _config_differences(path, model.config))
+    copy_strictly(own, tensors, f"the projector in {path}", config_differences(path, model.config))
 
 
-def _config_differences(path: Path, config: LlavaSPConfig) -> list[str]:
+def config_differences(path: Path, config: LlavaSPConfig) -> list[str]:
+    """What a projector saved at `path` was made for and a model of `config` is not, in words."""
     saved = LlavaSPConfig.from_pretrained(path)
     return [
         f"{field} is {getattr(saved, field)!r} there and {getattr(config, field)!r} here"
@@ -242,10 +259,18 @@ def _config_differences(path: Path, config: LlavaSPConfig) -> list[str]:
     ]
 
 
-def _check_bases(path: Path, recorded: tuple[str | None, str | None], config: LlavaSPConfig) -> None:
+def check_bases(
+    path: Path,
+    recorded: tuple[str | None, str | None],
+    config: LlavaSPConfig,
+    keywords: tuple[str, str] = ("base_model", "vision_tower"),
+) -> None:
+    """Raises `ValueError` where the fingerprints that a checkpoint records are not those of the bases in `config`.
+
+    `keywords`: under which the caller was given the bases.
+    """
     found = (config.base_language_model_hash, config.base_vision_tower_hash)
     places = (config.base_language_model, config.base_vision_tower)
-    keywords = ("base_model", "vision_tower")
     for what, place, was, now, keyword in zip(("language model", "vision tower"), places, recorded, found, keywords):
         if was is not None and was != now:
             raise ValueError(
@@ -295,10 +320,12 @@ def _replacing(target: Path) -> Iterator[Path]:
     """Give a file beside `target` to write, and put it in its place when all is on the disk."""
     part = target.with_name(f".{target.name}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # as the umask has it; the folder may be everybody's
         yield part
         with open(part, "rb") as file:
             os.fsync(file.fileno())
-        part.chmod(target.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+        part.chmod(mode)  # safetensors makes files that only their owner can read
         os.replace(part, target)
     finally:
         part.unlink(missing_ok=True)

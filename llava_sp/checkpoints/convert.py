@@ -9,7 +9,8 @@
 
 Without --format: llava_sp, and original for what is ours. To `llava_sp` the source is opened on its backbones, so it is
 known to open; to `original` tensors are renamed and copied, and no backbone is needed. Embedding rows from the placeholder on,
-which are no words, stay: the original code leaves them out by itself when it opens a full model.
+which are no words, stay: the original code leaves them out by itself when it opens a full model. `original` is what transformers 4.37 and
+PEFT 0.4 to 0.8 read; a model that these cannot hold is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
-from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig
 
 from ..model.configuration_llava_sp import LlavaSPConfig
 from ..model.modeling_llava_sp import LlavaSPForCausalLM
@@ -41,6 +42,7 @@ from .formats import (
     PROJECTOR,
     TOWER,
     Checkpoint,
+    beyond_plain_lora,
     original_projector_name,
     our_config,
     recognise,
@@ -48,7 +50,7 @@ from .formats import (
 from .locating import base_folder, fetch
 from .new_folder import check_new, new_folder
 from .original import check_complete
-from .tensor_files import read_all, read_checked
+from .tensor_files import read_all, read_checked, read_json
 
 TARGETS = ("llava_sp", "original", "llava_hf")
 _WRAPPED = "base_model.model.model."  # what PEFT and LlavaLlamaForCausalLM put before a key
@@ -71,7 +73,8 @@ def convert(
         ValueError: the source cannot be opened, the format cannot hold this model, or `to` is not empty.
         OSError: `to` cannot be written; nothing is left there then.
     """
-    found, destination = recognise(fetch(source)), Path(to).resolve()
+    place, destination = fetch(source), Path(to).resolve()
+    found = recognise(place)
     ours = found.format in ("llava_sp", "llava_sp_adapter")
     target = target or ("original" if ours else "llava_sp")
     if found.format == "llava_sp_adapter":
@@ -83,7 +86,7 @@ def convert(
     if target == "llava_hf" and found.format == "llava_hf":
         raise ValueError(f"{found.folder} is in transformers' format already")
     check_complete(found)
-    check_new(destination, found.folder)
+    check_new(destination, place)
     bases = {"base_model": base_model, "vision_tower": vision_tower}
     bases = {name: value for name, value in bases.items() if value is not None}
     write: Callable[..., str] = {"llava_sp": _to_ours, "original": _to_original, "llava_hf": _to_llava_hf}[target]
@@ -126,14 +129,11 @@ def _to_original(found: Checkpoint, folder: Path, bases: dict[str, Any], max_sha
     config = _our_config(found)
     _check_original_can_hold(found, config)
     settings = _original_settings(found, config, bases)
+    lora_settings = None if found.lora is None else _original_lora_settings(found, settings["_name_or_path"])
     _write_json(folder / "config.json", settings)
     source = _find_tokenizer(found, config, bases)
     if source is None and found.holds_language_model:
         raise ValueError(f"{found.folder} has no tokenizer.model, which the original code needs: give --base with one")
-    if found.format == "llava_hf" and "vision_tower" not in bases:
-        raise ValueError(
-            "the original code reads its tower from elsewhere: give --vision-tower (a CLIP folder or hub id)"
-        )
     for name in _TOKENIZER:
         if source is not None and (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -158,9 +158,7 @@ def _to_original(found: Checkpoint, folder: Path, bases: dict[str, Any], max_sha
         name.replace(LANGUAGE, _WRAPPED): tensor for name, tensor in read_checked(found.part("", lora=True)).items()
     }
     save_file(lora, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    leaves = sorted({name.split(LORA)[0].rpartition(".")[2] for name in lora})
-    described = {**found.lora, "target_modules": leaves, "base_model_name_or_path": settings["_name_or_path"]}
-    _write_json(folder / "adapter_config.json", described)
+    _write_json(folder / "adapter_config.json", lora_settings)
     return "a LoRA folder for the original code (its name must hold 'llava' and 'lora' there)"
 
 
@@ -175,8 +173,9 @@ def _our_config(found: Checkpoint) -> LlavaSPConfig:
 def _check_original_can_hold(found: Checkpoint, config: LlavaSPConfig) -> None:
     """The original's layers stand in its code; what that code does not have cannot be written for it."""
     problems = []
-    if config.text_config.model_type != "llama":
-        problems.append(f"its language model is a {config.text_config.model_type}, not a llama")
+    problems += _llama_problems(config.text_config)
+    if (config.projector_hidden_act, config.multimodal_projector_bias) != ("gelu", True):
+        problems.append("its patch MLP is not two layers with biases and GELU between them")
     if config.vision_config.model_type != "clip_vision_model":
         problems.append(f"its vision tower is a {config.vision_config.model_type}, not a CLIP")
     if not isinstance(config.vision_feature_layer, int):
@@ -201,8 +200,66 @@ def _check_original_can_hold(found: Checkpoint, config: LlavaSPConfig) -> None:
         raise ValueError(f"{found.folder} cannot be written for the original code: {'; '.join(problems)}")
 
 
+def _llama_problems(text: PreTrainedConfig) -> list[str]:
+    """What transformers 4.37, which the original code works with, has not in a Llama (it has biases in the attention)."""
+    if text.model_type != "llama":
+        return [f"its language model is a {text.model_type}, not a llama"]
+    problems = []
+    if text.head_dim != text.hidden_size // text.num_attention_heads:
+        problems.append(f"its heads are {text.head_dim} wide, not {text.hidden_size // text.num_attention_heads}")
+    if text.mlp_bias:
+        problems.append("its MLPs have biases")
+    return problems
+
+
+def _original_rope(found: Checkpoint, text: PreTrainedConfig) -> dict[str, Any]:
+    """How positions are rotated, in the two fields of transformers 4. Raises `ValueError` for a way that it has not."""
+    rope = {**(text.rope_parameters or {})}
+    theta = rope.pop("rope_theta", 10000.0)
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    rope.pop("type", None)
+    if kind == "default" and not rope:
+        return {"rope_theta": theta, "rope_scaling": None}
+    if kind in ("linear", "dynamic") and rope.keys() == {"factor"} and rope["factor"] > 1:
+        return {"rope_theta": theta, "rope_scaling": {"type": kind, "factor": float(rope["factor"])}}
+    raise ValueError(
+        f"{found.folder} rotates its positions by {text.rope_parameters}; the original code can scale them by linear or "
+        "dynamic, with a factor above 1 and nothing else"
+    )
+
+
+def _original_lora_settings(found: Checkpoint, base: str) -> dict[str, Any]:
+    """PEFT's adapter_config.json in the fields that PEFT of the original's time knows: it stumbles over any other.
+
+    Raises `ValueError` for a setting that makes something else than plain LoRA.
+    """
+    beyond = beyond_plain_lora(found.lora)
+    if beyond:
+        told = " and ".join(f"{key} is {found.lora[key]!r}" for key in beyond)
+        raise ValueError(f"{found.lora_file}: {told}; the original code knows plain LoRA only")
+    leaves = sorted({name.split(LORA)[0].rpartition(".")[2] for name in found.part("", lora=True)})
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": found.lora["r"],
+        "lora_alpha": found.lora["lora_alpha"],
+        "lora_dropout": found.lora.get("lora_dropout") or 0.0,
+        "target_modules": leaves,
+        "bias": "none",
+        "fan_in_fan_out": False,
+    }
+
+
 def _original_settings(found: Checkpoint, config: LlavaSPConfig, bases: dict[str, Any]) -> dict[str, Any]:
-    """The original's config.json: the language model's fields and its own."""
+    """The original's config.json: the language model's fields and its own. Raises `ValueError` for what has no field."""
+    tower = bases.get("vision_tower") or (None if found.format == "llava_hf" else found.vision_tower)
+    if tower is None:
+        raise ValueError(
+            f"{found.folder} does not record a vision tower that the original code could read: give --vision-tower (a CLIP "
+            "folder or hub id)"
+        )
     text = config.text_config.to_dict()
     dtype = config.dtype or next(iter(found.part(PROJECTOR).values())).dtype
     text |= {
@@ -219,24 +276,21 @@ def _original_settings(found: Checkpoint, config: LlavaSPConfig, bases: dict[str
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "patch",
         "mm_vision_select_layer": config.vision_feature_layer,
-        "mm_vision_tower": str(bases.get("vision_tower") or found.vision_tower or ""),
+        "mm_vision_tower": str(tower),
         # The tower's weights are within a full model; with this the original code reads them there.
         "unfreeze_mm_vision_tower": found.holds_language_model and bool(found.part(TOWER)),
         "tune_mm_mlp_adapter": not found.holds_language_model and not found.lora,
         "use_mm_proj": True,
     }
-    rope = text.pop("rope_parameters", None) or {}  # one dictionary in newer transformers, two fields in the original's
-    text |= {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{found.folder} scales its positions ({rope}); the original code does not")
-    text.pop("dtype", None)
-    return text
+    for newer in ("rope_parameters", "dtype"):
+        text.pop(newer, None)
+    return text | _original_rope(found, config.text_config)
 
 
 def _aspect_ratio(found: Checkpoint) -> str:
     """What the processor beside a checkpoint of ours says; "pad" is LLaVA-1.5's own. The original has no word for crop."""
     file = found.folder / "processor_config.json"
-    kept = json.loads(file.read_text()).get("image_aspect_ratio", "pad") if file.is_file() else "pad"
+    kept = read_json(file).get("image_aspect_ratio", "pad") if file.is_file() else "pad"
     return "pad" if kept == "pad" else "square"
 
 

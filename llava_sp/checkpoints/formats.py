@@ -57,6 +57,12 @@ _UNDERSTOOD: dict[str, tuple] = {
     "image_aspect_ratio": ("pad", "square", "crop", None),
     "s2": (False, None),
 }
+# The same of transformers' LLaVA; whether the tower's first token is left out has to fit the tower.
+_UNDERSTOOD_HF: dict[str, tuple] = {
+    "projector_hidden_act": ("gelu",),
+    "multimodal_projector_bias": (True,),
+    "vision_feature_select_strategy": ("default", "full"),
+}
 # PEFT's settings: what each may be, and that in words.
 _LORA_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (lambda value: type(value) is int and value > 0, "a whole number above 0"),
@@ -71,6 +77,13 @@ _LORA_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank_pattern": (lambda value: isinstance(value, dict), "an object"),
     "alpha_pattern": (lambda value: isinstance(value, dict), "an object"),
 }
+# Those that plain LoRA on linear layers has, or that change nothing once it is trained; further ones have to be unset.
+_LORA_PLAIN = (
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "loftq_config", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "r",
+    "revision", "runtime_config", "target_modules", "task_type",
+)  # fmt: skip
+_LORA_BEGINNINGS = (True, False, "gaussian", "orthogonal", "eva")  # further ones change the base's weights too
 _INTEGRATOR = {"query_projector": "query", "key_projector": "key", "value_projector": "value"}
 _CONSTANTS = ("rotary_emb.inv_freq", "position_ids")  # in older files; no weights
 _CONV = re.compile(r"conv_(\d+)(\.1)?\.weight")
@@ -302,11 +315,18 @@ def _original(folder: Path, config: dict, kind: str) -> Checkpoint:
     file = folder / "config.json"
     found.language_model = _recorded(config, "_name_or_path", file)
     found.vision_tower = _recorded(config, "mm_vision_tower", file) or _recorded(config, "vision_tower", file)
-    for key, allowed in _UNDERSTOOD.items():
-        value = config.get(key, allowed[0])
-        if value not in allowed:
-            raise ValueError(f"{folder}: {key} is {value!r} in its config.json; only {allowed[0]!r} can be opened")
+    _check_understood(found, _UNDERSTOOD)
     return found
+
+
+def _check_understood(found: Checkpoint, understood: dict[str, tuple]) -> None:
+    """Raises `ValueError` for a setting that would change the model and is not understood."""
+    for key, allowed in understood.items():
+        value = found.config.get(key, allowed[0])
+        if value not in allowed:
+            raise ValueError(
+                f"{found.folder}: {key} is {value!r} in its config.json; only {allowed[0]!r} can be opened"
+            )
 
 
 def _recorded(settings: dict[str, Any], key: str, file: Path) -> str | None:
@@ -477,8 +497,22 @@ def _llava_hf(folder: Path, config: dict, tensors: list[StoredTensor]) -> Checkp
             _enter(found, f"model.{key}", tensor)
         else:
             found.unknown.append(tensor)
+    _check_understood(found, _UNDERSTOOD_HF)
+    _check_select_strategy(found)
     found.language_model = found.vision_tower = str(folder)
     return found
+
+
+def _check_select_strategy(found: Checkpoint) -> None:
+    """Raises `ValueError` where a class token would stay among the patches, or a patch be left out for one."""
+    tower = found.part(TOWER)
+    fits = "default" if any(name.endswith("class_embedding") for name in tower) else "full"
+    value = found.config.get("vision_feature_select_strategy", "default")
+    if tower and value != fits:
+        raise ValueError(
+            f"{found.folder}: vision_feature_select_strategy is {value!r} in its config.json; with this tower only {fits!r}, "
+            "the patches without a class token, can be opened"
+        )
 
 
 def all_stored(folder: Path) -> list[StoredTensor]:
@@ -536,14 +570,24 @@ def lora_config(found: Checkpoint) -> LoraConfig:
         raise ValueError(
             f"{file}: target_modules is {targets!r}; expected a list of the language model's linear layers"
         )
-    for key in ("bias", "modules_to_save", "layers_to_transform"):
-        if settings.get(key) not in (None, "none", []):
+    for key in beyond_plain_lora(settings):
+        if key not in _LORA_VALUES:
             raise ValueError(f"{file}: {key} is {settings[key]!r}; only plain LoRA on linear layers can be opened")
     if not isinstance(targets, str):
         leaves = "|".join(sorted(re.escape(target) for target in targets))
         targets = rf"{re.escape(LANGUAGE)}.*\.({leaves})"
     kept = {key: settings[key] for key in (*_LORA_VALUES, "fan_in_fan_out") if settings.get(key) is not None}
     return LoraConfig(**kept | {"target_modules": targets}, bias="none", task_type="CAUSAL_LM")
+
+
+def beyond_plain_lora(settings: dict[str, Any]) -> list[str]:
+    """The keys of PEFT's settings that make something else of LoRA than plain LoRA on linear layers."""
+    usual = LoraConfig().to_dict()
+    unset = (None, False, [], {}, "none")
+    keys = [key for key, value in settings.items() if key not in _LORA_PLAIN and value not in (*unset, usual.get(key))]
+    if settings.get("init_lora_weights", True) not in _LORA_BEGINNINGS:
+        keys.append("init_lora_weights")
+    return keys
 
 
 def _check_lora_values(settings: dict[str, Any], file: Path) -> None:

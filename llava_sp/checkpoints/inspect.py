@@ -49,7 +49,7 @@ from .formats import (
     recorded_dtype,
 )
 from .locating import base_folder
-from .original import check_tokenizers, full_config, has_tokenizer, open_processor
+from .original import check_language_settings, check_tokenizers, full_config, has_tokenizer, open_processor
 from .tensor_files import read_json, stored_tensors, weight_files
 
 PLACEHOLDERS = {"base_model": "LANGUAGE_MODEL", "vision_tower": "VISION_TOWER"}
@@ -166,7 +166,7 @@ def _place(found: Checkpoint, recorded: str | None, fingerprint: str | None) -> 
         return Backbone(recorded, "missing", fingerprint=fingerprint)
     cached = _cached(recorded)
     if cached is not None:
-        return Backbone(recorded, "cached", cached, None, fingerprint)
+        return Backbone(recorded, "cached", cached, _weights_problem(cached), fingerprint)
     # A single word may be a model of the hub, but in the original's configurations it is a folder beside its author's.
     return Backbone(recorded, "hub" if "/" in recorded else "missing", fingerprint=fingerprint)
 
@@ -183,12 +183,18 @@ def _weights_problem(folder: Path) -> str | None:
 
 
 def _cached(name: str) -> Path | None:
-    """The folder of a hub model's configuration in the cache; never asks the hub."""
+    """The folder of a hub model in the cache, if configuration and weights are all there; never asks the hub."""
     try:
         config = try_to_load_from_cache(name, "config.json")
     except HFValidationError:
         return None
-    return Path(config).parent if isinstance(config, str) else None
+    if not isinstance(config, str):
+        return None
+    try:
+        weight_files(Path(config).parent)
+    except ValueError:  # a configuration alone, or some of the shards
+        return None
+    return Path(config).parent
 
 
 # ---- what its configuration asks for
@@ -206,6 +212,8 @@ def _config(found: Checkpoint, language: Backbone, tower: Backbone) -> LlavaSPCo
     text, vision = _text_config(found, language), _vision_config(found, tower)
     if text is None or vision is None:
         return None
+    if language.folder is not None and language.problem is None:
+        check_language_settings(found, text)
     return LlavaSPConfig(
         text_config=text, vision_config=vision, vision_feature_layer=feature_layer(found), **found.spatial
     )

@@ -54,6 +54,7 @@ from .formats import LORA, recognise
 from .locating import fetch
 from .new_folder import check_new, new_folder, readable
 from .original import needs_processor
+from .tensor_files import read_json
 
 RECORD = "merged.json"
 FORMAT = 1
@@ -283,9 +284,11 @@ def _check_source(source: Path) -> None:
 
 
 def _merged_from(folder: Path) -> str:
-    record = json.loads((folder / RECORD).read_text())
-    adapter, base = record["adapter"], record["base_language_model"]
-    return f"from {adapter['path']} ({adapter['hash']}) into {base['path']} on {record['date']}"
+    record = read_json(folder / RECORD)
+    adapter, base = record.get("adapter"), record.get("base_language_model")
+    if not isinstance(adapter, dict) or not isinstance(base, dict):
+        return f"but {folder / RECORD} does not say from what"
+    return f"from {adapter.get('path')} ({adapter.get('hash')}) into {base.get('path')} on {record.get('date')}"
 
 
 def _check_target(target: Path, *sources: str | os.PathLike) -> None:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 
 def check_new(target: Path, *sources: str | os.PathLike) -> None:
-    """Raises `ValueError` if `target` holds files, or lies in a folder that is read."""
+    """Raises `ValueError` if `target` holds files, or lies in a source that is a folder."""
     for source in sources:
         if Path(source).is_dir() and target.is_relative_to(Path(source).resolve()):
             raise ValueError(f"{target} lies in {source}, which is read: choose a folder elsewhere")
@@ -39,12 +39,13 @@ def new_folder(target: Path, needed: int) -> Iterator[Path]:
         stage.mkdir()
     except FileExistsError:
         raise ValueError(f"{stage} is there: another command is writing it, or was killed; then remove it") from None
+    mode = stage.stat().st_mode & 0o666  # as the umask has it; the parent may be everybody's
     try:
         yield stage
         for file in (path for path in stage.rglob("*") if path.is_file()):
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
-            file.chmod(anchor.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+            file.chmod(mode)  # safetensors makes files that only their owner can read
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(stage, target)  # fails if somebody has put files there meanwhile
     except SafetensorError as error:  # how it reports a full disk

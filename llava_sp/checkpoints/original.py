@@ -9,14 +9,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
-from ..model.backbone_configs import language_config, load_tokenizer, vision_config
+from ..model.backbone_configs import is_original, language_config, load_tokenizer, vision_config
 from ..model.configuration_llava_sp import LlavaSPConfig
-from ..model.other_formats import is_missing_folder
 from ..model.processing_llava_sp import LlavaSPProcessor, add_special_tokens
-from .adapter import is_adapter, open_adapter
+from .adapter import config_differences, is_adapter, open_adapter
 from .backbones import from_backbones, from_llava_hf
 from .compare import OURS, check_fits
 from .filling import fill, freeze
@@ -39,6 +40,13 @@ from .formats import (
 from .locating import base_kwargs, fetch, find_base, find_config, from_hub, hub_kwargs
 from .tensor_files import StoredTensor, read_json, read_tensors
 
+# A language model's settings that change what it computes and no shape, with their keys in the original's config.json.
+_LANGUAGE_SETTINGS = {
+    "hidden_act": ("hidden_act",),
+    "rms_norm_eps": ("rms_norm_eps",),
+    "num_attention_heads": ("num_attention_heads",),
+    "rope_parameters": ("rope_theta", "rope_scaling"),
+}
 _TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
@@ -68,8 +76,6 @@ def needs_processor(path: str | os.PathLike, **kwargs) -> bool:
     """Whether a checkpoint of other code stands at `path`, beside which there is no processor of ours."""
     if (Path(path) / "processor_config.json").is_file() and not (Path(path) / "config.json").is_file():
         return False  # a processor that stands alone
-    if is_missing_folder(path):
-        return False  # transformers says so
     if not Path(path).exists():
         ours = from_hub(path, "processor_config.json", **kwargs)
         if ours is not None and read_json(Path(ours)).get("processor_class") == "LlavaSPProcessor":
@@ -105,7 +111,6 @@ def open_original(
     if found.holds_language_model:
         check_fits(found, config)
     check_tokenizers(found, language, **hub_kwargs(load_kwargs))
-    dtype = load_kwargs.pop("torch_dtype", dtype)  # its name in older code
     dtype = recorded_dtype(found) if dtype == "auto" else dtype
     model = from_backbones(
         cls,
@@ -136,17 +141,23 @@ def open_llava_hf(cls, path: str | os.PathLike, **load_kwargs):
 def check_full(path: str | os.PathLike, **load_kwargs) -> list[StoredTensor] | None:
     """Whether our full checkpoint at `path` is whole, before it is opened; its tensors, for `check_values` afterwards.
 
-    None where there is nothing to look at here: a hub id, quantised weights, weights that come from elsewhere.
+    None where there is nothing to look at: quantised weights, weights that come from elsewhere.
 
     Raises:
         ValueError: a tensor is missing, left over or of another shape; a file is cut off.
     """
     elsewhere = ("state_dict", "subfolder", "variant", "gguf_file")
-    if not Path(path).is_dir() or any(load_kwargs.get(name) for name in elsewhere):
+    if any(load_kwargs.get(name) for name in elsewhere):
         return None
-    found = recognise(path)
+    found = recognise(fetch(path, **load_kwargs))
     if "quantization_config" in found.config:
         return None
+    config = load_kwargs.get("config")
+    differences = config_differences(found.folder, config) if isinstance(config, LlavaSPConfig) else []
+    if differences:  # of the Auto classes, which make a configuration of the keywords
+        raise ValueError(
+            f"{path}: the configuration is not that of the weights, which decide: {'; '.join(differences)}"
+        )
     check_fits(found, our_config(found.folder))
     return list(found.tensors.values())
 
@@ -156,8 +167,10 @@ def full_config(
 ) -> LlavaSPConfig:
     """What a checkpoint of other code is on these backbones. Raises `ValueError` where it cannot be one."""
     layer = found.config.get("vision_feature_layer", -2) if found.format == "llava_hf" else feature_layer(found)
+    text_config = language_config(language, **hub_kwargs)
+    check_language_settings(found, text_config)
     return LlavaSPConfig(
-        text_config=language_config(language, **hub_kwargs),
+        text_config=text_config,
         vision_config=vision_config(tower, **hub_kwargs),
         vision_feature_layer=layer,
         **found.spatial,
@@ -209,6 +222,28 @@ def bases_of(
     language = find_base(found.folder, base_model, found.language_model, "base_model", "language model", **kwargs)
     tower = find_base(found.folder, vision_tower, found.vision_tower, "vision_tower", "vision tower", **kwargs)
     return language, tower
+
+
+def check_language_settings(found: Checkpoint, language: PreTrainedConfig) -> None:
+    """Raises `ValueError` where a LoRA folder or projector of the original has its base compute otherwise than it does.
+
+    The original code reads the settings of the language model from that folder; here they are the base's.
+    """
+    if found.holds_language_model or not is_original(found.config):
+        return
+    own = language_config(found.folder)
+    for field, keys in _LANGUAGE_SETTINGS.items():
+        there, here = (_plain_rope(getattr(config, field, None)) for config in (own, language))
+        if there != here and any(key in found.config for key in keys):
+            raise ValueError(
+                f"{found.folder / 'config.json'}: {field} is {there!r} there and {here!r} in the language model: they are not of "
+                "one model; pass base_model= with the language model that the checkpoint was trained on"
+            )
+
+
+def _plain_rope(value: Any) -> Any:
+    """A setting; that of the positions without the type's older name."""
+    return {key: one for key, one in value.items() if key != "type"} if isinstance(value, dict) else value
 
 
 def check_tokenizers(found: Checkpoint, language: str | os.PathLike, **hub_kwargs) -> None:

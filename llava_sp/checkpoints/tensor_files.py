@@ -61,10 +61,6 @@ class StoredTensor:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def read(self) -> Tensor:
-        """The tensor, on the CPU. Raises `ValueError` where the file is cut off or is not what its name says."""
-        return read_tensors(self.file, [self.key])[self.key]
-
 
 def weight_files(folder: Path) -> list[Path]:
     """The files with weights in a model folder, safetensors first, as its index (if it has one) names them.

@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import backbones
-from .adapter import describe
+from .adapter import check_bases, describe
 from .filling import copy_strictly, gathered, parameter_names
 from .formats import ADAPTER_NAME, LORA, PROJECTOR, TOWER, Checkpoint, lora_config, recognise, tower_name
-from .locating import fetch
-from .original import check_complete
+from .locating import base_kwargs, fetch, hub_kwargs
+from .original import check_complete, check_language_settings, check_tokenizers
 from .tensor_files import read_checked
 
 PATCH_MLP = (f"{PROJECTOR}linear_1.", f"{PROJECTOR}linear_2.")
@@ -25,6 +25,7 @@ def from_backbones(
     vision_tower: str | os.PathLike | None = None,
     *,
     warm_start: str | os.PathLike | None = None,
+    check_base: bool = True,
     **settings,
 ):
     """Assemble a model; `LlavaSPForCausalLM.from_backbones` calls this.
@@ -33,24 +34,26 @@ def from_backbones(
         language_model, vision_tower: hub ids or local folders; also those within a full LLaVA.
         warm_start: a trained LLaVA-1.5 (any format, or its projector alone) whose patch MLP and LoRA are kept; a full
             one's language model takes the place of `language_model`. The spatial branch is fresh.
+        check_base: compare the bases' fingerprints with those that LoRA of ours records.
         settings: those of `backbones.from_backbones`, whose errors these are too.
     """
-    language_model = language_model_within(warm_start, language_model)
+    given = hub_kwargs(base_kwargs(settings))
+    language_model = language_model_within(warm_start, language_model, **given)
     model = backbones.from_backbones(cls, language_model, vision_tower, **settings)
     if warm_start is not None:
-        start_from(model, warm_start)
+        start_from(model, warm_start, check_base=check_base, **given)
     return model.eval()
 
 
 def language_model_within(
-    path: str | os.PathLike | None, otherwise: str | os.PathLike | None
+    path: str | os.PathLike | None, otherwise: str | os.PathLike | None, **hub_kwargs
 ) -> str | os.PathLike | None:
     """The language model that a run with this warm start has: the one within it, or `otherwise` where it holds none.
 
     Raises `ValueError` where there is neither.
     """
     if path is not None:
-        found = recognise(fetch(path))
+        found = recognise(fetch(path, **hub_kwargs))
         if found.format == "llava_sp" and found.spatial.get("spatial_variant") != "none":
             raise ValueError(
                 f"warm_start: {found.folder} is a full checkpoint with spatial tokens, which would be lost; start from one "
@@ -68,18 +71,21 @@ def holds_lora(path: str | os.PathLike) -> bool:
     return recognise(fetch(path)).lora is not None
 
 
-def start_from(model: nn.Module, path: str | os.PathLike) -> list[str]:
+def start_from(model: PreTrainedModel, path: str | os.PathLike, *, check_base: bool = True, **hub_kwargs) -> list[str]:
     """Put the patch MLP and the LoRA of a checkpoint into the model; returns what was taken, in words.
 
     A model without LoRA gets the checkpoint's own.
 
     Raises:
-        ValueError: a tensor does not fit or cannot be trained weights; LoRA of another rank, scale or other layers.
+        ValueError: a tensor does not fit or cannot be trained weights; LoRA of another rank, scale or other layers, or
+            that was trained on other bases; a full checkpoint's own tower, trained further.
     """
-    found = recognise(fetch(path))
+    found = recognise(fetch(path, **hub_kwargs))
     check_complete(found)
     if found.format == "llava_sp_adapter":
         describe(found.folder)
+    if found.lora:
+        _check_lora_base(model, found, check_base, **hub_kwargs)
     _check_tower(model, found)
     stored = {name: tensor for name, tensor in found.part(PROJECTOR).items() if name.startswith(PATCH_MLP)}
     parameters = dict(model.named_parameters())
@@ -92,6 +98,17 @@ def start_from(model: nn.Module, path: str | os.PathLike) -> list[str]:
     return taken
 
 
+def _check_lora_base(model: PreTrainedModel, found: Checkpoint, check_base: bool, **hub_kwargs) -> None:
+    """Raises `ValueError` where LoRA was trained on other bases than the model's, as far as the checkpoint tells."""
+    if found.format == "llava_sp_adapter":
+        recorded = (found.config.get("base_language_model_hash"), found.config.get("base_vision_tower_hash"))
+        if check_base:
+            check_bases(found.folder, recorded, model.config, ("language_model", "vision_tower"))
+    else:
+        check_language_settings(found, model.config.text_config)
+        check_tokenizers(found, model.config.base_language_model, **hub_kwargs)
+
+
 def _check_tower(model: nn.Module, found: Checkpoint) -> None:
     """Raises `ValueError` where the checkpoint's own tower is not the one that the model has: only full ones keep a tower."""
     parameters = {tower_name(name): parameter for name, parameter in model.named_parameters()}
@@ -100,12 +117,30 @@ def _check_tower(model: nn.Module, found: Checkpoint) -> None:
         if own is None:
             continue
         with gathered([own]):
-            same = own.shape == tensor.shape and torch.equal(own.detach().cpu(), tensor.to(own.dtype))
+            same = own.shape == tensor.shape and _same_but_for_rounding(own.detach().cpu(), tensor)
         if not same:
             raise ValueError(
                 f"warm_start: {found.folder} holds a vision tower of its own ({name} differs), which would be lost; pass "
                 "vision_tower=<that folder> if it is transformers' LLaVA or ours, else the tower it was trained from is not this one"
             )
+
+
+def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:
+    """Whether both may be the same numbers, rounded to types that need not be the same."""
+    types = [torch.finfo(_held_precision(tensor)) for tensor in (one, other)]
+    step = max(info.eps for info in types)
+    smallest = max(info.smallest_normal * info.eps for info in types)  # below it float16 has nothing
+    one, other = one.float(), other.float()
+    allowed = step * torch.maximum(one.abs(), other.abs()) + smallest
+    return bool(((one - other).abs() <= allowed).all())
+
+
+def _held_precision(tensor: Tensor) -> torch.dtype:
+    """The coarsest type that holds a tensor: of weights that were rounded once and then widened, the one before."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+            return dtype
+    return tensor.dtype
 
 
 def _start_lora(model: nn.Module, found: Checkpoint) -> None:

@@ -50,11 +50,16 @@ def language_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
     """The configuration of a language model, or of the one within a full LLaVA (the original's, transformers', ours)."""
     settings = read_settings(path, **hub_kwargs)
     if is_original(settings):
-        known = LlamaConfig().to_dict().keys() - {"model_type", "architectures", "auto_map", "transformers_version"}
         with told_as_value_error(path):
-            return LlamaConfig(**{key: value for key, value in settings.items() if key in known})
+            return LlamaConfig(**{key: value for key, value in settings.items() if key in _llama_settings()})
     config = read_config(path, **hub_kwargs)
     return config.text_config if config.model_type in FULL_LLAVAS else config
+
+
+def _llama_settings() -> set[str]:
+    """The keys of a config.json that are a Llama's: of this transformers, and of 4, where rotary positions were two fields."""
+    now = LlamaConfig().to_dict().keys() - {"model_type", "architectures", "auto_map", "transformers_version"}
+    return {*now, "rope_theta", "rope_scaling"}
 
 
 def vision_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:

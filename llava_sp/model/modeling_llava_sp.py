@@ -4,18 +4,19 @@ The processor has already written `config.num_image_tokens` placeholders for eve
 Shape suffixes: B batch, L sequence, M supervised positions, D language width, V vocabulary.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 
 from .configuration_llava_sp import LlavaSPConfig
-from .other_formats import checkpoints_package, is_missing_folder
+from .other_formats import check_folder, checkpoints_package
 from .projector import SpatialProjector
 
 IGNORE_INDEX = -100
@@ -255,14 +256,22 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
 
         An adapter checkpoint (LoRA and projector), ours or the original code's, is opened on the base models it records;
         `base_model=` and `vision_tower=` (hub ids or paths) take their place. What a folder is shows in its content.
+
+        Raises:
+            FileNotFoundError: a folder that is not there.
+            ValueError: something in the checkpoint is missing or broken, or a keyword is about what the weights decide.
         """
-        if is_missing_folder(pretrained_model_name_or_path):
-            raise FileNotFoundError(
-                f"there is no folder {pretrained_model_name_or_path}, and it cannot be a hub id either"
-            )
+        check_folder(pretrained_model_name_or_path)
+        _check_keywords(pretrained_model_name_or_path, kwargs)
+        _name_dtype(kwargs)
         package = checkpoints_package()
         opener = None if package is None else package.opener(pretrained_model_name_or_path, **kwargs)
         if opener is not None:
+            if kwargs.pop("output_loading_info", False):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} is not a full checkpoint of LLaVA-SP: it opens whole or not at all, and "
+                    "there is no output_loading_info"
+                )
             return opener(cls, pretrained_model_name_or_path, *args, **kwargs)
         if (Path(pretrained_model_name_or_path) / ADAPTER_FILE).is_file():
             raise ImportError(
@@ -302,6 +311,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         package = checkpoints_package()
         if package is None:
             raise ImportError("from_backbones needs the package: pip install llava_sp")
+        _name_dtype(kwargs)
         return package.from_backbones(cls, language_model, vision_tower, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
@@ -316,6 +326,24 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             package.save_adapter(self, None, save_directory, write=write)
         else:
             super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _check_keywords(path: str | os.PathLike, kwargs: dict) -> None:
+    """Raises `ValueError` for a keyword of `from_pretrained` that would be another model than the one of the weights."""
+    of_all_models = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    of_ours = {field.name for field in dataclasses.fields(LlavaSPConfig)} - of_all_models
+    given = [name for name in kwargs if name in of_ours or name == "seed"]
+    if given:
+        raise ValueError(
+            f"{path}: {' and '.join(f'{name}=' for name in given)} cannot be chosen on opening, the weights decide. "
+            "from_backbones(...) makes a new model"
+        )
+
+
+def _name_dtype(kwargs: dict) -> None:
+    """`torch_dtype=`, its name in older code, becomes `dtype=`."""
+    if "torch_dtype" in kwargs:
+        kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
 
 
 LlavaSPForCausalLM.register_for_auto_class("AutoModelForImageTextToText")

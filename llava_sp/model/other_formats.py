@@ -18,6 +18,12 @@ def checkpoints_package() -> ModuleType | None:
     return importlib.import_module("llava_sp.checkpoints")
 
 
+def check_folder(path: str | os.PathLike) -> None:
+    """Raises `FileNotFoundError` where `path` can only mean a local folder, and none is there."""
+    if is_missing_folder(path):
+        raise FileNotFoundError(f"there is no folder {path}, and it cannot be a hub id either")
+
+
 def is_missing_folder(path: str | os.PathLike) -> bool:
     """Whether `path` can only mean a local folder, and none is there."""
     text = str(path)

@@ -23,7 +23,7 @@ from .backbone_configs import has_words, load_tokenizer
 from .configuration_llava_sp import LlavaSPConfig
 from .conversation import IMAGE_MARK, Segment, Turn, chat_template, get_template, normalize_turns, render_segments
 from .image_preprocessing import flatten_images, image_processor_of, pad_to_square, pillow_counterpart
-from .other_formats import checkpoints_package
+from .other_formats import check_folder, checkpoints_package
 
 IGNORE_INDEX = -100
 ASPECT_RATIOS = ("pad", "crop")
@@ -148,7 +148,12 @@ class LlavaSPProcessor(LlavaProcessor):
 
         Of the latter, `base_model=` and `vision_tower=` take the place of recorded paths, as for the model;
         `image_aspect_ratio=` and `conversation_template=` that of what such checkpoints do not record.
+
+        Raises:
+            FileNotFoundError: a folder that is not there.
+            ValueError: a file of it is broken.
         """
+        check_folder(pretrained_model_name_or_path)
         package = None if _has_own_processor(pretrained_model_name_or_path) else checkpoints_package()
         if package is not None and package.needs_processor(pretrained_model_name_or_path, **kwargs):
             return package.open_processor(pretrained_model_name_or_path, *args, **kwargs)

@@ -21,6 +21,7 @@ from llava_sp.checkpoints import (
     load_projector,
     save_adapter,
 )
+from llava_sp.checkpoints.inspect import inspect
 from tests.released import variant
 
 
@@ -222,3 +223,24 @@ def test_the_hash_follows_the_weights(golden, trained, saved, tmp_path):
     assert checkpoint_hash(tmp_path / "other") != checkpoint_hash(saved)
     other.disable_adapters()
     assert len(checkpoint_hash(golden / "base")) == 16
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "is no manifest of an adapter checkpoint: files is None"),
+        ({"files": []}, r"is no manifest of an adapter checkpoint: files is \[\]"),
+        ({"files": {"projector.safetensors": {}}}, "files has {} under 'projector.safetensors'; expected"),
+        ({"files": {"projector.safetensors": {"bytes": 3}}}, "files has .* expected its bytes and sha256"),
+        ({"base_language_model": None}, "base_language_model is None; expected a place and a fingerprint"),
+        ([], "holds a list"),
+    ],
+)
+def test_a_broken_manifest_is_named(copy, content, message):
+    file = copy / "llava_sp.json"
+    whole = json.loads(file.read_text())
+    file.write_text(json.dumps(whole | content if content and isinstance(content, dict) else content))
+    for read in (describe, checkpoint_hash, LlavaSPForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=f"{file}:? {message}"):
+            read(copy)
+    assert not inspect(copy)["loads"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,16 +11,19 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints import recognise, save_adapter
 from llava_sp.checkpoints.convert import convert, main
+from llava_sp.checkpoints.tensor_files import read_all
+from tests.checkpoints.kinds import write_ours
 from tests.checkpoints.test_original import PROMPT
 from tests.released import LAYOUTS, bases, load_released, released_folder, variant
 
 
 def stored(path) -> dict[str, torch.Tensor]:
-    return {name: tensor.read() for name, tensor in recognise(path).tensors.items()}
+    return read_all(recognise(path).tensors)
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -42,6 +46,7 @@ def test_a_released_folder_to_ours_and_back(golden, tmp_path, layout):
     for key in ("r", "lora_alpha", "lora_dropout", "peft_type", "task_type", "bias"):
         assert before[key] == after[key], key
     assert sorted(before["target_modules"]) == after["target_modules"]
+    assert after.keys() <= before.keys()  # PEFT of the original's time stumbles over a field that it does not know
     before, after = (json.loads((f / "config.json").read_text()) for f in (source, tmp_path / "back"))
     names = {"_name_or_path", "mm_vision_tower"}  # now where they stand
     differing = {key for key in before.keys() & after.keys() if before[key] != after[key]}
@@ -107,6 +112,8 @@ def test_transformers_llava_both_ways(golden, tmp_path, llava_hf, images):
     given = bases(golden)
     with pytest.raises(ValueError, match="give --vision-tower"):
         convert(llava_hf, tmp_path / "original", target="original", base_model=given["base_model"])
+    with pytest.raises(ValueError, match="ours does not record a vision tower .* give --vision-tower"):
+        convert(tmp_path / "ours", tmp_path / "original", base_model=given["base_model"])
     convert(llava_hf, tmp_path / "original", target="original", **given)
     convert(tmp_path / "original", tmp_path / "again")
     assert_same(stored(tmp_path / "ours"), stored(tmp_path / "again"))
@@ -199,3 +206,125 @@ def test_what_an_adapter_cannot_keep_is_not_lost_silently(golden, tmp_path, monk
             if way == "convert":  # told before a model is opened
                 patch.setattr(LlavaSPForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was opened"))
             ways[way]()
+
+
+# ---------------------------------------------------------------- what the original's language model has and has not
+
+
+def with_language_settings(golden, tmp_path, **changes) -> LlavaSPForCausalLM:
+    """A model without spatial tokens whose language model has these settings, with trained-like weights."""
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in golden.glob("base/*token*"):
+        shutil.copyfile(file, base / file.name)
+    torch.manual_seed(0)
+    (base / "config.json").write_text(json.dumps(json.loads((golden / "base/config.json").read_text()) | changes))
+    language = LlamaForCausalLM(LlamaConfig.from_pretrained(base))
+    for parameter in language.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    language.save_pretrained(base)
+    return LlavaSPForCausalLM.from_backbones(base, golden / "clip", spatial_variant="none", dtype=torch.float32)
+
+
+def text_logits(model) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=torch.arange(3, 60)[None]).logits
+
+
+LINEAR = {"type": "linear", "factor": 4.0}
+ROPES = [
+    ({"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_scaling": None}),
+    ({"rope_theta": 5e5, "rope_scaling": LINEAR}, {"rope_theta": 5e5, "rope_scaling": LINEAR}),
+    (
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2}, "max_position_embeddings": 20},
+        {"rope_theta": 10000.0, "rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 20},
+    ),
+    ({"attention_bias": True}, {"attention_bias": True}),
+]
+
+
+@pytest.mark.parametrize(("changes", "written"), ROPES)
+def test_positions_and_biases_stay(golden, tmp_path, changes, written):
+    """Ours -> the original's, in the fields of transformers 4 -> ours: at each end the same logits."""
+    model = with_language_settings(golden, tmp_path, **changes)
+    convert(write_ours(tmp_path / "ours", model), tmp_path / "original")
+    settings = json.loads((tmp_path / "original/config.json").read_text())
+    assert settings.items() >= written.items() and "rope_parameters" not in settings
+    convert(tmp_path / "original", tmp_path / "again")
+    for folder in ("original", "again"):
+        opened = LlavaSPForCausalLM.from_pretrained(tmp_path / folder)
+        assert torch.equal(text_logits(opened), text_logits(model)), folder
+    if "attention_bias" not in changes:
+        plain = {key: value for key, value in settings.items() if key not in ("rope_theta", "rope_scaling")}
+        (tmp_path / "original/config.json").write_text(json.dumps(plain))
+        opened = LlavaSPForCausalLM.from_pretrained(tmp_path / "original")
+        assert not torch.allclose(text_logits(opened), text_logits(model), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"head_dim": 32}, "its heads are 32 wide, not 24"),
+        ({"mlp_bias": True}, "its MLPs have biases"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rotates its positions by .*yarn.*; the original code can scale them by linear or dynamic",
+        ),
+    ],
+)
+def test_a_llama_that_the_original_cannot_hold(golden, tmp_path, changes, complaint):
+    write_ours(tmp_path / "ours", with_language_settings(golden, tmp_path, **changes))
+    with pytest.raises(ValueError, match=complaint):
+        convert(tmp_path / "ours", tmp_path / "original")
+    assert not (tmp_path / "original").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"alpha_pattern": {"q_proj": 2}},
+        {"init_lora_weights": "pissa"},
+        {"lora_bias": True},
+        {"unheard_of": 3},
+    ],
+)
+def test_lora_that_the_original_cannot_hold(kinds, tmp_path, changes):
+    copy = kinds["llava_sp_adapter"].copy(tmp_path / "ours")
+    file = copy.folder / "lora/adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    ((key, value),) = changes.items()
+    with pytest.raises(ValueError, match=re.escape(f"{file}: {key} is {value!r}; the original code knows plain LoRA")):
+        convert(copy.folder, tmp_path / "original")
+
+
+def test_from_a_file_to_a_folder_beside_it(golden, tmp_path):
+    for name in ("model.bin", "config.json"):
+        shutil.copyfile(golden / "pretrain_artifacts/pooling" / name, tmp_path / name)
+    convert(tmp_path / "model.bin", tmp_path / "ours", **bases(golden))
+    assert recognise(tmp_path / "ours").format == "llava_sp_adapter"
+    with pytest.raises(ValueError, match="which is read: choose a folder elsewhere"):
+        convert(tmp_path, tmp_path / "more", **bases(golden))
+
+
+def test_a_broken_file_of_the_processor_is_named(kinds, tmp_path):
+    copy = kinds["llava_sp_adapter"].copy(tmp_path / "ours")
+    (copy.folder / "processor_config.json").write_text("{")
+    with pytest.raises(ValueError, match="processor_config.json is not valid JSON"):
+        convert(copy.folder, tmp_path / "original")
+
+
+def test_files_are_as_the_umask_has_them(kinds, tmp_path):
+    """Also in a folder that everybody may write to."""
+    tmp_path.chmod(0o777)
+    convert(kinds["llava_sp_adapter"].folder, tmp_path / "original")
+    model = kinds["llava_sp_adapter"].open()
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours").chmod(0o777)
+    save_adapter(model, None, tmp_path / "ours")
+    (tmp_path / "plain").touch()
+    usual = (tmp_path / "plain").stat().st_mode
+    files = [file for name in ("original", "ours") for file in (tmp_path / name).rglob("*") if file.is_file()]
+    assert len(files) > 8 and {file.stat().st_mode for file in files} == {usual}

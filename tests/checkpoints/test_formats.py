@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from llava_sp import LlavaSPForCausalLM
+from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints.convert import convert
 from llava_sp.checkpoints.formats import (
     UnknownFormat,
@@ -19,7 +19,8 @@ from llava_sp.checkpoints.formats import (
     recognise,
 )
 from llava_sp.checkpoints.inspect import inspect
-from tests.checkpoints.kinds import NAMES, Kind, load, save
+from llava_sp.checkpoints.tensor_files import read_all
+from tests.checkpoints.kinds import NAMES, Kind, load, save, spoil
 from tests.released import LAYOUTS
 
 LAYOUT = {
@@ -197,6 +198,8 @@ def test_what_is_no_checkpoint(golden, tmp_path):
         ("adapter_config.json", {"base_model_name_or_path": {}}, "adapter_config.json: base_model_name_or_path is {}"),
         ("adapter_config.json", {"bias": "all"}, "adapter_config.json: bias is 'all'"),
         ("adapter_config.json", {"modules_to_save": ["lm_head"]}, "adapter_config.json: modules_to_save is"),
+        ("adapter_config.json", {"init_lora_weights": "pissa"}, "adapter_config.json: init_lora_weights is 'pissa'"),
+        ("adapter_config.json", {"layer_replication": [[0, 2]]}, "adapter_config.json: layer_replication is"),
     ],
 )
 def test_settings_that_would_change_the_model_are_refused(kinds, tmp_path, file, change, message):
@@ -283,7 +286,7 @@ def test_another_tokenizer_than_the_bases(kinds, tmp_path):
 
 
 def test_a_hub_checkpoint_is_never_half_loaded(kinds, tmp_path):
-    """The same check without a folder to look at: what transformers finds missing is an error."""
+    """What is missing in it is an error, and what cannot be trained weights."""
     copy = kinds["llava_sp"].copy(tmp_path / "models--me--mine/snapshots/abc")
     copy.edit(lambda tensors: tensors.pop(copy.key))
     index = copy.folder / "model.safetensors.index.json"
@@ -294,7 +297,13 @@ def test_a_hub_checkpoint_is_never_half_loaded(kinds, tmp_path):
     refs = tmp_path / "models--me--mine/refs"
     refs.mkdir()
     (refs / "main").write_text("abc")
-    with pytest.raises(ValueError, match="me/mine lacks 1 tensors, such as .*spatial.linear.weight"):
+    with pytest.raises(ValueError, match="is not the model that it describes:\n.* lacks .*spatial.linear.weight"):
+        LlavaSPForCausalLM.from_pretrained("me/mine", cache_dir=tmp_path)
+    shutil.rmtree(copy.folder)
+    copy = kinds["llava_sp"].copy(copy.folder)
+    assert LlavaSPForCausalLM.from_pretrained("me/mine", cache_dir=tmp_path).config.spatial_variant == "cropping"
+    file = copy.edit(lambda tensors: tensors.update({copy.key: spoil(tensors[copy.key], "nan")}))
+    with pytest.raises(ValueError, match=f"{copy.key} in .*{file.name} holds NaN"):
         LlavaSPForCausalLM.from_pretrained("me/mine", cache_dir=tmp_path)
 
 
@@ -329,10 +338,75 @@ def test_a_broken_base_is_named(kinds, golden, tmp_path, how, message):
 def test_a_projector_beside_that_is_another_one(kinds, golden, tmp_path):
     """Within and beside may both be there, as LLaVA-1.5 is published; then they must be alike."""
     copy = kinds["original_full"].copy(tmp_path / "x")
-    within = {t.key: t.read() for t in recognise(copy.folder).part("model.multi_modal_projector.").values()}
+    projector = recognise(copy.folder).part("model.multi_modal_projector.").values()
+    within = read_all({tensor.key: tensor for tensor in projector})
     torch.save(within, copy.folder / "mm_projector.bin")
     assert recognise(copy.folder).spatial["spatial_variant"] == "cropping"
     pooling = torch.load(golden / "pretrain_artifacts/pooling/model.bin", weights_only=True)
     torch.save(pooling, copy.folder / "mm_projector.bin")
     with pytest.raises(ValueError, match=r"mm_projector.bin holds model.conv_\S+ .*, but the model in .* has"):
         recognise(copy.folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu' in its config.json; only 'gelu'"),
+        ({"multimodal_projector_bias": False}, "multimodal_projector_bias is False in its config.json; only True"),
+        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy is 'full' .* only 'default'"),
+        ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy is 'cls'"),
+    ],
+)
+def test_settings_of_transformers_llava_that_would_change_the_model(kinds, tmp_path, change, message):
+    copy = kinds["llava_hf"].copy(tmp_path / "x")
+    file = copy.folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    both_refuse(copy, message)
+    assert not inspect(copy.folder)["loads"]
+
+
+# ---------------------------------------------------------------- keywords of opening
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_the_weights_decide_is_no_keyword(kinds, name):
+    given = {"spatial_variant": "pooling", "fusion_stride": 1, "vision_feature_layer": -1, "seed": 3}
+    given |= {"image_token_index": 7, "text_config": {}, "spatial_scales": [4]}
+    for keyword, value in given.items():
+        with pytest.raises(ValueError, match=f"{keyword}= cannot be chosen on opening, the weights decide"):
+            kinds[name].open(**{keyword: value})
+
+
+@pytest.mark.parametrize("name", ["llava_sp", "llava_sp_adapter"])
+def test_nor_through_an_auto_class(kinds, name):
+    """It makes a configuration of the keywords."""
+    with pytest.raises(ValueError, match="spatial_variant is 'cropping' there and 'pooling' here"):
+        AutoModelForImageTextToText.from_pretrained(kinds[name].folder, spatial_variant="pooling")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_report_of_loading_where_there_is_one(kinds, name):
+    if name == "llava_sp":
+        model, info = kinds[name].open(output_loading_info=True)
+        assert isinstance(model, LlavaSPForCausalLM) and not info["missing_keys"]
+    else:
+        with pytest.raises(ValueError, match="is not a full checkpoint of LLaVA-SP.* no output_loading_info"):
+            kinds[name].open(output_loading_info=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_older_name_of_dtype(kinds, name):
+    for given in ("bfloat16", torch.bfloat16):
+        assert {parameter.dtype for parameter in kinds[name].open(torch_dtype=given).parameters()} == {torch.bfloat16}
+
+
+def test_the_older_name_of_dtype_for_a_new_model(golden):
+    model = LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", spatial_width=3, torch_dtype="bfloat16")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nowhere", "~/nowhere", "a/b/c"])
+def test_a_folder_that_is_not_there(path):
+    for opens in (LlavaSPForCausalLM, LlavaSPProcessor):
+        with pytest.raises(FileNotFoundError, match=f"there is no folder {path}"):
+            opens.from_pretrained(path)

@@ -196,6 +196,18 @@ def test_a_base_in_the_hubs_cache(kinds, golden, tmp_path, monkeypatch):
     (copy.folder / "config.json").write_text(json.dumps(config | {"_name_or_path": "lmsys/vicuna"}))
     report = inspect(copy.folder)
     assert (report["base_model"]["status"], report["needs"]) == ("cached", ["vision_tower"])
+    shard = snapshot / "pytorch_model-00002-of-00002.bin"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-300])
+    assert not inspect(copy.folder)["loads"]
+    shard.unlink()
+    for files in ("a shard less", "config.json alone"):
+        if files == "config.json alone":
+            for file in snapshot.glob("*model*"):
+                file.unlink()
+        report = inspect(copy.folder)
+        assert (report["base_model"]["status"], report["loads"]) == ("hub", True), files
+        assert "loads          yes, given vision_tower=, after a download" in text(report), files
 
 
 def test_a_base_that_lacks_a_shard(kinds, golden, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import weakref
@@ -153,6 +154,23 @@ def test_a_merged_checkpoint_is_not_merged_again(adapter, merged, tmp_path):
     ):
         merge_adapter(folder, tmp_path / "again")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "merged.json does not say from what"),
+        ('{"adapter": 3}', "merged.json does not say from what"),
+        ("{", "merged.json is not valid JSON"),
+        ("[]", "merged.json holds a list"),
+    ],
+)
+def test_a_broken_record_is_named(adapter, merged, tmp_path, content, message):
+    shutil.copytree(merged["float32"][0], tmp_path / "merged")
+    (tmp_path / "merged/merged.json").write_text(content)
+    for source, target in ((tmp_path / "merged", tmp_path / "again"), (adapter, tmp_path / "merged")):
+        with pytest.raises(ValueError, match=message):
+            merge_adapter(source, target)
 
 
 def test_a_full_checkpoint_has_nothing_to_merge(golden, tmp_path):

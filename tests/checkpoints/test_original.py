@@ -12,13 +12,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints import needs_processor
 from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.mixture import load_mixture
+from llava_sp.model.backbone_configs import language_config
 from tests.checkpoints.kinds import llava_15, write_original, write_ours
 from tests.released import LAYOUTS, bases, load_released, our_name, released_folder
 
@@ -213,6 +214,50 @@ def test_a_tower_within_the_checkpoint_is_the_one_that_counts(golden, none, tmp_
     assert torch.equal(ours[changed], 2 * state(none)[changed])
 
 
+def test_every_setting_of_a_llama_arrives(golden, tmp_path):
+    """All that transformers 4 writes, none at its default."""
+    theirs = json.loads((released_folder(golden, "cropping") / "config.json").read_text())
+    given = {"attention_bias": True, "attention_dropout": 0.25, "bos_token_id": 3, "eos_token_id": 4}
+    given |= {"hidden_act": "gelu", "hidden_size": 64, "initializer_range": 0.5, "intermediate_size": 77}
+    given |= {"max_position_embeddings": 99, "num_attention_heads": 8, "num_hidden_layers": 5, "vocab_size": 70}
+    given |= {"num_key_value_heads": 2, "pad_token_id": 9, "pretraining_tp": 2, "rms_norm_eps": 0.001}
+    given |= {"tie_word_embeddings": True, "use_cache": False, "rope_theta": 5e5}
+    given |= {"rope_scaling": {"type": "linear", "factor": 4.0}}
+    usual = json.loads(json.dumps(given))
+    (tmp_path / "config.json").write_text(json.dumps(theirs | given))
+    arrived = language_config(tmp_path)
+    rope = arrived.rope_parameters
+    assert (rope["rope_type"], rope["factor"], rope["rope_theta"]) == ("linear", 4.0, usual.pop("rope_theta"))
+    del usual["rope_scaling"]
+    assert {key: getattr(arrived, key) for key in usual} == usual
+    of_llava = ("mm_", "tune_mm", "freeze_mm", "use_mm", "tokenizer_", "image_aspect_ratio")
+    named = ("_name_or_path", "architectures", "model_type", "torch_dtype", "transformers_version")
+    assert {key for key in theirs if not key.startswith(of_llava)} - {*named} <= given.keys()  # none was forgotten
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_theta": 5e5}, "rope_parameters is {'rope_theta': 500000.0, 'rope_type': 'default'} there"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters is .*linear.* there"),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps is 0.001 there and 1e-05 in the language model"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu' there"),
+    ],
+)
+def test_lora_of_a_language_model_with_other_settings(golden, tmp_path, change, message):
+    """The original code takes them from the LoRA folder; they are not lost silently."""
+    folder = tmp_path / "lora"
+    shutil.copytree(released_folder(golden, "pooling"), folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | change))
+    for opening in (
+        lambda: LlavaSPForCausalLM.from_pretrained(folder, **bases(golden)),
+        lambda: LlavaSPForCausalLM.from_backbones(*bases(golden).values(), warm_start=folder, spatial_width=3),
+    ):
+        with pytest.raises(ValueError, match=f"config.json: {message}.*they are not of one model"):
+            opening()
+
+
 def test_llava_15_lora(golden, tmp_path):
     """A LoRA folder of LLaVA-1.5 itself: no spatial keys, so no spatial tokens."""
     shutil.copytree(released_folder(golden, "cropping"), tmp_path / "m")
@@ -300,6 +345,83 @@ def test_a_full_checkpoint_of_ours_keeps_its_own_tower_as_a_warm_start(golden, t
     for name, tensor in state(model).items():
         assert torch.equal(state(started)[name], tensor), name
     assert LlavaSPProcessor.from_backbones(started.config).num_image_tokens == 582
+
+
+def in_16_bit(folder, dtype: torch.dtype):
+    """A folder's weights rounded, as they are published."""
+    file = folder / "model.safetensors"
+    save_file({key: tensor.to(dtype) for key, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    settings.pop("dtype", None)
+    (folder / "config.json").write_text(json.dumps(settings | {"torch_dtype": str(dtype).removeprefix("torch.")}))
+    return folder
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("format", ["original", "llava_hf"])
+def test_a_warm_start_whose_own_tower_is_rounded(golden, none, llava_hf, tmp_path, format, stored):
+    """The same tower in other types is the same tower; one that was trained a little further is not."""
+    if format == "original":
+        write_original(tmp_path / "m", none, golden, tower=True, beside=False)
+    else:
+        shutil.copytree(llava_hf, tmp_path / "m")
+    start = in_16_bit(tmp_path / "m", stored)
+    given = {"vision_tower": golden / "clip", "warm_start": start, "spatial_width": 3}
+    for dtype in ("auto", torch.float16, torch.bfloat16, torch.float32):
+        model = LlavaSPForCausalLM.from_backbones(**given, dtype=dtype)
+        for name, tensor in patch_mlp(none).items():
+            assert torch.equal(state(model)[name], tensor.to(stored).to(model.dtype)), name
+    tensors = load_file(start / "model.safetensors")
+    key = next(key for key in tensors if "vision" in key and key.endswith("layers.1.mlp.fc1.weight"))
+    tensors[key][3, 3] *= 1.03
+    save_file(tensors, start / "model.safetensors", metadata={"format": "pt"})
+    for dtype in ("auto", torch.bfloat16, torch.float32):
+        with pytest.raises(ValueError, match="a vision tower of its own .*fc1.weight differs"):
+            LlavaSPForCausalLM.from_backbones(**given, dtype=dtype)
+
+
+def other_base(golden, folder):
+    """The base with one matrix changed."""
+    shutil.copytree(golden / "base", folder, copy_function=shutil.copyfile)
+    file = folder / "pytorch_model-00001-of-00002.bin"
+    weights = torch.load(file, weights_only=True)
+    weights["model.layers.0.mlp.up_proj.weight"] += 0.1
+    torch.save(weights, file)
+    return folder
+
+
+def test_lora_is_no_warm_start_on_another_base(golden, kinds, tmp_path):
+    given = {"vision_tower": golden / "clip", "spatial_width": 3}
+    base = other_base(golden, tmp_path / "other")
+    ours = kinds["llava_sp_adapter"].folder
+    assert LlavaSPForCausalLM.from_backbones(golden / "base", **given, warm_start=ours).peft_config
+    message = "trained on a language model with the fingerprint .* Pass language_model=<the right one>"
+    with pytest.raises(ValueError, match=message):
+        LlavaSPForCausalLM.from_backbones(base, **given, warm_start=ours)
+    assert LlavaSPForCausalLM.from_backbones(base, **given, warm_start=ours, check_base=False).peft_config
+    released = tmp_path / "released"
+    shutil.copytree(released_folder(golden, "pooling"), released)
+    tokenizer = AutoTokenizer.from_pretrained(golden / "base")
+    tokenizer.add_tokens(["<im_start>", "<im_end>"])
+    tokenizer.save_pretrained(released)
+    with pytest.raises(ValueError, match=r"image and padding tokens at \(1002, 1003\), that of .* at \(1000, 1001\)"):
+        LlavaSPForCausalLM.from_backbones(golden / "base", **given, warm_start=released)
+
+
+def test_a_warm_start_in_the_hubs_cache(golden, tmp_path):
+    """The keywords that say where it is hold for it too."""
+    shutil.copytree(released_folder(golden, "pooling"), tmp_path / "models--someone--lora/snapshots/0123")
+    (tmp_path / "models--someone--lora/refs").mkdir()
+    (tmp_path / "models--someone--lora/refs/main").write_text("0123")
+    model = LlavaSPForCausalLM.from_backbones(
+        golden / "base",
+        golden / "clip",
+        warm_start="someone/lora",
+        spatial_width=3,
+        cache_dir=tmp_path,
+        local_files_only=True,
+    )
+    assert model.peft_config
 
 
 def test_an_adapter_is_no_language_model(golden, kinds):

@@ -438,8 +438,11 @@ def test_keywords_that_do_not_fit_the_checkpoint(saved, golden, model, tmp_path)
         LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", revision="v2")
     llava = LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", spatial_variant="none")
     llava.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match='changed from "none" after the configuration was made'):
+    with pytest.raises(ValueError, match="spatial_variant= cannot be chosen on opening, the weights decide"):
         LlavaSPForCausalLM.from_pretrained(tmp_path, spatial_variant="cropping")
+    llava.config.spatial_variant = "cropping"
+    with pytest.raises(ValueError, match='changed from "none" after the configuration was made'):
+        LlavaSPForCausalLM(llava.config)
 
 
 def test_half_precision_keeps_a_text_only_batch_finite(golden, processor):

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from llava_sp import LlavaSPForCausalLM
+from llava_sp.checkpoints import save_adapter
 from llava_sp.data.from_config import dataset_of_config
 from llava_sp.train.config_files import UsageError
 from tests.checkpoints.kinds import llava_15, write_original, write_ours
@@ -64,6 +65,11 @@ def test_what_does_not_go_together(tmp_path, monkeypatch):
     start = str(released_folder(GOLDEN, "pooling"))
     with pytest.raises(UsageError, match=r"r 8 and alpha 16; this run has r 4 and alpha 16. Set lora_r"):
         run_here(tmp_path / "1", warm_start=start, lora_r=4)
+    save_adapter(load_released(GOLDEN, "pooling"), None, tmp_path / "ours")
+    settings = json.loads((tmp_path / "ours/config.json").read_text())
+    (tmp_path / "ours/config.json").write_text(json.dumps(settings | {"base_language_model_hash": "0123456789abcdef"}))
+    with pytest.raises(UsageError, match="trained on a language model with the fingerprint .* these are other weights"):
+        run_here(tmp_path / "4", warm_start=str(tmp_path / "ours"))
     monkeypatch.setattr("llava_sp.train.run.build_model", lambda *_: pytest.fail("a model was built"))
     with pytest.raises(UsageError, match="has LoRA, which the stage pretrain does not train: merge it first"):
         run_here(tmp_path / "2", "pretrain", warm_start=start)
