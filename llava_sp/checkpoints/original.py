@@ -237,7 +237,7 @@ def check_language_settings(found: Checkpoint, language: PreTrainedConfig) -> No
         if there != here and any(key in found.config for key in keys):
             raise ValueError(
                 f"{found.folder / 'config.json'}: {field} is {there!r} there and {here!r} in the language model: they are not of "
-                "one model; pass base_model= with the language model that the checkpoint was trained on"
+                "one model; give the language model that it was trained on (base_model=, or language_model= with a warm start)"
             )
 
 
@@ -256,7 +256,7 @@ def check_tokenizers(found: Checkpoint, language: str | os.PathLike, **hub_kwarg
     if ids[0] != ids[1]:
         raise ValueError(
             f"the tokenizer in {found.folder} has its image and padding tokens at {ids[0]}, that of {language} at {ids[1]}: "
-            "they are not of one model; pass base_model= with the language model that the checkpoint was trained on"
+            "they are not of one model; give the language model that it was trained on (base_model=, or language_model= with a warm start)"
         )
 
 

@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_sp.eval.base import Benchmark
-from llava_sp.eval.cli import check_numbers, default_data, evaluate, make_parser, open_engine, together
+from llava_sp.eval.cli import check_numbers, default_data, make_parser
+from llava_sp.eval.evaluate import evaluate, open_engine, together
 from llava_sp.eval.provenance import now, versions
 from llava_sp.eval.ranks import Elsewhere, Ranks
 from llava_sp.eval.registry import benchmark_names, load_benchmark

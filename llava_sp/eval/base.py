@@ -1,5 +1,5 @@
-"""What a benchmark is. Everything that all of them share lives here, in `cli` (arguments, loading, provenance, output
-files), `runner` (generation) and `answers` (LLaVA's answer files); a benchmark itself is one small file:
+"""What a benchmark is. Everything that all of them share lives here, in `cli` (arguments), `evaluate` (from questions to
+results), `runner` (generation) and `answers` (LLaVA's answer files); a benchmark itself is one small file:
 
     class ColourQA(Benchmark):
         name = "colourqa"                       # also the folder that is looked for under ./playground/data/eval

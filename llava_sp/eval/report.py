@@ -16,7 +16,7 @@ from typing import Any
 
 from llava_sp.eval.answerer import open_image
 from llava_sp.eval.base import Item
-from llava_sp.eval.cli import Outcome
+from llava_sp.eval.evaluate import Outcome
 from llava_sp.eval.files import write_atomic
 from llava_sp.eval.results import Row, Table
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp.eval.base import SOURCES, Benchmark
-from llava_sp.eval.cli import Outcome
+from llava_sp.eval.evaluate import Outcome
 from llava_sp.eval.files import write_atomic, write_json
 
 

@@ -54,6 +54,13 @@ class ModelArguments:
             "help": "A trained LLaVA-1.5: its patch MLP and its LoRA or language model are kept, the spatial branch is fresh."
         },
     )
+    check_base: bool = field(
+        default=True,
+        metadata={
+            "help": "Compare the bases' fingerprints with those that the LoRA of warm_start records; false takes, say, the same "
+            "weights in another number format."
+        },
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2 ..."})
     lora_r: int = field(default=128, metadata={"help": "Rank of the LoRA matrices."})
     lora_alpha: int = field(default=256, metadata={"help": "Scale of LoRA: alpha / r."})

@@ -36,7 +36,7 @@ def build_model(arguments: ModelArguments, args: TrainArguments) -> LlavaSPForCa
     if "lora" in STAGES[args.stage]:
         add_lora(model, arguments, args.seed)
     if arguments.warm_start is not None:
-        taken = start_from(model, arguments.warm_start)
+        taken = start_from(model, arguments.warm_start, check_base=arguments.check_base)
         logger.info("Starting from %s: its %s.", arguments.warm_start, " and ".join(taken))
     if arguments.projector_checkpoint not in (None, SCRATCH):
         load_projector(model, arguments.projector_checkpoint)

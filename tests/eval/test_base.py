@@ -15,7 +15,8 @@ from PIL import Image
 from llava_sp.eval import base
 from llava_sp.eval.answerer import open_image
 from llava_sp.eval.base import Item
-from llava_sp.eval.cli import claimed, main
+from llava_sp.eval.cli import main
+from llava_sp.eval.evaluate import claimed
 from llava_sp.eval.files import write_json
 
 HEADER = "from llava_sp.eval.base import Benchmark, Item, Scores, SHORT_ANSWER\n"

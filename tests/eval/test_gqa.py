@@ -13,7 +13,8 @@ import pytest
 
 from llava_sp.eval.answers import read_answers
 from llava_sp.eval.base import LLAVA15, Generation
-from llava_sp.eval.cli import check_images, main
+from llava_sp.eval.cli import main
+from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.gqa import GQA, distribution, llava_prediction, steps
 
 QUESTIONS = "testdev_balanced_questions.json"

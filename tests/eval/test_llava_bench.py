@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval.cli import check_images, main
+from llava_sp.eval.cli import main
+from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.judge import JUDGEMENTS
 from llava_sp.eval.llava_bench import RULE, LLaVABench, read_anywhere, read_strictly, relative
 from tests.eval.judge_server import JudgeServer, user_text

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval.cli import check_images, main
+from llava_sp.eval.cli import main
+from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.mme import COGNITION, MME, PERCEPTION, SUBTASKS, lmms_label, official_label
 from llava_sp.eval.yes_no import vlmevalkit
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.base import Generation
-from llava_sp.eval.cli import check_images, main
+from llava_sp.eval.cli import main
+from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.mmvp import MMVP, lmms_letter, parse_options
 from llava_sp.eval.records import find
 from tests.eval.judge_server import JudgeServer, user_text

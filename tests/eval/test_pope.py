@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.base import SHORT_ANSWER
-from llava_sp.eval.cli import check_images, main
+from llava_sp.eval.cli import main
+from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.pope import CATEGORIES, POPE, llava_label, lmms_label
 from llava_sp.eval.yes_no import vlmevalkit
 

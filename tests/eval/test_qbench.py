@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval.cli import check_images, main
+from llava_sp.eval.cli import main
+from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.qbench import QBench
 
 QUESTIONS, ANSWERS = "llvisionqa_dev.json", "llvisionqa_dev_answers.json"

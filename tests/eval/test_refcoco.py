@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from llava_sp.eval.base import Generation
-from llava_sp.eval.cli import check_images, main
+from llava_sp.eval.cli import main
+from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.refcoco import RefCOCO, box_as_list, iou, middle_inside, unpad
 
 ANNOTATIONS = "annotations.json"

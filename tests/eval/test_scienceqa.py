@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.base import IMAGE_MARK
-from llava_sp.eval.cli import check_images, main
+from llava_sp.eval.cli import main
+from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.scienceqa import ScienceQA
 
 PROBLEMS, SPLITS, LLAVA = "problems.json", "pid_splits.json", "llava_test_CQM-A.json"

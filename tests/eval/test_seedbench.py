@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.base import LLAVA15, LLAVA_SP
-from llava_sp.eval.cli import check_images, main
+from llava_sp.eval.cli import main
+from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.seedbench import SeedBench
 
 OFFICIAL, LLAVA = "SEED-Bench.json", "llava-seed-bench.jsonl"

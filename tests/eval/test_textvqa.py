@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.base import LLAVA15, SHORT_ANSWER, Generation
-from llava_sp.eval.cli import check_images, main
+from llava_sp.eval.cli import main
+from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.textvqa import TextVQA, question_of
 
 OFFICIAL = "TextVQA_0.5.1_val.json"

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.base import LLAVA15, Generation
-from llava_sp.eval.cli import check_images, main
+from llava_sp.eval.cli import main
+from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.vizwiz import SUFFIX, VizWiz, unanswerability
 
 SCORERS = {

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.base import LLAVA15, Generation
-from llava_sp.eval.cli import check_images, main
+from llava_sp.eval.cli import main
+from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.vqav2 import VQAv2
 
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"

@@ -70,6 +70,7 @@ def test_what_does_not_go_together(tmp_path, monkeypatch):
     (tmp_path / "ours/config.json").write_text(json.dumps(settings | {"base_language_model_hash": "0123456789abcdef"}))
     with pytest.raises(UsageError, match="trained on a language model with the fingerprint .* these are other weights"):
         run_here(tmp_path / "4", warm_start=str(tmp_path / "ours"))
+    run_here(tmp_path / "5", warm_start=str(tmp_path / "ours"), check_base=False, spatial_width=3, max_steps=1)
     monkeypatch.setattr("llava_sp.train.run.build_model", lambda *_: pytest.fail("a model was built"))
     with pytest.raises(UsageError, match="has LoRA, which the stage pretrain does not train: merge it first"):
         run_here(tmp_path / "2", "pretrain", warm_start=start)
