@@ -73,6 +73,7 @@ def evaluate(
     benchmark, all_items, processor = together(ranks, prepare)
     items = all_items[: args.limit]
     generation = _generation(benchmark, args)
+    about = {"generation": asdict(generation)}
 
     def claim() -> dict[str, Any]:
         check_images(items)
@@ -95,14 +96,13 @@ def evaluate(
                 output,
                 batch_size=1 if generation.do_sample else args.batch_size,
                 ranks=ranks,
-                about={"generation": asdict(generation), "settings": run_id},
+                about={**about, "settings": run_id},
             )
 
         start = time.perf_counter()
         answered = together(ranks, answer)
         if not ranks.first:
             return None
-        about = {"generation": asdict(generation)}
         records = merge(benchmark, items, output, model_id=engine.source.name, settings_id=run_id, metadata=about)
         origin = provenance(
             benchmark,

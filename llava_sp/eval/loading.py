@@ -134,7 +134,14 @@ class Engine:
         return self.source.model(self.dtype, self.device)
 
     def processor(self, image_mode: str | None = None) -> Any:
-        return load_processor(self.source, image_mode)
+        """The checkpoint's processor in this image mode (None: its own), read once for all benchmarks that use it."""
+        if image_mode not in self._processors:
+            self._processors[image_mode] = load_processor(self.source, image_mode)
+        return self._processors[image_mode]
+
+    @cached_property
+    def _processors(self) -> dict[str | None, Any]:
+        return {}
 
 
 def processor_hash(processor: Any) -> str:

@@ -81,8 +81,6 @@ def check_output(output: Path, settings: dict[str, Any]) -> None:
         ValueError: the directory holds a run with other settings (naming what changed) or results of unknown origin.
     """
     file = output / RUN_FILE
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file; give a directory")
     if not file.exists():
         unknown = [name for name in _OUTPUTS if (output / name).exists()]
         if unknown:

@@ -13,9 +13,9 @@ import pytest
 
 from llava_sp.eval.answers import read_answers
 from llava_sp.eval.base import LLAVA15, Generation
-from llava_sp.eval.cli import main
 from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.gqa import GQA, distribution, llava_prediction, steps
+from tests.eval.commands import command_of
 
 QUESTIONS = "testdev_balanced_questions.json"
 LLAVA = "llava_gqa_testdev_balanced.jsonl"
@@ -37,10 +37,7 @@ def answers(data) -> Path:
     return data / "answers" / "merge.jsonl"
 
 
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    status = main(GQA, [str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return status, out, err
+run = command_of(GQA)
 
 
 def change(file: Path, edit) -> None:

@@ -13,6 +13,7 @@ from llava_sp.eval.cli import main
 from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.judge import JUDGEMENTS
 from llava_sp.eval.llava_bench import RULE, LLaVABench, read_anywhere, read_strictly, relative
+from tests.eval.commands import results_of
 from tests.eval.judge_server import JudgeServer, user_text
 
 QUESTIONS, CONTEXT, REFERENCES = "questions.jsonl", "context.jsonl", "answers_gpt4.jsonl"
@@ -35,11 +36,6 @@ def run(capsys, data: Path, *arguments: object) -> tuple[int, str, str]:
     return status, out, err
 
 
-def written(output: Path) -> tuple[dict, list[dict]]:
-    lines = [json.loads(line) for line in (output / "per_item.jsonl").open()]
-    return json.loads((output / "metrics.json").read_text()), lines
-
-
 def recorded_judge(recorded: dict):
     replies = recorded["files"]["judge_replies.json"]["data"]
     return lambda body: replies[int(re.search(r"Reference reply (\d+)\.", user_text(body))[1])]
@@ -54,7 +50,7 @@ def test_judged_as_llavas_review(tmp_path, data, recorded, capsys):
     for body in server.requests:
         assert [message["role"] for message in body["messages"]] == expected["judge_request"]["roles"]
         assert {key: body[key] for key in ("temperature", "max_tokens")} == {"temperature": 0.2, "max_tokens": 1024}
-    result, lines = written(output)
+    result, lines = results_of(output)
     rows = {
         name if name == "all" else f"llava_bench_{name}": list(result["metrics"][name].values())
         for name in ("all", "conv", "detail", "complex")
@@ -91,7 +87,7 @@ def test_protocols_read_and_add_up_in_their_own_ways(tmp_path, data, recorded, c
     with JudgeServer(recorded_judge(recorded)) as server:
         assert run(capsys, data, "--output", output, *server.arguments)[0] == 0
     replies = recorded["files"]["judge_replies.json"]["data"]
-    scored = written(output)[0]["scored_as"]
+    scored = results_of(output)[0]["scored_as"]
     for protocol, read in {"lmms_eval": read_anywhere, "vlmevalkit": read_strictly}.items():
         pairs = [read(reply) for reply in replies]
         reference, model = (sum(pair[side] for pair in pairs) / 40 for side in (0, 1))
@@ -100,7 +96,7 @@ def test_protocols_read_and_add_up_in_their_own_ways(tmp_path, data, recorded, c
         again = tmp_path / protocol
         arguments = ("--judgements", output / JUDGEMENTS, "--protocol", protocol, "--output", again)
         assert run(capsys, data, *arguments)[0] == 0
-        result, lines = written(again)
+        result, lines = results_of(again)
         assert result["score"] == scored[protocol] == LLaVABench.headline(lines)
     assert scored["lmms_eval"] != scored["llava15"]
 
@@ -147,7 +143,7 @@ def test_runs_are_averaged_as_published(tmp_path, data, capsys):
     with JudgeServer(answer) as server:
         arguments = [*server.arguments, "--judge-runs", 3, "--judge-concurrency", 1]
         status, out, _ = run(capsys, data, "--output", output, *arguments)
-    result, lines = written(output)
+    result, lines = results_of(output)
     assert status == 0 and result["metrics"]["runs"] == [64.7, 65.3, 66.3] and result["score"] == 65.4
     assert LLaVABench.headline(lines) == 65.4 == LLaVABench.headline([lines[0], lines[0], lines[3]])
     assert "3 runs" in out
@@ -211,7 +207,7 @@ def test_other_rules_may_be_used(tmp_path, data, capsys):
     texts = list(map(user_text, server.requests))
     assert sum(text.endswith("[End of Helper 2]\n\n[System]\nRule of conv.\n\n") for text in texts) == 14
     assert {body["messages"][0]["content"] for body in server.requests} == {"Judge!"}
-    result, _ = written(output)
+    result, _ = results_of(output)
     assert result["metrics"]["judge"]["prompt"].startswith(f"{file} (sha256 ")
     assert str(file) in result["provenance"]["data_files"]
     status, _, err = run(capsys, data, "--output", output)  # without the file, the replies are to other requests
@@ -254,7 +250,7 @@ def test_prompts_records_and_generation_equal_llavas(data, recorded_prompts):
 
 def test_without_a_judge(tmp_path, data, capsys):
     status, out, _ = run(capsys, data, "--output", tmp_path / "out")
-    result, lines = written(tmp_path / "out")
+    result, lines = results_of(tmp_path / "out")
     assert status == 0 and result["score"] is None and "scored_as" not in {key for key, v in result.items() if v}
     assert "no judge was asked for a score; the same command with --judge MODEL" in out and "score" not in lines[0]
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from llava_sp.eval.cli import main
 from llava_sp.eval.mmbench import ABILITIES, MMBench
+from tests.eval.commands import command_of
 
 TABLE = "mmbench_dev.tsv"
 SCORERS = {
@@ -41,10 +42,7 @@ def answers(data) -> Path:
     return data / "answers" / "model.jsonl"
 
 
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    status = main(MMBench, [str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return status, out, err
+run = command_of(MMBench)
 
 
 def read_table(file: Path) -> list[list[str]]:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval.cli import main
 from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.mme import COGNITION, MME, PERCEPTION, SUBTASKS, lmms_label, official_label
 from llava_sp.eval.yes_no import vlmevalkit
+from tests.eval.commands import command_of, read_lines, write_lines
 
 QUESTIONS = "llava_mme.jsonl"
 ROOT = "MME_Benchmark_release_version"
@@ -29,10 +29,7 @@ def data(official) -> Path:
     return official("mme")[1]
 
 
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    status = main(MME, [str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return status, out, err
+run = command_of(MME)
 
 
 def scored(capsys, data: Path, *arguments: object) -> dict:
@@ -50,19 +47,11 @@ def refused(capsys, data: Path) -> str:
 def outputs(capsys, data: Path, output: Path, protocol: str = "llava15") -> tuple[dict, list[dict]]:
     answers = data / "answers" / "model.jsonl"
     assert run(capsys, "--answers", answers, "--data", data, "--output", output, "--protocol", protocol)[0] == 0
-    return json.loads((output / "metrics.json").read_text()), lines_of(output / "per_item.jsonl")
-
-
-def lines_of(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def write_lines(file: Path, lines: list[dict]) -> None:
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return json.loads((output / "metrics.json").read_text()), read_lines(output / "per_item.jsonl")
 
 
 def add_images(data: Path) -> None:
-    for line in lines_of(data / QUESTIONS):
+    for line in read_lines(data / QUESTIONS):
         (data / ROOT / line["image"]).write_bytes(b"")
 
 
@@ -151,7 +140,7 @@ def test_prompts_and_generation_equal_llavas(data, recorded_prompts):
     expected = recorded_prompts["mme"]
     assert asdict(MME().generation) == {k: v for k, v in expected["generate_kwargs"].items() if "image" not in k}
     add_images(data)
-    lines = lines_of(data / QUESTIONS)
+    lines = read_lines(data / QUESTIONS)
     for _ in ("with LLaVA's question file", "from the official text"):
         benchmark = MME()
         items = benchmark.load(data)
@@ -202,7 +191,7 @@ def test_a_missing_answer_is_named(official_error, capsys):
 
 def test_answers_are_told_apart_by_their_prompts(data, capsys):
     answers = data / "answers" / "model.jsonl"
-    lines = lines_of(answers)
+    lines = read_lines(answers)
     write_lines(answers, lines[::-1])
     assert scored(capsys, data)["score"] == 1125.0
     for line in lines:
@@ -215,7 +204,7 @@ def test_answers_are_told_apart_by_their_prompts(data, capsys):
 
 def test_answers_that_do_not_fit(data, capsys):
     answers = data / "answers" / "model.jsonl"
-    lines = lines_of(answers)
+    lines = read_lines(answers)
     write_lines(answers, [*lines[2:], lines[5], lines[5] | {"question_id": 7}])
     err = refused(capsys, data)
     assert "1 pictures which are not here (another data set?) (7)" in err
@@ -242,7 +231,7 @@ def test_without_perception_there_is_no_score(tmp_path, data, capsys):
     for subtask in PERCEPTION:
         shutil.rmtree(data / ROOT / subtask)
     for file in (data / QUESTIONS, data / "answers" / "model.jsonl"):
-        write_lines(file, [line for line in lines_of(file) if line["question_id"].split("/")[0] in COGNITION])
+        write_lines(file, [line for line in read_lines(file) if line["question_id"].split("/")[0] in COGNITION])
     answers = data / "answers" / "model.jsonl"
     status, out, _ = run(capsys, "--answers", answers, "--data", data, "--output", tmp_path / "out")
     result = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -274,7 +263,7 @@ def test_missing_subtasks_are_said(tmp_path, data, capsys):
     shutil.rmtree(data / ROOT / "code_reasoning")
     gone = ("artwork", "code_reasoning")
     for file in (data / QUESTIONS, data / "answers" / "model.jsonl"):
-        write_lines(file, [line for line in lines_of(file) if line["question_id"].split("/")[0] not in gone])
+        write_lines(file, [line for line in read_lines(file) if line["question_id"].split("/")[0] not in gone])
     answers = data / "answers" / "model.jsonl"
     status, out, _ = run(capsys, "--answers", answers, "--data", data, "--output", tmp_path / "out")
     assert status == 0 and "not comparable: no questions of artwork, code_reasoning" in out
@@ -330,14 +319,14 @@ def test_windows_line_ends_and_other_files(data, capsys):
     ],
 )
 def test_wrong_question_files_are_named(data, capsys, change, message):
-    lines = lines_of(data / QUESTIONS)
+    lines = read_lines(data / QUESTIONS)
     write_lines(data / QUESTIONS, [lines[0], lines[1] | change, *lines[2:]])
     err = refused(capsys, data)
     assert str(data / QUESTIONS) in err and message in err
 
 
 def test_cut_off_and_doubled_question_files(data, capsys):
-    lines = lines_of(data / QUESTIONS)
+    lines = read_lines(data / QUESTIONS)
     write_lines(data / QUESTIONS, lines[:-3])
     assert "does not ask all questions on 2 pictures (code_reasoning/cod_000, code_reasoning/cod_001)" in refused(
         capsys, data

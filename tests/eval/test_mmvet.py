@@ -13,6 +13,7 @@ import pytest
 from llava_sp.eval.cli import main
 from llava_sp.eval.judge import JUDGEMENTS, read_judgements
 from llava_sp.eval.mmvet import AGAIN, PROMPT, MMVet, final_grade, one_decimal, read_grade
+from tests.eval.commands import results_of
 from tests.eval.judge_server import JudgeServer, user_text
 
 OFFICIAL, LLAVAS = "mm-vet.json", "llava-mm-vet.jsonl"
@@ -33,11 +34,6 @@ def run(capsys, data: Path, *arguments: object) -> tuple[int, str, str]:
     status = main(MMVet, ["--answers", str(answers), "--data", str(data), *map(str, arguments)])
     out, err = capsys.readouterr()
     return status, out, err
-
-
-def written(output: Path) -> tuple[dict, list[dict]]:
-    lines = [json.loads(line) for line in (output / "per_item.jsonl").open()]
-    return json.loads((output / "metrics.json").read_text()), lines
 
 
 def name_of(body: dict) -> str:
@@ -62,7 +58,7 @@ def test_judged_as_the_official_evaluator(tmp_path, data, recorded, capsys):
         temperatures.setdefault(name_of(body), []).append(body["temperature"])
         assert body["max_tokens"] == expected["request"]["max_tokens"] and len(body["messages"]) == 1
     assert temperatures == expected["request_temperatures"]
-    result, lines = written(output)
+    result, lines = results_of(output)
     found = result["metrics"]
     for names, figures in (("capabilities", "cap_score"), ("combinations", "cap_int_score_names_sorted")):
         shown = {name: str(value) for name, value in found[names].items()}
@@ -129,7 +125,7 @@ def test_runs_are_averaged_and_their_spread_said(tmp_path, data, capsys):
     with JudgeServer(answer) as server:
         arguments = [*server.arguments, "--judge-runs", 3, "--judge-concurrency", 1]
         assert run(capsys, data, "--output", output, *arguments)[0] == 0
-    result, lines = written(output)
+    result, lines = results_of(output)
     found = result["metrics"]
     assert result["score"] == 50.0 and found["runs"] == [0.0, 100.0, 50.0] and found["std"] == 40.8
     assert found["capabilities"]["rec"] == 50.0 and found["judge"]["runs"] == 3
@@ -167,7 +163,7 @@ def test_submission_equals_llavas_and_validates(tmp_path, data, recorded, capsys
     output = tmp_path / "out"
     status, out, _ = run(capsys, data, "--output", output)
     assert status == 0 and "40 questions answered; no judge was asked" in out and "to submit:" in out
-    result, lines = written(output)
+    result, lines = results_of(output)
     assert result["score"] is None and result["metrics"] == {"judge": None} and "score" not in lines[0]
     submission = output / "submission.json"
     assert json.loads(submission.read_text()) == recorded["expected"]["llava_convert"]
@@ -247,7 +243,7 @@ def test_own_judgements_are_read_again_with_every_attempt(tmp_path, data, record
     with JudgeServer(replies_of({"v1_6": ["0.4"]})) as server:  # going on asks for the second attempt only
         assert run(capsys, data, "--output", output, *server.arguments)[0] == 0
     assert len(server.requests) == 1 and user_text(server.requests[0]).endswith(AGAIN)
-    assert written(output)[0]["score"] == 53.5
+    assert results_of(output)[0]["score"] == 53.5
 
 
 def test_the_official_table_may_be_used(tmp_path, data, capsys):
@@ -257,7 +253,7 @@ def test_the_official_table_may_be_used(tmp_path, data, capsys):
         arguments = ["--output", tmp_path / "out", *server.arguments, "--judge-prompt", file]
         assert run(capsys, data, *arguments)[0] == 0
     assert "The table.\n\nWhat about thing 0? | a <AND> b | Reply 0 | " in map(user_text, server.requests)
-    result, _ = written(tmp_path / "out")
+    result, _ = results_of(tmp_path / "out")
     assert result["metrics"]["judge"]["prompt"].startswith(f"{file} (sha256 ")
     assert str(file) in result["provenance"]["data_files"]
     status, _, err = run(capsys, data, "--judge-prompt", tmp_path / "none.txt")

@@ -12,6 +12,7 @@ from llava_sp.eval.cli import main
 from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.mmvp import MMVP, lmms_letter, parse_options
 from llava_sp.eval.records import find
+from tests.eval.commands import results_of
 from tests.eval.judge_server import JudgeServer, user_text
 
 QUESTIONS = "Questions.csv"
@@ -36,11 +37,6 @@ def run(capsys, data: Path, *arguments: object) -> tuple[int, str, str]:
     status = main(MMVP, ["--answers", str(data / "answers.jsonl"), "--data", str(data), *map(str, arguments)])
     out, err = capsys.readouterr()
     return status, out, err
-
-
-def written(output: Path) -> tuple[dict, list[dict]]:
-    lines = [json.loads(line) for line in (output / "per_item.jsonl").open()]
-    return json.loads((output / "metrics.json").read_text()), lines
 
 
 @pytest.fixture
@@ -68,7 +64,7 @@ def test_judged_as_the_official_grader(tmp_path, data, recorded, capsys, monkeyp
     assert status == 0, err
     assert {body["temperature"] for body in server.requests} == {expected["request"]["temperature"]}
     assert not any("max_tokens" in body for body in server.requests)
-    result, lines = written(output)
+    result, lines = results_of(output)
     assert result["score"] == 100 * expected["pair_accuracy"]
     assert result["provenance"]["protocol"] == "official" and result["metrics"]["pairs"] == 20
     pairs: dict[str, list[float]] = {}
@@ -85,7 +81,7 @@ def test_judged_as_the_official_grader(tmp_path, data, recorded, capsys, monkeyp
 def test_protocols_that_need_no_judge(tmp_path, data, recorded, capsys, protocol):
     output = tmp_path / "out"
     assert run(capsys, data, "--output", output, "--protocol", protocol)[0] == 0
-    result, lines = written(output)
+    result, lines = results_of(output)
     found = {str(line["question_id"]): line["score"] == 100 for line in lines}
     if protocol == "lmms_eval":
         expected = recorded["expected"]["lmms_eval"]
@@ -105,7 +101,7 @@ def test_protocols_that_need_no_judge(tmp_path, data, recorded, capsys, protocol
 
 def test_without_a_judge_other_rules_stand_under_their_own_names(tmp_path, data, capsys):
     status, out, _ = run(capsys, data, "--output", tmp_path / "out")
-    result, lines = written(tmp_path / "out")
+    result, lines = results_of(tmp_path / "out")
     assert status == 0 and result["score"] is None and result["metrics"] == {"judge": None}
     assert result["scored_as"] == {"lmms_eval": 5.0, "vlmevalkit": 5.0}
     assert "the same answers scored as lmms_eval does: 5.0" in out
@@ -134,7 +130,7 @@ def test_runs_are_averaged(tmp_path, data, capsys):
     with JudgeServer(answer) as server:
         arguments = [*server.arguments, "--judge-runs", 4, "--judge-concurrency", 1]
         assert run(capsys, data, "--output", output, *arguments)[0] == 0
-    result, lines = written(output)
+    result, lines = results_of(output)
     assert result["score"] == 25.0 and result["metrics"]["runs"] == [100.0, 0.0, 0.0, 0.0]
     assert {line["score"] for line in lines} == {25.0} and MMVP.headline(lines) == 25.0
 
@@ -186,7 +182,7 @@ def test_the_judge_may_be_asked_in_other_words(tmp_path, data, capsys, fields_on
         assert run(capsys, data, *arguments)[0] == 0
     assert {body["messages"][0]["content"] for body in server.requests} == {"yes or no?"}
     assert "[Which state is gadget 0 in? (a) Up (b) Down, (b), (a)]" in map(user_text, server.requests)
-    result, _ = written(tmp_path / "out")
+    result, _ = results_of(tmp_path / "out")
     assert result["metrics"]["judge"]["prompt"].startswith(f"{fields_only} (sha256 ")
     assert str(fields_only) in result["provenance"]["data_files"]
     fields_only.write_text('{"system": "", "user": "{question} {answer}"}')

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.base import SHORT_ANSWER
-from llava_sp.eval.cli import main
 from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.pope import CATEGORIES, POPE, llava_label, lmms_label
 from llava_sp.eval.yes_no import vlmevalkit
+from tests.eval.commands import command_of, read_lines, write_lines
 
 QUESTIONS = "llava_pope_test.jsonl"
 RANDOM = "coco/coco_pope_random.json"
@@ -28,10 +28,7 @@ def data(official) -> Path:
     return official("pope")[1]
 
 
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    status = main(POPE, [str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return status, out, err
+run = command_of(POPE)
 
 
 def scored(capsys, data: Path, *arguments: object) -> dict:
@@ -46,18 +43,10 @@ def refused(capsys, data: Path, *arguments: object) -> str:
     return err
 
 
-def lines_of(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def write_lines(file: Path, lines: list[dict]) -> None:
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
 def outputs(capsys, data: Path, output: Path, protocol: str) -> tuple[dict, list[dict]]:
     answers = data / "answers" / "model.jsonl"
     assert run(capsys, "--answers", answers, "--data", data, "--output", output, "--protocol", protocol)[0] == 0
-    return json.loads((output / "metrics.json").read_text()), lines_of(output / "per_item.jsonl")
+    return json.loads((output / "metrics.json").read_text()), read_lines(output / "per_item.jsonl")
 
 
 FIGURES = ("TP", "FP", "TN", "FN", "accuracy", "precision", "recall", "f1", "yes_ratio")
@@ -165,10 +154,10 @@ def test_label_files_alone_score_the_same(data, capsys):
 
 def test_one_category(data, capsys):
     answers = data / "answers" / "model.jsonl"
-    write_lines(answers, lines_of(answers)[28:])
+    write_lines(answers, read_lines(answers)[28:])
     assert scored(capsys, data, "--split", "random")["score"] == 80.0
     (data / QUESTIONS).unlink()
-    write_lines(answers, [line | {"question_id": line["question_id"] - 28} for line in lines_of(answers)])
+    write_lines(answers, [line | {"question_id": line["question_id"] - 28} for line in read_lines(answers)])
     (data / "coco" / "coco_pope_popular.json").unlink()
     assert scored(capsys, data, "--split", "random")["score"] == 80.0
     assert "has no coco_pope_popular.json" in (err := refused(capsys, data)) and "--split scores one" in err
@@ -185,8 +174,8 @@ def test_headline_of_a_sample(data):
 def test_labels_in_another_order_are_found(data, recorded, capsys):
     """The version of today: more labels, "an" for "a", other ids; positions no longer mean anything."""
     file = data / "coco" / "coco_pope_popular.json"
-    labels = [line | {"text": line["text"].replace("a anvil", "an anvil")} for line in lines_of(file)]
-    assert labels != lines_of(file)
+    labels = [line | {"text": line["text"].replace("a anvil", "an anvil")} for line in read_lines(file)]
+    assert labels != read_lines(file)
     more = {"question_id": 0, "image": "COCO_val2014_000000950009.jpg", "text": "Is there a fox in the image?"}
     labels = [more | {"label": "yes"}, *labels[::-1]]
     write_lines(file, [line | {"question_id": number} for number, line in enumerate(labels, 1)])
@@ -197,7 +186,7 @@ def test_labels_in_another_order_are_found(data, recorded, capsys):
 def test_unasked_labels_are_said(tmp_path, data, capsys):
     file = data / "coco" / "coco_pope_popular.json"
     extra = {"question_id": 15, "image": "x.jpg", "text": "Is there a fox in the image?", "label": "yes"}
-    write_lines(file, [*lines_of(file), extra])
+    write_lines(file, [*read_lines(file), extra])
     answers = data / "answers" / "model.jsonl"
     status, out, _ = run(capsys, "--answers", answers, "--data", data, "--output", tmp_path / "out")
     assert status == 0 and "1 labels of popular belong to no question" in out
@@ -206,7 +195,7 @@ def test_unasked_labels_are_said(tmp_path, data, capsys):
 def test_labels_of_other_questions_are_refused(data, capsys):
     """What gave F1 0.457 for 0.871: a label file of another version, which positions cannot tell."""
     file = data / RANDOM
-    labels = lines_of(file)
+    labels = read_lines(file)
     labels[4] |= {"text": "Is there a fox in the image?"}
     write_lines(file, [*labels, labels[5] | {"question_id": 15}])
     err = refused(capsys, data)
@@ -236,7 +225,7 @@ def test_zero_denominators_give_zero(official_error, capsys, case):
     )
     answers = data / "answers" / "model.jsonl"
     question = "Is there a harp in the image?" + SHORT_ANSWER
-    write_lines(answers, [line | {"prompt": question} for line in lines_of(answers)])
+    write_lines(answers, [line | {"prompt": question} for line in read_lines(answers)])
     result = scored(capsys, data, "--split", "random")
     assert result["scored_as"] == dict.fromkeys(POPE.protocols, 0.0)
     assert result["metrics"]["random"]["f1"] == 0.0
@@ -245,7 +234,7 @@ def test_zero_denominators_give_zero(official_error, capsys, case):
 def test_answers_to_other_questions_are_refused(data, capsys):
     """Without LLaVA's file ids are numbers that run on: the same ids may be those of other questions."""
     answers = data / "answers" / "model.jsonl"
-    lines = lines_of(answers)
+    lines = read_lines(answers)
     write_lines(answers, [line | {"question_id": 43 - line["question_id"]} for line in lines])
     assert "the answers are to other questions: question 1 was 'Is there a harp in the image?'" in refused(capsys, data)
     write_lines(answers, [{"question_id": line["question_id"], "text": line["text"]} for line in lines])
@@ -254,7 +243,7 @@ def test_answers_to_other_questions_are_refused(data, capsys):
 
 def test_answers_of_another_split_missing_and_doubled(data, capsys):
     answers = data / "answers" / "model.jsonl"
-    lines = lines_of(answers)
+    lines = read_lines(answers)
     assert "28 question ids are not in pope random: answers of another" in refused(capsys, data, "--split", "random")
     write_lines(answers, [*lines[1:], lines[5]])
     err = refused(capsys, data)
@@ -271,7 +260,7 @@ def test_missing_images_are_counted(data):
 
 
 def changed(file: Path, **changes: object) -> str:
-    lines = lines_of(file)
+    lines = read_lines(file)
     lines[1] |= changes
     return "".join(json.dumps(line) + "\n" for line in lines)
 
@@ -301,12 +290,12 @@ def test_cut_off_files_are_named(data, capsys):
     (data / RANDOM).write_text("".join(whole.splitlines(keepends=True)[:-1]))
     assert "has 14 questions of random" in (err := refused(capsys, data)) and "have no label" in err
     (data / RANDOM).write_text(whole)
-    write_lines(data / QUESTIONS, lines_of(data / QUESTIONS)[:28])
+    write_lines(data / QUESTIONS, read_lines(data / QUESTIONS)[:28])
     assert f"{data / QUESTIONS} has no questions of random" in refused(capsys, data)
 
 
 def test_image_outside_the_folder_is_refused(data, capsys):
     for name in (RANDOM, QUESTIONS):
-        lines = lines_of(data / name)
+        lines = read_lines(data / name)
         write_lines(data / name, [*lines[:-1], lines[-1] | {"image": "../x.jpg"}])
     assert "image '../x.jpg' is outside" in refused(capsys, data)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval.cli import main
 from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.qbench import QBench
+from tests.eval.commands import command_of
 
 QUESTIONS, ANSWERS = "llvisionqa_dev.json", "llvisionqa_dev_answers.json"
 
@@ -33,10 +33,7 @@ def answers(data, recorded) -> Path:
     return data / "answers.jsonl"
 
 
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    status = main(QBench, [str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return status, out, err
+run = command_of(QBench)
 
 
 def change(data: Path, edit) -> None:

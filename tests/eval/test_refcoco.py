@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from llava_sp.eval.base import Generation
-from llava_sp.eval.cli import main
 from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.refcoco import RefCOCO, box_as_list, iou, middle_inside, unpad
+from tests.eval.commands import command_of
 
 ANNOTATIONS = "annotations.json"
 REQUEST = "Please provide the bounding box coordinate of the region this sentence describes: "
@@ -32,10 +32,7 @@ def data(official) -> Path:
     return folder
 
 
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    status = main(RefCOCO, [str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return status, out, err
+run = command_of(RefCOCO)
 
 
 def outputs(capsys, data: Path, output: Path, protocol: str) -> tuple[dict, list[dict]]:

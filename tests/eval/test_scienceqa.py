@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.base import IMAGE_MARK
-from llava_sp.eval.cli import main
 from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.scienceqa import ScienceQA
+from tests.eval.commands import command_of
 
 PROBLEMS, SPLITS, LLAVA = "problems.json", "pid_splits.json", "llava_test_CQM-A.json"
 TABLE = {  # names of the official table
@@ -41,10 +41,7 @@ def answers(data) -> Path:
     return data / "answers" / "model.jsonl"
 
 
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    status = main(ScienceQA, [str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return status, out, err
+run = command_of(ScienceQA)
 
 
 def change(file: Path, edit) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.base import LLAVA15, LLAVA_SP
-from llava_sp.eval.cli import main
 from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.seedbench import SeedBench
+from tests.eval.commands import command_of, read_lines, write_lines
 
 OFFICIAL, LLAVA = "SEED-Bench.json", "llava-seed-bench.jsonl"
 
@@ -31,10 +31,7 @@ def answers(data) -> Path:
     return data / "answers" / "merge.jsonl"
 
 
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    status = main(SeedBench, [str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return status, out, err
+run = command_of(SeedBench)
 
 
 def change(data: Path, edit) -> None:
@@ -42,14 +39,6 @@ def change(data: Path, edit) -> None:
     content = json.loads((data / OFFICIAL).read_text())
     edit(content["questions"])
     (data / OFFICIAL).write_text(json.dumps(content))
-
-
-def write_lines(file: Path, lines: list[dict]) -> None:
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def read_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.open()]
 
 
 def test_scores_equal_llavas(tmp_path, data, answers, recorded, capsys):

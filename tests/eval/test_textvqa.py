@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.base import LLAVA15, SHORT_ANSWER, Generation
-from llava_sp.eval.cli import main
 from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.textvqa import TextVQA, question_of
+from tests.eval.commands import command_of, read_lines, write_lines
 
 OFFICIAL = "TextVQA_0.5.1_val.json"
 LLAVA = "llava_textvqa_val_v051_ocr.jsonl"
@@ -36,18 +36,7 @@ def answers(data) -> Path:
     return data / "answers" / "model.jsonl"
 
 
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    status = main(TextVQA, [str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
-def read_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def write_lines(file: Path, lines: list[dict]) -> None:
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+run = command_of(TextVQA)
 
 
 def change_rows(data: Path, edit) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.base import LLAVA15, Generation
-from llava_sp.eval.cli import main
 from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.vizwiz import SUFFIX, VizWiz, unanswerability
+from tests.eval.commands import command_of
 
 SCORERS = {
     "llava15": "llava_pipeline.vizwiz_vqaeval",
@@ -45,10 +45,7 @@ def only_test(data) -> Path:
     return data
 
 
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    status = main(VizWiz, [str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return status, out, err
+run = command_of(VizWiz)
 
 
 def official_test_file(data: Path) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.base import LLAVA15, Generation
-from llava_sp.eval.cli import main
 from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.vqav2 import VQAv2
+from tests.eval.commands import command_of
 
 QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
@@ -37,10 +37,7 @@ def answers(data) -> Path:
     return data / "answers" / "merge.jsonl"
 
 
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    status = main(VQAv2, [str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return status, out, err
+run = command_of(VQAv2)
 
 
 @pytest.mark.parametrize(
