@@ -4,7 +4,7 @@
     python benchmarks/evaluation.py --size 7b              7B + CLIP-L/14-336 with random weights, float16, on the first GPU
 
 "one by one" is what LLaVA's scripts do: for each question open the picture, prepare it, encode it, generate, decode. The
-runner is `llava_sp.eval.runner` as the benchmarks use it, with its logs on disk. Sets of questions about pictures of the shapes
+runner is `llava_sp.eval.run.runner` as the benchmarks use it, with its logs on disk. Sets of questions about pictures of the shapes
 world with 1 question to a picture (as VizWiz), 3 (as VQAv2), and 6 (POPE has 18, GQA 31); from two on, the runner is also
 measured with each question's picture encoded for itself. All in one process and one run; repeats take turns; medians. Prints a table with ratios against one by one and writes JSON to `benchmarks/results/`.
 """
@@ -25,12 +25,12 @@ from projector import machine, synchronize
 from real_size import build
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.eval.answerer import generation_arguments, open_image, render_prompt
-from llava_sp.eval.answers import read_logs
-from llava_sp.eval.base import SHORT_ANSWER, Benchmark, Generation, Item, Scores
-from llava_sp.eval.loading import ModelAnswerer, merge_lora
-from llava_sp.eval.ranks import Ranks
-from llava_sp.eval.runner import LOGS, generate_answers
+from llava_sp.common.processes import Processes
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import SHORT_ANSWER, Benchmark, Item, Scores
+from llava_sp.eval.run.answer_log import read_logs
+from llava_sp.eval.run.runner import LOGS, generate_answers
+from llava_sp.inference import ModelAnswerer, merge_lora, open_image, render_prompt
 from llava_sp.shapes.language import Interviewer
 from llava_sp.shapes.world import draw, sample_scene
 
@@ -93,7 +93,7 @@ def one_by_one(model, processor, items: list[Item], generation: Generation, fold
             image = open_image(item.images[0], f"question {item.id}")
             inputs = processor(text=prompt, images=image, return_tensors="pt").to(model.device)
             inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-            ids = model.generate(**inputs, **generation_arguments(generation))
+            ids = model.generate(**inputs, **generation.arguments())
             text = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
             texts[item.key] = text
             stream.write(json.dumps({**benchmark.record(item), "text": text}) + "\n")
@@ -111,7 +111,7 @@ def by_runner(
         lambda: ModelAnswerer(model, processor, benchmark, generation, share_images=share),
         folder,
         batch_size=batch,
-        ranks=Ranks(),
+        processes=Processes(),
         progress=False,
     )
     return {key: line["text"] for key, line in read_logs(folder / LOGS).items()}

@@ -67,7 +67,7 @@ def make_adapter(folder: Path) -> None:
     from peft import LoraConfig
 
     from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-    from llava_sp.checkpoints import save_adapter
+    from llava_sp.checkpoints.opening.adapter import save_adapter
 
     model = LlavaSPForCausalLM.from_backbones(folder / "base", folder / "clip")
     model.add_adapter(LoraConfig(r=128, lora_alpha=256, target_modules=LORA_LAYERS))
@@ -82,7 +82,7 @@ def merge_naively(folder: Path, shard: str) -> None:
     from peft import PeftModel
 
     from llava_sp import LlavaSPConfig, LlavaSPForCausalLM, LlavaSPProcessor
-    from llava_sp.checkpoints import load_projector
+    from llava_sp.checkpoints.opening.adapter import load_projector
 
     adapter = folder / "adapter"
     config = LlavaSPConfig.from_pretrained(adapter)

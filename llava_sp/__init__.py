@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from . import _auto
+from llava_sp import _auto
 
 __version__ = "0.1.0"
 
@@ -22,14 +22,16 @@ _EXPORTS = {
 __all__ = ["LlavaSPConfig", "LlavaSPForCausalLM", "LlavaSPModel", "LlavaSPProcessor", "__version__"]
 
 if TYPE_CHECKING:
-    from .model.configuration_llava_sp import LlavaSPConfig
-    from .model.modeling_llava_sp import LlavaSPForCausalLM, LlavaSPModel
-    from .model.processing_llava_sp import LlavaSPProcessor
+    from llava_sp.model.configuration_llava_sp import LlavaSPConfig
+    from llava_sp.model.modeling_llava_sp import LlavaSPForCausalLM, LlavaSPModel
+    from llava_sp.model.processing_llava_sp import LlavaSPProcessor
 
 
 def __getattr__(name: str):
     if name not in _EXPORTS:
         raise AttributeError(f"module 'llava_sp' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    if name != "LlavaSPConfig":
+        importlib.import_module("llava_sp.checkpoints.opening")  # the formats that model and processor open
     return getattr(importlib.import_module(_EXPORTS[name]), name)
 
 

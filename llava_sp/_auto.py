@@ -16,7 +16,7 @@ import sys
 def _register_config() -> None:
     from transformers import AutoConfig
 
-    from .model.configuration_llava_sp import LlavaSPConfig
+    from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 
     AutoConfig.register(LlavaSPConfig.model_type, LlavaSPConfig, exist_ok=True)
 
@@ -24,7 +24,7 @@ def _register_config() -> None:
 def _register_model() -> None:
     from transformers import AutoModelForImageTextToText
 
-    from .model.modeling_llava_sp import LlavaSPConfig, LlavaSPForCausalLM
+    from llava_sp.model.modeling_llava_sp import LlavaSPConfig, LlavaSPForCausalLM
 
     AutoModelForImageTextToText.register(LlavaSPConfig, LlavaSPForCausalLM, exist_ok=True)
 
@@ -32,8 +32,8 @@ def _register_model() -> None:
 def _register_processor() -> None:
     from transformers import AutoProcessor
 
-    from .model.configuration_llava_sp import LlavaSPConfig
-    from .model.processing_llava_sp import LlavaSPProcessor
+    from llava_sp.model.configuration_llava_sp import LlavaSPConfig
+    from llava_sp.model.processing_llava_sp import LlavaSPProcessor
 
     AutoProcessor.register(LlavaSPConfig, LlavaSPProcessor, exist_ok=True)
 

@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="a LLaVA-SP checkpoint (full or adapter): directory or hub id")
     add("--image", type=Path, action="append", default=[], help="an image file; may be given several times")
     add("--prompt", required=True, help="the question")
-    add("--template", help="conversation template (default: the checkpoint's own)")
+    add("--conversation-template", help="conversation template (default: the checkpoint's own)")
     add("--max-new-tokens", type=int, default=512, help="default 512")
     add("--temperature", type=float, help="sample at this temperature instead of taking the likeliest token")
     add("--top-p", type=float, help="sample from the likeliest tokens that together have this probability")
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",
         help="auto: float16 on a GPU, else float32")  # fmt: skip
     add("--device", help="cuda, cuda:1, cpu, ... (default: a GPU if there is one)")
-    add("--base-model", help="language model of an adapter checkpoint, where it has moved")
+    add("--language-model", help="language model of an adapter checkpoint, where it has moved")
     add("--vision-tower", help="vision tower of an adapter checkpoint, where it has moved")
     add("--traceback", action="store_true", help="show where an error comes from")
     return parser
@@ -109,16 +109,16 @@ def _generate(args: argparse.Namespace) -> None:
     import torch
     from transformers import TextStreamer
 
-    from llava_sp.eval import loading
-    from llava_sp.eval.answerer import open_image
+    from llava_sp import inference
+    from llava_sp.eval.run.answerer import open_image
 
     images = [open_image(path, "--image") for path in args.image]
-    source = loading.Source(args.model, args.base_model, args.vision_tower)
-    device = loading.choose_device(args.device)
-    processor = loading.load_processor(source)
-    prompt = loading.render_prompt(processor, message, args.template)
+    source = inference.Source(args.model, args.language_model, args.vision_tower)
+    device = inference.choose_device(args.device)
+    processor = inference.load_processor(source)
+    prompt = inference.render_prompt(processor, message, args.conversation_template)
     inputs = processor(text=prompt, images=images or None, return_tensors="pt").to(device)
-    model = source.model(loading.choose_dtype(args.dtype, device), device)
+    model = source.model(inference.choose_dtype(args.dtype, device), device)
     if images:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     if args.seed is not None:

@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from llava_sp import LlavaSPForCausalLM
-from llava_sp.checkpoints.formats import bare, our_projector_name
+from llava_sp.checkpoints.reading.formats import bare, our_projector_name
 
 LAYOUTS = ("cropping", "pooling_dfi", "pooling")
 CONVOLUTION_WIDTH = 5  # of the recorded checkpoints
@@ -35,7 +35,7 @@ def released_folder(golden: Path, layout: str) -> Path:
 
 def bases(golden: Path) -> dict[str, Path]:
     """The recorded checkpoints' base models, which stand elsewhere than they say."""
-    return {"base_model": golden / "base", "vision_tower": golden / "clip"}
+    return {"language_model": golden / "base", "vision_tower": golden / "clip"}
 
 
 def load_released(golden: Path, layout: str, lora: bool = True, dtype=torch.float32) -> LlavaSPForCausalLM:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from llava_sp import LlavaSPConfig, LlavaSPForCausalLM, LlavaSPProcessor  # noqa: F401 - one in a message's code
-from llava_sp.checkpoints import save_adapter
+from llava_sp.checkpoints.opening.adapter import save_adapter
 from llava_sp.generate import main, place_images
 
 
@@ -83,7 +83,7 @@ def test_images_stand_where_the_prompt_says():
         (["--image", "/nowhere/x.jpg"], "--image /nowhere/x.jpg does not exist"),
         (["--image", "/"], "--image / is not a file"),
         (["--model", "/nowhere/model"], "--model /nowhere/model is not a directory"),
-        (["--template", "nope"], "unknown conversation template 'nope'"),
+        (["--conversation-template", "nope"], "unknown conversation template 'nope'"),
         (["--temperature", "-1"], "--temperature is -1.0; it must be 0 (greedy) or more"),
         (["--top-p", "2"], "--top-p is 2.0; it must be above 0 and at most 1"),
         (["--max-new-tokens", "0"], "--max-new-tokens is 0; it must be at least 1"),
@@ -125,9 +125,9 @@ def test_wrong_backbones_are_one_short_line(checkpoint, golden, tmp_path, capsys
     save_adapter(model, processor, tmp_path / "adapter", run={})
     clip, empty = golden / "clip", tmp_path / "empty"
     empty.mkdir()
-    line = one_error(capsys, "--model", tmp_path / "adapter", "--base-model", clip)
-    assert f"--base-model {clip} cannot be used as a language model: Unrecognized" in line and len(line) < 400
-    for flag, what in (("--base-model", "language model"), ("--vision-tower", "vision tower")):
+    line = one_error(capsys, "--model", tmp_path / "adapter", "--language-model", clip)
+    assert f"--language-model {clip} cannot be used as a language model: Unrecognized" in line and len(line) < 400
+    for flag, what in (("--language-model", "language model"), ("--vision-tower", "vision tower")):
         line = one_error(capsys, "--model", tmp_path / "adapter", flag, empty)
         assert f"{flag} {empty} cannot be used as a {what}: Unrecognized model in" in line
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp.eval.base import SHORT_ANSWER
-from llava_sp.eval.vqa_metrics import evalai_answer, percent, vqa_accuracy
+from llava_sp.eval.scoring.vqa import evalai_answer, percent, vqa_accuracy
 
 DATA = Path(__file__).parent.parent / "vqav2"
 

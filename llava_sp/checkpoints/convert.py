@@ -1,6 +1,6 @@
 """From any format that opens here to any that the same model can have; weights keep every bit.
 
-    python -m llava_sp.checkpoints.convert --from SRC [--base B] [--vision-tower V] --to DST [--format FORMAT]
+    python -m llava_sp.checkpoints.convert --from SRC [--language-model B] [--vision-tower V] --to DST [--format FORMAT]
 
     llava_sp    an adapter checkpoint of ours from a LoRA folder or a first stage's projector, else a full one
     original    what the original code reads: a LoRA folder from an adapter checkpoint, model.bin (mm_projector.bin without
@@ -30,12 +30,10 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedConfig
 
-from ..model.configuration_llava_sp import LlavaSPConfig
-from ..model.modeling_llava_sp import LlavaSPForCausalLM
-from ..model.processing_llava_sp import LlavaSPProcessor
-from .adapter import describe, save_adapter
-from .filling import parameter_names
-from .formats import (
+from llava_sp.checkpoints.opening.adapter import describe, save_adapter
+from llava_sp.checkpoints.opening.fill import parameter_names
+from llava_sp.checkpoints.opening.foreign import check_complete
+from llava_sp.checkpoints.reading.formats import (
     LANGUAGE,
     LORA,
     ORIGINAL_SCALES,
@@ -47,10 +45,12 @@ from .formats import (
     our_config,
     recognise,
 )
-from .locating import base_folder, fetch
-from .new_folder import check_new, new_folder
-from .original import check_complete
-from .tensor_files import read_all, read_checked, read_json
+from llava_sp.checkpoints.reading.places import base_folder, fetch
+from llava_sp.checkpoints.reading.tensor_files import read_all, read_checked, read_json
+from llava_sp.common.folders import check_new, new_folder
+from llava_sp.model.configuration_llava_sp import LlavaSPConfig
+from llava_sp.model.modeling_llava_sp import LlavaSPForCausalLM
+from llava_sp.model.processing_llava_sp import LlavaSPProcessor
 
 TARGETS = ("llava_sp", "original", "llava_hf")
 _WRAPPED = "base_model.model.model."  # what PEFT and LlavaLlamaForCausalLM put before a key
@@ -62,7 +62,7 @@ def convert(
     source: str | os.PathLike,
     to: str | os.PathLike,
     *,
-    base_model: str | os.PathLike | None = None,
+    language_model: str | os.PathLike | None = None,
     vision_tower: str | os.PathLike | None = None,
     target: str | None = None,
     max_shard_size: str = "5GB",
@@ -87,7 +87,7 @@ def convert(
         raise ValueError(f"{found.folder} is in transformers' format already")
     check_complete(found)
     check_new(destination, place)
-    bases = {"base_model": base_model, "vision_tower": vision_tower}
+    bases = {"language_model": language_model, "vision_tower": vision_tower}
     bases = {name: value for name, value in bases.items() if value is not None}
     write: Callable[..., str] = {"llava_sp": _to_ours, "original": _to_original, "llava_hf": _to_llava_hf}[target]
     with new_folder(destination, sum(file.stat().st_size for file in found.files)) as folder:
@@ -133,7 +133,9 @@ def _to_original(found: Checkpoint, folder: Path, bases: dict[str, Any], max_sha
     _write_json(folder / "config.json", settings)
     source = _find_tokenizer(found, config, bases)
     if source is None and found.holds_language_model:
-        raise ValueError(f"{found.folder} has no tokenizer.model, which the original code needs: give --base with one")
+        raise ValueError(
+            f"{found.folder} has no tokenizer.model, which the original code needs: give --language-model with one"
+        )
     for name in _TOKENIZER:
         if source is not None and (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -263,7 +265,7 @@ def _original_settings(found: Checkpoint, config: LlavaSPConfig, bases: dict[str
     text = config.text_config.to_dict()
     dtype = config.dtype or next(iter(found.part(PROJECTOR).values())).dtype
     text |= {
-        "_name_or_path": str(bases.get("base_model") or found.language_model or ""),
+        "_name_or_path": str(bases.get("language_model") or found.language_model or ""),
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava_llama",
         "torch_dtype": str(dtype).removeprefix("torch."),
@@ -296,7 +298,7 @@ def _aspect_ratio(found: Checkpoint) -> str:
 
 def _find_tokenizer(found: Checkpoint, config: LlavaSPConfig, bases: dict[str, Any]) -> Path | None:
     """A folder with the original's slow tokenizer, if there is one here: a hub id is left to the reader."""
-    for place in (bases.get("base_model"), found.folder, config.base_language_model):
+    for place in (bases.get("language_model"), found.folder, config.language_model_name_or_path):
         folder = None if place is None else base_folder(found.folder, place)
         if folder is not None and (folder / "tokenizer.model").is_file():
             return folder
@@ -366,7 +368,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--to", required=True, metavar="DST", help="new folder")
     parser.add_argument("--format", choices=TARGETS, help="default: llava_sp, and original for what is ours")
-    parser.add_argument("--base", help="language model, in place of the recorded one")
+    parser.add_argument("--language-model", help="language model, in place of the recorded one")
     parser.add_argument("--vision-tower", help="vision tower, in place of the recorded one")
     parser.add_argument("--max-shard-size", default="5GB", help="of one file with weights (default: %(default)s)")
     args = parser.parse_args(arguments)
@@ -375,7 +377,7 @@ def main(arguments: list[str] | None = None) -> None:
         written = convert(
             args.source,
             args.to,
-            base_model=args.base,
+            language_model=args.language_model,
             vision_tower=args.vision_tower,
             target=args.format,
             max_shard_size=args.max_shard_size,

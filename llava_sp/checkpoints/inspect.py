@@ -24,14 +24,17 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
-from ..model.backbone_configs import is_original, language_config, vision_config
-from ..model.configuration_llava_sp import LlavaSPConfig
-from ..model.other_formats import is_missing_folder
-from ..model.processing_llava_sp import LlavaSPProcessor
-from .adapter import MANIFEST, describe
-from .backbones import read_vocabulary
-from .compare import OURS, Comparison, compare
-from .formats import (
+from llava_sp.checkpoints.opening.adapter import MANIFEST, describe
+from llava_sp.checkpoints.opening.backbones import read_vocabulary
+from llava_sp.checkpoints.opening.fit import OURS, Comparison, compare
+from llava_sp.checkpoints.opening.foreign import (
+    check_language_settings,
+    check_tokenizers,
+    full_config,
+    has_tokenizer,
+    open_processor,
+)
+from llava_sp.checkpoints.reading.formats import (
     FORMATS,
     HEAD,
     LANGUAGE,
@@ -48,15 +51,29 @@ from .formats import (
     recognise,
     recorded_dtype,
 )
-from .locating import base_folder
-from .original import check_language_settings, check_tokenizers, full_config, has_tokenizer, open_processor
-from .tensor_files import read_json, stored_tensors, weight_files
+from llava_sp.checkpoints.reading.places import base_folder
+from llava_sp.checkpoints.reading.tensor_files import read_json, stored_tensors, weight_files
+from llava_sp.model.backbone_configs import is_original, language_config, vision_config
+from llava_sp.model.configuration_llava_sp import LlavaSPConfig
+from llava_sp.model.opening import is_missing_folder
+from llava_sp.model.processing_llava_sp import LlavaSPProcessor
 
-PLACEHOLDERS = {"base_model": "LANGUAGE_MODEL", "vision_tower": "VISION_TOWER"}
+PLACEHOLDERS = {"language_model": "LANGUAGE_MODEL", "vision_tower": "VISION_TOWER"}
 UNREAD = "not read; checked on opening"
 _MERGE_RECORD = "merged.json"
 # The report's keys: None, or an empty list, where nothing was recognised.
-_KEYS = ("format", "spatial", "base_model", "vision_tower", "template", "parts", "lora", "bytes", "run", "merged_from")
+_KEYS = (
+    "format",
+    "spatial",
+    "language_model",
+    "vision_tower",
+    "conversation_template",
+    "parts",
+    "lora",
+    "bytes",
+    "run",
+    "merged_from",
+)
 _LISTS = ("files", "missing", "unexpected", "wrong_shape", "empty", "problems", "needs", "call")
 _SHOWN = 6  # lines of a kind of problem in the text; all are in the JSON
 _PARTS = {
@@ -120,9 +137,9 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     return report | {
         "format": found.format,
         "spatial": _spatial(found, config),
-        "base_model": vars(language),
+        "language_model": vars(language),
         "vision_tower": vars(tower),
-        "template": _template(found),
+        "conversation_template": _template(found),
         "parts": _parts(found),
         "lora": _lora(found),
         "bytes": sum(file.stat().st_size for file in found.files),
@@ -143,12 +160,12 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
 def _language(found: Checkpoint) -> Backbone:
     if found.holds_language_model:
         recorded = found.language_model if found.format == "llava_sp" else None
-        return Backbone(recorded, "within", found.folder, fingerprint=found.config.get("base_language_model_hash"))
-    return _place(found, found.language_model, found.config.get("base_language_model_hash"))
+        return Backbone(recorded, "within", found.folder, fingerprint=found.config.get("language_model_fingerprint"))
+    return _place(found, found.language_model, found.config.get("language_model_fingerprint"))
 
 
 def _tower(found: Checkpoint) -> Backbone:
-    fingerprint = found.config.get("base_vision_tower_hash")
+    fingerprint = found.config.get("vision_tower_fingerprint")
     if found.format in ("llava_sp", "llava_hf"):
         recorded = found.vision_tower if found.format == "llava_sp" else None
         return Backbone(recorded, "within", found.folder, fingerprint=fingerprint)
@@ -262,7 +279,7 @@ def _settings_problems(found: Checkpoint) -> list[str]:
 
 def _processor_problems(path: str | os.PathLike, found: Checkpoint, language: Backbone, tower: Backbone) -> list[str]:
     """Tokenizers and image settings, by making of them what opening does, as far as they are on this machine."""
-    bases = {"base_model": language.folder, "vision_tower": tower.folder}
+    bases = {"language_model": language.folder, "vision_tower": tower.folder}
     try:
         if found.format not in OURS and has_tokenizer(found):
             read_vocabulary(found.folder)
@@ -274,7 +291,7 @@ def _processor_problems(path: str | os.PathLike, found: Checkpoint, language: Ba
             LlavaSPProcessor.from_pretrained(found.folder)
         elif found.format not in OURS and None not in bases.values():
             if found.holds_language_model:
-                del bases["base_model"]
+                del bases["language_model"]
             open_processor(path, **bases, local_files_only=True)
     except (ValueError, OSError) as error:
         return [f"its processor: {error}"]
@@ -370,7 +387,7 @@ def _bases_to_name(found: Checkpoint, bases: tuple[Backbone, Backbone]) -> list[
     if found.format != "llava_sp":
         return []  # the opened model records the ones it was opened on
     lost = [_place(found, backbone.recorded, None).status == "missing" for backbone in bases]
-    words = {"language_model": PLACEHOLDERS["base_model"], "vision_tower": PLACEHOLDERS["vision_tower"]}
+    words = {"language_model": PLACEHOLDERS["language_model"], "vision_tower": PLACEHOLDERS["vision_tower"]}
     return [f'{keyword}="{word}"' for (keyword, word), gone in zip(words.items(), lost) if gone]
 
 
@@ -393,9 +410,9 @@ def text(report: dict[str, Any]) -> str:
 
 def _about(report: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("format", f"{FORMATS[report['format']]} ({report['format']})"), *_spatial_rows(report["spatial"])]
-    rows += [("base", _backbone_text(report["base_model"], "base_model"))]
+    rows += [("base", _backbone_text(report["language_model"], "language_model"))]
     rows += [("tower", _backbone_text(report["vision_tower"], "vision_tower"))]
-    rows += [("template", _template_text(report["template"], report["format"]))]
+    rows += [("template", _template_text(report["conversation_template"], report["format"]))]
     for part in (*_PARTS, "LoRA"):
         if part in report["parts"]:
             rows.append((part, _part_text(report["parts"][part], report["lora"] if part == "LoRA" else None)))
@@ -486,7 +503,7 @@ def _part_text(part: dict[str, Any], lora: dict[str, Any] | None) -> str:
 def _merged_text(record: dict[str, Any]) -> str:
     if "unreadable" in record:
         return record["unreadable"]
-    adapter, base = record.get("adapter", {}), record.get("base_language_model", {})
+    adapter, base = record.get("adapter", {}), record.get("language_model", {})
     return f"{adapter.get('path')} ({adapter.get('hash')}) in {base.get('path')}, on {record.get('date')}"
 
 

@@ -1,6 +1,6 @@
 """Merge LoRA into its base: an adapter checkpoint becomes an ordinary full one that needs no base and no PEFT.
 
-    python -m llava_sp.checkpoints.merge ADAPTER --to DST [--base-model B] [--vision-tower V] [--dtype bfloat16]
+    python -m llava_sp.checkpoints.merge ADAPTER --to DST [--language-model B] [--vision-tower V] [--dtype bfloat16]
 
 ADAPTER is whatever `LlavaSPForCausalLM.from_pretrained` opens with LoRA attached. The model is in memory once: opened,
 merged layer by layer in place, written in shards, let go, opened again from the disk, and compared. DST appears, by a
@@ -47,14 +47,14 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..model.modeling_llava_sp import LlavaSPForCausalLM
-from ..model.processing_llava_sp import LlavaSPProcessor
-from .adapter import checkpoint_hash
-from .formats import LORA, recognise
-from .locating import fetch
-from .new_folder import check_new, new_folder, readable
-from .original import needs_processor
-from .tensor_files import read_json
+from llava_sp.checkpoints.opening.adapter import checkpoint_hash
+from llava_sp.checkpoints.opening.foreign import needs_processor
+from llava_sp.checkpoints.reading.formats import LORA, recognise
+from llava_sp.checkpoints.reading.places import fetch
+from llava_sp.checkpoints.reading.tensor_files import read_json
+from llava_sp.common.folders import check_new, new_folder, readable
+from llava_sp.model.modeling_llava_sp import LlavaSPForCausalLM
+from llava_sp.model.processing_llava_sp import LlavaSPProcessor
 
 RECORD = "merged.json"
 FORMAT = 1
@@ -79,7 +79,7 @@ def merge(
     adapter: str | os.PathLike,
     to: str | os.PathLike,
     *,
-    base_model: str | os.PathLike | None = None,
+    language_model: str | os.PathLike | None = None,
     vision_tower: str | os.PathLike | None = None,
     dtype: str = "auto",
     max_shard_size: str = "5GB",
@@ -89,7 +89,7 @@ def merge(
 
     Args:
         adapter: a folder or a hub id that `LlavaSPForCausalLM.from_pretrained` opens with LoRA attached.
-        base_model, vision_tower: in place of those that the adapter records.
+        language_model, vision_tower: in place of those that the adapter records.
         dtype: of the result; "auto" is the adapter's own.
         max_shard_size: of one file with weights, such as "5GB".
         device: where the model is while it is merged and compared.
@@ -105,13 +105,13 @@ def merge(
     source, target = fetch(adapter), Path(to).resolve()
     _check_source(source)
     _check_target(target, source)
-    given = {"base_model": base_model, "vision_tower": vision_tower}
+    given = {"language_model": language_model, "vision_tower": vision_tower}
     given = {name: value for name, value in given.items() if value is not None}
     if device != "cpu":
         given["device_map"] = device
     model = LlavaSPForCausalLM.from_pretrained(source, dtype=dtype, **given)
     record = _describe(model, source)
-    _check_target(target, record["base_language_model"]["path"], record["base_vision_tower"]["path"])
+    _check_target(target, record["language_model"]["path"], record["vision_tower"]["path"])
     processor = _processor(source, model)
     sample = proof_sample(processor).to(device)
     with new_folder(target, _needed_bytes(model)) as stage:
@@ -285,7 +285,7 @@ def _check_source(source: Path) -> None:
 
 def _merged_from(folder: Path) -> str:
     record = read_json(folder / RECORD)
-    adapter, base = record.get("adapter"), record.get("base_language_model")
+    adapter, base = record.get("adapter"), record.get("language_model")
     if not isinstance(adapter, dict) or not isinstance(base, dict):
         return f"but {folder / RECORD} does not say from what"
     return f"from {adapter.get('path')} ({adapter.get('hash')}) into {base.get('path')} on {record.get('date')}"
@@ -303,17 +303,20 @@ def _describe(model: LlavaSPForCausalLM, source: Path) -> dict:
     if not layers:
         raise ValueError(f"{source} opens without LoRA: nothing to merge")
     config, lora = model.config, next(iter(model.peft_config.values()))
-    ranks = sorted({rank for layer in layers.values() for rank in layer.r.values()})
+    processes = sorted({rank for layer in layers.values() for rank in layer.r.values()})
     alphas = sorted({alpha for layer in layers.values() for alpha in layer.lora_alpha.values()})
     return {
         "format": FORMAT,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "adapter": {"path": str(source.resolve()), "hash": checkpoint_hash(source)},
-        "base_language_model": {"path": config.base_language_model, "fingerprint": config.base_language_model_hash},
-        "base_vision_tower": {"path": config.base_vision_tower, "fingerprint": config.base_vision_tower_hash},
+        "language_model": {
+            "path": config.language_model_name_or_path,
+            "fingerprint": config.language_model_fingerprint,
+        },
+        "vision_tower": {"path": config.vision_tower_name_or_path, "fingerprint": config.vision_tower_fingerprint},
         "lora": {
             "layers": len(layers),
-            "r": ranks[0] if len(ranks) == 1 else ranks,
+            "r": processes[0] if len(processes) == 1 else processes,
             "alpha": alphas[0] if len(alphas) == 1 else alphas,
             "rslora": lora.use_rslora,
             "targets": sorted({name.rpartition(".")[2] for name in layers}),
@@ -329,7 +332,10 @@ def _describe(model: LlavaSPForCausalLM, source: Path) -> dict:
 
 
 def _processor(source: Path, model: LlavaSPForCausalLM) -> LlavaSPProcessor:
-    bases = {"base_model": model.config.base_language_model, "vision_tower": model.config.base_vision_tower}
+    bases = {
+        "language_model": model.config.language_model_name_or_path,
+        "vision_tower": model.config.vision_tower_name_or_path,
+    }
     if (source / "processor_config.json").is_file() or needs_processor(source):
         return LlavaSPProcessor.from_pretrained(source, **bases)
     return LlavaSPProcessor.from_backbones(model.config)  # an adapter saved without one
@@ -388,7 +394,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("adapter", metavar="ADAPTER", help="checkpoint with LoRA: a folder or a hub id")
     parser.add_argument("--to", required=True, metavar="DST", help="new folder for the full checkpoint")
-    parser.add_argument("--base-model", help="language model, in place of the recorded one")
+    parser.add_argument("--language-model", help="language model, in place of the recorded one")
     parser.add_argument("--vision-tower", help="vision tower, in place of the recorded one")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the result; auto: the adapter's own")
     parser.add_argument("--max-shard-size", default="5GB", help="of one file with weights (default: %(default)s)")

@@ -19,8 +19,8 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .dataset import ConversationDataset
-from .records import BadSample
+from llava_sp.data.dataset import ConversationDataset
+from llava_sp.data.records import BadSample
 
 
 class _Look(Dataset):
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="JSONL file for the bad samples")
     parser.add_argument("--show", type=int, default=20, help="how many bad samples to print")
     options, overrides = parser.parse_known_args(arguments)
-    from .from_config import dataset_of_config
+    from llava_sp.data.build import dataset_of_config
 
     try:
         dataset = dataset_of_config(options.config, overrides)

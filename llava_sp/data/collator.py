@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..model.processing_llava_sp import IGNORE_INDEX
+from llava_sp.model.processing_llava_sp import IGNORE_INDEX
 
 
 class Collator:

@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ..model.conversation import get_template
-from ..model.processing_llava_sp import IGNORE_INDEX, LlavaSPProcessor
-from .images import load_image
-from .mixture import Source
-from .records import BadSample, Conversation, RecordFile, parse_record
-from .report import SampleReport
+from llava_sp.data.images import load_image
+from llava_sp.data.mixture import Source
+from llava_sp.data.records import BadSample, Conversation, RecordFile, parse_record
+from llava_sp.data.skipped import SampleReport
+from llava_sp.model.conversation import get_template
+from llava_sp.model.processing_llava_sp import IGNORE_INDEX, LlavaSPProcessor
 
 ON_BAD_SAMPLE = ("fail", "skip")
 MAX_SKIPS = 1000  # bad samples in a row before even `skip` gives up
@@ -43,7 +43,7 @@ class ConversationDataset(Dataset):
     Args:
         sources: see `mixture.load_mixture`.
         processor: turns text and images into ids and pixels.
-        template: key of `conversation.TEMPLATES`; `None` is the processor's own.
+        conversation_template: key of `conversation.TEMPLATES`; `None` is the processor's own.
         model_max_length: tokens, image tokens included.
         on_bad_sample: `"fail"` or `"skip"`.
         skipped_path: JSONL file that lists what was skipped or cut; needed to skip.
@@ -59,7 +59,7 @@ class ConversationDataset(Dataset):
         self,
         sources: Sequence[Source],
         processor: LlavaSPProcessor,
-        template: str | None = None,
+        conversation_template: str | None = None,
         model_max_length: int = 2048,
         on_bad_sample: str = "fail",
         skipped_path: str | Path | None = None,
@@ -71,8 +71,8 @@ class ConversationDataset(Dataset):
             raise ValueError("on_bad_sample is 'skip', so skipped_path must name the file that lists what was skipped")
         if not sources:
             raise ValueError("no sources: give at least one annotation file")
-        get_template(template or processor.conversation_template)
-        self.processor, self.template = processor, template
+        get_template(conversation_template or processor.conversation_template)
+        self.processor, self.conversation_template = processor, conversation_template
         self.model_max_length = model_max_length
         self.on_bad_sample = on_bad_sample
         self.sources = list(sources)
@@ -126,7 +126,7 @@ class ConversationDataset(Dataset):
                 nothing is left to learn.
         """
         try:
-            ids, labels = self.processor.encode_conversation(conversation.turns, self.template)
+            ids, labels = self.processor.encode_conversation(conversation.turns, self.conversation_template)
         except ValueError as error:
             raise BadSample(str(error)) from error
         placeholder, per_image = self.processor.image_token_id, self.processor.num_image_tokens

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .dataset import ConversationDataset
-from .records import BadSample
+from llava_sp.data.dataset import ConversationDataset
+from llava_sp.data.records import BadSample
 
 COLOUR = ("\033[1;32m", "\033[0m")
 BRACKETS = ("[[", "]]")
@@ -31,7 +31,7 @@ def marked_text(dataset: ConversationDataset, index: int, marks: tuple[str, str]
     conversation = dataset.conversation(index)
     kept = len(dataset.encode(conversation).input_ids)
     processor = dataset.processor
-    segments = processor.render_conversation(conversation.turns, dataset.template)
+    segments = processor.render_conversation(conversation.turns, dataset.conversation_template)
     text = "".join(piece for piece, _ in segments)
     tokens = processor.align_segments(segments)
     learned = np.zeros(len(text) + 1, dtype=bool)
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("preview"), help="folder for the images")
     options, overrides = parser.parse_known_args(arguments)
     marks = COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else BRACKETS
-    from .from_config import dataset_of_config
+    from llava_sp.data.build import dataset_of_config
 
     try:
         show(dataset_of_config(options.config, overrides), options.index, options.output, marks)

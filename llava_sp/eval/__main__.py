@@ -23,13 +23,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava_sp.common.processes import Processes, ReportedElsewhere
+from llava_sp.common.provenance import now, versions
 from llava_sp.eval.base import Benchmark
 from llava_sp.eval.cli import check_numbers, default_data, make_parser
-from llava_sp.eval.evaluate import evaluate, open_engine, together
-from llava_sp.eval.provenance import now, versions
-from llava_sp.eval.ranks import Elsewhere, Ranks
-from llava_sp.eval.registry import benchmark_names, load_benchmark
-from llava_sp.eval.results import Row, Table
+from llava_sp.eval.report.table import Row, Table
+from llava_sp.eval.run.evaluate import evaluate, open_engine, together
+from llava_sp.eval.run.registry import benchmark_names, load_benchmark
 
 _OWN = (
     "--model",
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--model and --data are needed")
     try:
         return _run(args, rest)
-    except Elsewhere:  # the process it concerns says it
+    except ReportedElsewhere:  # the process it concerns says it
         return 2
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -98,12 +98,9 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
     if not present or (args.only and absent):
         raise ValueError(f"{args.data} has no folder for {', '.join(absent)}")
     output = args.output or Path("runs") / "eval" / "all" / Path(args.model).name
-    ranks = Ranks.from_environment()
-    try:
-        rows = _rows(present, args, {cls: known for cls, (known, _) in parsed.items()}, output, ranks)
-    finally:
-        ranks.close()
-    if not ranks.first:
+    with Processes.from_environment().group() as processes:
+        rows = _rows(present, args, {cls: known for cls, (known, _) in parsed.items()}, output, processes)
+    if not processes.is_main:
         return 0
     if absent:
         print(f"no data below {args.data} for {', '.join(absent)}", file=sys.stderr)
@@ -145,19 +142,19 @@ def _rows(
     args: argparse.Namespace,
     known: dict[type[Benchmark], argparse.Namespace],
     output: Path,
-    ranks: Ranks,
+    processes: Processes,
 ) -> list[Row]:
-    engine = open_engine(args.model, known[classes[0]], ranks)
-    together(ranks, engine.processor)  # a checkpoint that cannot be opened is said before anything else
+    engine = open_engine(args.model, known[classes[0]], processes)
+    together(processes, engine.processor)  # a checkpoint that cannot be opened is said before anything else
     rows = []
     for cls in classes:
         folder = output / cls.name
         try:
-            outcome = evaluate(cls, known[cls], default_data(cls, args.data), folder, engine, ranks)
+            outcome = evaluate(cls, known[cls], default_data(cls, args.data), folder, engine, processes)
         except (ValueError, OSError, MemoryError) as error:
             if known[cls].traceback:
                 raise
-            if ranks.first:
+            if processes.is_main:
                 print(f"error: {cls.name}: {error}", file=sys.stderr)
             rows.append(Row(cls, note=f"not run: {error}"))
             continue
@@ -167,7 +164,7 @@ def _rows(
 
 
 def _report(args: argparse.Namespace, rows: Sequence[Row], output: Path, limited: bool) -> int:
-    from llava_sp.eval.report import write_report
+    from llava_sp.eval.report.html import write_report
 
     table = Table(args.model, rows, limited, {"date": now(), **versions()})
     table.write(output)

@@ -23,7 +23,7 @@ results), `runner` (generation) and `answers` (LLaVA's answer files); a benchmar
 `python -m llava_sp.eval.colourqa --model M --data D --output O`, `--answers FILE`, resuming, several processes, provenance,
 the hash of every file read through `self.read_*`, a row in the table of `python -m llava_sp.eval --all`, and
 `python -m llava_sp.eval.compare` follow from that. What else can be overridden, each only where a benchmark needs it:
-`generation`, `conversation`, `image_mode`, `splits`, `protocols` (with `generations`), `published`, `folders`,
+`generation`, `conversation_template`, `image_aspect_ratio`, `splits`, `protocols` (with `generations`), `published`, `folders`,
 `add_arguments`, `record` (fields of an answer line), `read_answers`, `match` (which answer belongs to which item; by
 default `question_id`), `judge`, `headline` (how the score follows from the per-item records), `summary`, `submission`,
 `validate`.
@@ -42,12 +42,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-from llava_sp.eval.answers import check_questions, match_by_question_id, read_answers
-from llava_sp.eval.files import read_json, read_jsonl, read_table
+from llava_sp.common.files import Line, read_json, read_jsonl, read_table
+from llava_sp.decoding import Generation
+from llava_sp.eval.run.answer_log import check_questions, match_by_question_id, read_answers
+from llava_sp.model.conversation import IMAGE_MARK
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 OPTION_LETTER = "\nAnswer with the option's letter from the given choices directly."
-IMAGE_MARK = "<image>"
 
 # Rows of published figures; `SOURCES` says where each was read.
 LLAVA15 = "LLaVA-1.5-7B"
@@ -83,18 +84,6 @@ class Item:
     def __post_init__(self) -> None:
         if not self.key:
             object.__setattr__(self, "key", str(self.id))
-
-
-@dataclass(frozen=True)
-class Generation:
-    """Arguments of `generate`; the defaults are those of LLaVA-1.5's short-answer benchmarks (greedy)."""
-
-    do_sample: bool = False
-    temperature: float = 0.0
-    top_p: float | None = None
-    num_beams: int = 1
-    max_new_tokens: int = 128
-    use_cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -143,8 +132,8 @@ class Benchmark(ABC):
     folders: ClassVar[tuple[str, ...]] = ()  # what else than `name` the data folder is called, as in LLaVA's layout
     submission_label: ClassVar[str] = "to submit"  # what the file of `submission` is for
     unscored: ClassVar[str] = "only the server can score them"
-    conversation: ClassVar[str | None] = None  # conversation template; None is the checkpoint's own
-    image_mode: ClassVar[str | None] = None  # "pad" or "crop"; None is the checkpoint's own
+    conversation_template: ClassVar[str | None] = None  # None is the checkpoint's own
+    image_aspect_ratio: ClassVar[str | None] = None  # "pad" or "crop"; None is the checkpoint's own
 
     def __init__(self, split: str | None = None, protocol: str | None = None, images: Path | None = None):
         """Args: split, one of `splits`, None to take what the data folder holds; protocol, one of `protocols`; images,
@@ -176,8 +165,8 @@ class Benchmark(ABC):
         self.files.append(path)
         return read_jsonl(path)
 
-    def read_table(self, path: Path, delimiter: str) -> list[tuple[int, dict[str, str]]]:
-        """The rows of a CSV or TSV file with a header: `(line number, {column: text})`."""
+    def read_table(self, path: Path, delimiter: str) -> list[Line]:
+        """The rows of a CSV or TSV file with a header, {column: text}."""
         self.files.append(path)
         return read_table(path, delimiter)
 
@@ -224,7 +213,7 @@ class Benchmark(ABC):
     def judge(  # noqa: B027 - most benchmarks need none
         self, items: Sequence[Item], answers: Sequence[str], output: Path | None
     ) -> None:
-        """Asks a judge what `score` will need; called once before it. See `llava_sp.eval.judge`."""
+        """Asks a judge what `score` will need; called once before it. See `llava_sp.eval.scoring.judge`."""
 
     @abstractmethod
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:

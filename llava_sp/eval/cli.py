@@ -26,12 +26,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava_sp.checkpoints.reading.places import checkpoints_hint
+from llava_sp.common.files import sha256
+from llava_sp.common.processes import Processes, ReportedElsewhere
 from llava_sp.eval.base import Benchmark
-from llava_sp.eval.evaluate import claimed, evaluate, finish, load_items, open_engine
-from llava_sp.eval.files import checkpoints_hint, sha256
-from llava_sp.eval.provenance import check_output, provenance
-from llava_sp.eval.ranks import Elsewhere, Ranks
-from llava_sp.eval.records import first_folder
+from llava_sp.eval.inputs.checks import first_folder
+from llava_sp.eval.run.evaluate import claimed, evaluate, finish, load_items, open_engine
+from llava_sp.eval.run.output import check_output, provenance
 
 DEFAULT_MODEL = "llava-sp-7b-cropping-lora"  # what configs/finetune_lora_7b_cropping.yaml writes, below the runs folder
 QUICKSTART = "bash scripts/quickstart.sh"
@@ -46,7 +47,7 @@ def main(benchmark_class: type[Benchmark], argv: Sequence[str] | None = None) ->
         if args.answers:
             return _score_answers(benchmark_class, args)
         return _run(benchmark_class, args)
-    except Elsewhere:  # the process it concerns says it
+    except ReportedElsewhere:  # the process it concerns says it
         return 2
     except (ValueError, OSError, MemoryError) as error:
         if args.traceback:
@@ -81,13 +82,17 @@ def make_parser(benchmark: type[Benchmark]) -> argparse.ArgumentParser:
     add("--batch-size", type=int, default=8, help="questions at once per process (default 8)")
     add("--max-new-tokens", type=int, help=f"default {benchmark.generation.max_new_tokens}")
     add("--temperature", type=float, help="0 is greedy; more draws answers, one by one, each with a seed of its own")
-    add("--image-mode", choices=("pad", "crop"), help="pad to a square, or crop its middle (default: the checkpoint's)")
+    add(
+        "--image-aspect-ratio",
+        choices=("pad", "crop"),
+        help="pad to a square, or crop its middle (default: the checkpoint's)",
+    )
     add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",
         help="auto: float16 on a GPU, as LLaVA evaluates, else float32")  # fmt: skip
     add("--device", help="cuda, cuda:1, cpu, ... (default: this process's GPU if there is one)")
     add("--limit", type=int, help="only the first N questions; the score is then not comparable")
     add("--seed", type=int, default=0, help="for benchmarks that sample")
-    add("--base-model", help="language model of an adapter checkpoint, where it has moved")
+    add("--language-model", help="language model of an adapter checkpoint, where it has moved")
     add("--vision-tower", help="vision tower of an adapter checkpoint, where it has moved")
     add("--traceback", action="store_true", help="show where an error comes from")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
@@ -137,11 +142,8 @@ def _run(benchmark_class: type[Benchmark], args: argparse.Namespace) -> int:
     check_numbers(args)
     model, data = _find_inputs(benchmark_class, args)
     output = args.output or Path("runs") / "eval" / benchmark_class.name / Path(model).name
-    ranks = Ranks.from_environment()
-    try:
-        evaluate(benchmark_class, args, data, output, open_engine(model, args, ranks), ranks)
-    finally:
-        ranks.close()
+    with Processes.from_environment().group() as processes:
+        evaluate(benchmark_class, args, data, output, open_engine(model, args, processes), processes)
     return 0
 
 

@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
+from llava_sp.common.files import examples, read_json, read_jsonl, write_json
 from llava_sp.eval.base import Benchmark
-from llava_sp.eval.files import examples, read_json, read_jsonl, write_json
-from llava_sp.eval.registry import ORDER, load_benchmark
-from llava_sp.eval.vqa_metrics import AccuracyBenchmark
+from llava_sp.eval.run.registry import ORDER, load_benchmark
+from llava_sp.eval.scoring.vqa import AccuracyBenchmark
 
 RESAMPLES = 2000
 

@@ -38,20 +38,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava_sp.eval.base import (
-    LLAVA15,
-    LLAVA15_LORA,
-    LLAVA_SP,
-    SHORT_ANSWER,
-    Benchmark,
-    Category,
-    Generation,
-    Item,
-    Scores,
-)
+from llava_sp.common.files import write_json
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, SHORT_ANSWER, Benchmark, Category, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.files import write_json
-from llava_sp.eval.records import compare_ids, expect, expect_all, expect_once, find, find_one, first_folder, inside
+from llava_sp.eval.inputs.checks import (
+    compare_ids,
+    expect,
+    expect_all,
+    expect_once,
+    find,
+    find_one,
+    first_folder,
+    inside,
+)
 
 OFFICIAL = ("testdev_balanced_questions.json", "testdev_all_questions.json")
 LLAVA = "llava_gqa_testdev_balanced.jsonl"

@@ -5,7 +5,7 @@
 
 D holds LLaVA's files, in D itself or one folder below: questions.jsonl, context.jsonl (captions of each picture, which the
 judge reads in place of it), answers_gpt4.jsonl (the reference answers), and images/. The prompt is the question alone.
-`llava_sp.eval.judge` tells how judges are asked and their replies kept.
+`llava_sp.eval.scoring.judge` tells how judges are asked and their replies kept.
 
 The judge gets context, question, both answers and a rule, at temperature 0.2, and is to begin its reply with two scores
 from 1 to 10, the reference's first. The score is relative: 100 * mean of the model's / mean of the reference's. Beside it
@@ -22,7 +22,7 @@ Protocols, which differ in how replies are read and added up:
 Several runs (--judge-runs, or several files of --judgements) are averaged.
 
 Published: 65.4 for LLaVA-1.5-7B is the mean of three runs of gpt-4-0314 (64.7, 65.3, 66.3), which is retired: a score by
-another judge does not compare with it. LLaVA's scripts of that time cropped pictures instead of padding (--image-mode crop).
+another judge does not compare with it. LLaVA's scripts of that time cropped pictures instead of padding (--image-aspect-ratio crop).
 
 Kept on purpose: a reply that cannot be read ("8, 7", a trailing space, "8/10 7/10") counts as -1 for both sides, and numbers
 are read as Python does ("8_0" is 80); `metrics` counts such replies, and ratings outside 1 to 10. Different from LLaVA: where
@@ -42,12 +42,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, Category, Generation, Item, Scores
+from llava_sp.common.files import read_jsonl, read_text, sha256
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, Category, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.files import read_jsonl, read_text, sha256
-from llava_sp.eval.judge import JudgedBenchmark, Run, check_foreign_ids
-from llava_sp.eval.judge_client import Request
-from llava_sp.eval.records import compare_ids, expect, expect_all, expect_once, find_one, first_folder, inside
+from llava_sp.eval.inputs.checks import compare_ids, expect, expect_all, expect_once, find_one, first_folder, inside
+from llava_sp.eval.scoring.judge import JudgedBenchmark, Run, check_foreign_ids
+from llava_sp.eval.scoring.judge_client import Request
 
 CATEGORIES = ("conv", "detail", "complex")
 UNREAD = (-1.0, -1.0)  # what LLaVA counts for a reply without two scores

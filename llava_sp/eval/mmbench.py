@@ -49,11 +49,12 @@ from zipfile import BadZipFile
 
 from PIL import Image, UnidentifiedImageError
 
-from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, OPTION_LETTER, Benchmark, Category, Generation, Item, Scores
+from llava_sp.common.files import Line, examples, read_bytes
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, OPTION_LETTER, Benchmark, Category, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.files import Line, examples, read_bytes
-from llava_sp.eval.options import lettered, lmms_mmbench, percent, vlmevalkit
-from llava_sp.eval.records import compare_ids, expect_once, find
+from llava_sp.eval.inputs.checks import compare_ids, expect_once, find
+from llava_sp.eval.scoring.letters import lettered, lmms_mmbench, percent, vlmevalkit
 
 ROTATION = 1_000_000
 ABILITIES = {  # in the order of the leaderboard
@@ -118,7 +119,7 @@ class MMBench(Benchmark):
             names = (name for split in splits for name in self.tables[split])
             raise ValueError(f"{data} has no table of {self.name}: looked for {', '.join(names)}")
         self.split, file = found[0]
-        rows = self.read_table(file, "\t")
+        rows = [(row.number, row) for row in self.read_table(file, "\t")]
         items = _items(rows, file)
         if items[0].reference is None:
             _openpyxl()  # before hours of answering: without the table for the server they would be for nothing

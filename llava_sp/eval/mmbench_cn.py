@@ -17,7 +17,8 @@ from __future__ import annotations
 import sys
 from typing import ClassVar
 
-from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, Generation
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import LLAVA15, LLAVA15_LORA
 from llava_sp.eval.cli import main
 from llava_sp.eval.mmbench import MMBench
 

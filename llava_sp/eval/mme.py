@@ -41,21 +41,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
-from llava_sp.eval import yes_no
-from llava_sp.eval.base import (
-    LLAVA15,
-    LLAVA15_LORA,
-    LLAVA_SP,
-    SHORT_ANSWER,
-    Benchmark,
-    Category,
-    Generation,
-    Item,
-    Scores,
-)
+from llava_sp.common.files import examples, read_text, write_atomic
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, SHORT_ANSWER, Benchmark, Category, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.files import examples, read_text, write_atomic
-from llava_sp.eval.records import expect_all, find, inside
+from llava_sp.eval.inputs.checks import expect_all, find, inside
+from llava_sp.eval.scoring import yes_no
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",

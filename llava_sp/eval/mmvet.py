@@ -4,7 +4,7 @@
     python -m llava_sp.eval.mmvet --answers FILE --data D --judgements grade.json
 
 D holds mm-vet.json and images/ of the official mm-vet.zip, in D itself or one folder below, and may hold LLaVA's question file
-llava-mm-vet.jsonl, which is then asked (both give the same prompts: the question alone). `llava_sp.eval.judge` tells how
+llava-mm-vet.jsonl, which is then asked (both give the same prompts: the question alone). `llava_sp.eval.scoring.judge` tells how
 judges are asked and their replies kept.
 
 O/submission.json, {"v1_0": answer, ...}, is what the official online grader takes; `--validate FILE` checks such a file, and
@@ -21,7 +21,7 @@ break); then the first message is the official one to the letter (checked agains
 used.
 
 Published for LLaVA-1.5-7B: 31.1, the mean of three runs of gpt-4 of 2023. A score by another judge does not compare with it.
-LLaVA's scripts of that time cropped pictures instead of padding them (--image-mode crop).
+LLaVA's scripts of that time cropped pictures instead of padding them (--image-aspect-ratio crop).
 
 Different from the official code: "nan" is asked again (there it passes, and spoils every mean); grades of an interrupted run
 are never taken for those of a finished one; the capabilities in the name of a combination are sorted (there their order
@@ -40,12 +40,22 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, ClassVar
 
-from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, Category, Generation, Item, Scores
+from llava_sp.common.files import read_text, sha256, write_json
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, Category, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.files import read_text, sha256, write_json
-from llava_sp.eval.judge import JudgedBenchmark, Run, check_foreign_ids
-from llava_sp.eval.judge_client import Request
-from llava_sp.eval.records import compare_ids, expect, expect_all, expect_once, find, find_one, first_folder, inside
+from llava_sp.eval.inputs.checks import (
+    compare_ids,
+    expect,
+    expect_all,
+    expect_once,
+    find,
+    find_one,
+    first_folder,
+    inside,
+)
+from llava_sp.eval.scoring.judge import JudgedBenchmark, Run, check_foreign_ids
+from llava_sp.eval.scoring.judge_client import Request
 
 OFFICIAL, LLAVAS = "mm-vet.json", "llava-mm-vet.jsonl"
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")  # in the order of the published tables

@@ -15,8 +15,8 @@ Protocols:
     lmms_eval    prompt with lettered options and LLaVA's request for the letter, greedy, at most 16 tokens; the letter
                  is parsed. Four labels of the official file are corrected (99, 100, 279, 280: swapped there); other data, told
                  by their number of rows or their first question, keep their labels.
-    vlmevalkit   the same prompt, at most 512 tokens; exact matching of letters and option texts (`llava_sp.eval.options`)
-`llava_sp.eval.judge` tells how judges are asked and their replies kept. Without a judge `official` has no score; those of the
+    vlmevalkit   the same prompt, at most 512 tokens; exact matching of letters and option texts (`llava_sp.eval.scoring.letters`)
+`llava_sp.eval.scoring.judge` tells how judges are asked and their replies kept. Without a judge `official` has no score; those of the
 other protocols stand under their own names in `scored_as`.
 
 The judge's question is our own wording; `--grader-prompt FILE` takes other words, for example those of the official
@@ -38,13 +38,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-from llava_sp.eval.base import OPTION_LETTER, Generation, Item, Scores
+from llava_sp.common.files import read_jsonl, read_text, sha256
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import OPTION_LETTER, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.files import read_jsonl, read_text, sha256
-from llava_sp.eval.judge import JudgedBenchmark
-from llava_sp.eval.judge_client import Request
-from llava_sp.eval.options import by_letter, lettered, vlmevalkit
-from llava_sp.eval.records import expect, expect_all, find_one, first_folder
+from llava_sp.eval.inputs.checks import expect, expect_all, find_one, first_folder
+from llava_sp.eval.scoring.judge import JudgedBenchmark
+from llava_sp.eval.scoring.judge_client import Request
+from llava_sp.eval.scoring.letters import by_letter, lettered, vlmevalkit
 
 QUESTIONS = "Questions.csv"
 COLUMNS = ("Question", "Options", "Correct Answer")
@@ -87,7 +88,7 @@ class MMVP(JudgedBenchmark):
     def __init__(self, split: str | None = None, protocol: str | None = None, images: Path | None = None):
         super().__init__(split, protocol, images)
         if self.protocol == "official":
-            self.conversation, self.image_mode = "llava_v1", "crop"
+            self.conversation_template, self.image_aspect_ratio = "llava_v1", "crop"
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -114,7 +115,7 @@ class MMVP(JudgedBenchmark):
         self.data = data
         file = find_one(data, QUESTIONS, what="questions of MMVP")
         folder = self.images or first_folder([file.parent / name for name in FOLDERS])
-        rows = self.read_table(file, ",")
+        rows = [(row.number, row) for row in self.read_table(file, ",")]
         if len(rows) % 2:
             raise ValueError(f"{file} has {len(rows)} rows, but MMVP's questions come in pairs: is the file cut off?")
         items: list[Item] = []

@@ -35,12 +35,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava_sp.eval.answers import read_answers
-from llava_sp.eval.base import OPTION_LETTER, Benchmark, Category, Generation, Item, Scores
+from llava_sp.common.files import read_json, read_text, write_json
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import OPTION_LETTER, Benchmark, Category, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.files import read_json, read_text, write_json
-from llava_sp.eval.options import by_letter, lettered, lmms_qbench, not_in, percent, vlmevalkit
-from llava_sp.eval.records import compare_ids, expect_all, find, first_folder, inside
+from llava_sp.eval.inputs.checks import compare_ids, expect_all, find, first_folder, inside
+from llava_sp.eval.run.answer_log import read_answers
+from llava_sp.eval.scoring.letters import by_letter, lettered, lmms_qbench, not_in, percent, vlmevalkit
 
 _FILES = {split: f"llvisionqa_{split}.json" for split in ("dev", "test")}
 _QUESTION = {"img_path": str, "question": str, "candidates": list}
@@ -63,8 +64,8 @@ class QBench(Benchmark):
 
     def __init__(self, split: str | None = None, protocol: str | None = None, images: Path | None = None):
         super().__init__(split, protocol, images)
-        self.conversation = None if self.protocol == "lmms_eval" else "llava_v1"
-        self.image_mode = {"llava15": "crop", "vlmevalkit": "pad"}.get(self.protocol)
+        self.conversation_template = None if self.protocol == "lmms_eval" else "llava_v1"
+        self.image_aspect_ratio = {"llava15": "crop", "vlmevalkit": "pad"}.get(self.protocol)
 
     def load(self, data: Path) -> list[Item]:
         splits = self.splits if self.split is None else (self.split,)

@@ -3,7 +3,7 @@
     python -m llava_sp.eval.refcoco --model M --data D --output O [--split val|testA|testB|test]
 
 D holds the expressions with their boxes, in any of four forms (the official refs and instances as JSON, the files of InternVL
-and Qwen-VL, MDETR's, or this package's own annotations.json); `llava_sp/eval/refcoco_files.py` says exactly which. The images
+and Qwen-VL, MDETR's, or this package's own annotations.json); `llava_sp/eval/inputs/refcoco_files.py` says exactly which. The images
 are those of COCO train2014, in D/train2014, D/images or what --images names. If D has several of the three data sets, all are
 asked: `categories` has the accuracy of each, which is what papers report, and the score is over all expressions together.
 Without --split the first that D has is taken, in the order val, testA, testB, test.
@@ -26,7 +26,7 @@ Protocols
                     with x1 < x2 and y1 < y2; compared as they are. (TRI-ML rounds the true boxes to two decimals when it
                     builds its index; here they stay as they are.) TRI-ML reports each data set, `datasets` in the metrics
 
-All generate greedily, on padded images: in any other image mode coordinates mean something else, so --image-mode crop is
+All generate greedily, on padded images: in any other image mode coordinates mean something else, so --image-aspect-ratio crop is
 refused and checkpoints that crop are asked to pad. For a square picture the first and second rule agree.
 
 An answered box with its corners the wrong way round overlaps nothing. It can have minus the area of the true box: lmms-eval
@@ -46,10 +46,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-from llava_sp.eval.base import Benchmark, Category, Generation, Item, Scores
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import Benchmark, Category, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.records import first_folder, inside
-from llava_sp.eval.refcoco_files import SPLITS, Box, Expression, read_expressions
+from llava_sp.eval.inputs.checks import first_folder, inside
+from llava_sp.eval.inputs.refcoco_files import SPLITS, Box, Expression, read_expressions
 
 REQUEST = "Please provide the bounding box coordinate of the region this sentence describes: "
 FORMAT = (
@@ -69,14 +70,14 @@ class RefCOCO(Benchmark):
     splits = SPLITS
     protocols = ("llava15", "lmms_eval", "vlm_evaluation")
     generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=1024)}
-    image_mode = "pad"
+    image_aspect_ratio = "pad"
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> Benchmark:
-        if args.image_mode not in (None, cls.image_mode):
+        if args.image_aspect_ratio not in (None, cls.image_aspect_ratio):
             raise ValueError(
-                f"refcoco has no --image-mode {args.image_mode}: LLaVA's boxes are fractions of the padded square "
-                f"(use --image-mode {cls.image_mode}, or leave it out)"
+                f"refcoco has no --image-aspect-ratio {args.image_aspect_ratio}: LLaVA's boxes are fractions of the padded square "
+                f"(use --image-aspect-ratio {cls.image_aspect_ratio}, or leave it out)"
             )
         return super().from_arguments(args)
 

@@ -10,7 +10,7 @@ convert_sqa_to_llava.py makes another layout, with which no published figure was
 Published for LLaVA-1.5-7B: 66.8, the accuracy on the questions with a picture (IMG); that is the headline here. All
 questions are asked, those without a picture as text alone; a split (or a --limit) without any picture has no score.
 The LLaVA scripts of October 2023 cropped the middle of each picture where today's pad it to a square; which of them
-the published figure was made with is not known: `--image-mode crop` gives the older way.
+the published figure was made with is not known: `--image-aspect-ratio crop` gives the older way.
 
 Protocols, with the same prompts: `llava15` counts the letter alone, "A. ..." or one "The answer is A."; anything else,
 also "A." or "a", is wrong. `lmms_eval` counts the letter alone in either case or before a period, and generates 16
@@ -29,22 +29,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava_sp.eval.base import (
-    IMAGE_MARK,
-    LLAVA15,
-    LLAVA15_LORA,
-    LLAVA_SP,
-    OPTION_LETTER,
-    Benchmark,
-    Category,
-    Generation,
-    Item,
-    Scores,
-)
+from llava_sp.common.files import examples
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, OPTION_LETTER, Benchmark, Category, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.files import examples
-from llava_sp.eval.options import by_letter, lettered, llava_scienceqa, lmms_scienceqa, not_in, percent
-from llava_sp.eval.records import compare_ids, expect, expect_all, expect_once, find, find_one, first_folder, inside
+from llava_sp.eval.inputs.checks import (
+    compare_ids,
+    expect,
+    expect_all,
+    expect_once,
+    find,
+    find_one,
+    first_folder,
+    inside,
+)
+from llava_sp.eval.scoring.letters import by_letter, lettered, llava_scienceqa, lmms_scienceqa, not_in, percent
+from llava_sp.model.conversation import IMAGE_MARK
 
 _PROBLEM = {"question": str, "choices": list, "answer": int, "hint": str, "subject": str, "grade": str, "topic": str}
 _LINE = {"id": (str, int), "conversations": list}

@@ -8,7 +8,7 @@ writes it. LLaVA's question file llava-seed-bench.jsonl is taken where it is the
 made from SEED-Bench.json. Who has no videos takes `--split image`; its score is what tables call SEED-I.
 
 Published for LLaVA-1.5-7B: 58.6, images and videos together, by generated letters; 66.2 on the images alone (SEED-I;
-LLaVA-SP-7B 67.9; both as TrustCLIP, table 3, has them). The benchmark's own eval.py ranks the options by their likelihood
+LLaVA-SP-7B 67.9; both as TrustCLIP, table 3, has them). The benchmark's own eval.py processes the options by their likelihood
 instead: do not compare with its leaderboard.
 
 Protocols, with the same prompts: `llava15` counts an answer that is exactly the letter ("B." is wrong); `lmms_eval`
@@ -31,22 +31,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava_sp.eval.answers import match_by_question_id
-from llava_sp.eval.base import (
-    LLAVA15,
-    LLAVA15_LORA,
-    LLAVA_SP,
-    OPTION_LETTER,
-    Benchmark,
-    Category,
-    Generation,
-    Item,
-    Scores,
-)
+from llava_sp.common.files import examples, read_jsonl, write_jsonl
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, OPTION_LETTER, Benchmark, Category, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.files import examples, read_jsonl, write_jsonl
-from llava_sp.eval.options import by_letter, lettered, lmms_seedbench, not_in, percent
-from llava_sp.eval.records import expect, expect_all, find, find_one, first_folder, inside
+from llava_sp.eval.inputs.checks import expect, expect_all, find, find_one, first_folder, inside
+from llava_sp.eval.run.answer_log import match_by_question_id
+from llava_sp.eval.scoring.letters import by_letter, lettered, lmms_seedbench, not_in, percent
 
 _QUESTION = {
     "question_id": (str, int),

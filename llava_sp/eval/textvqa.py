@@ -38,11 +38,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, SHORT_ANSWER, Generation, Item, Scores
+from llava_sp.common.files import examples
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, SHORT_ANSWER, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.files import examples
-from llava_sp.eval.records import expect_all, expect_once, find, find_one, first_folder, inside, place
-from llava_sp.eval.vqa_metrics import (
+from llava_sp.eval.inputs.checks import expect_all, expect_once, find, find_one, first_folder, inside, place
+from llava_sp.eval.scoring.vqa import (
     AccuracyBenchmark,
     evalai_answer,
     leave_one_out,

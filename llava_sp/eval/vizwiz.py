@@ -40,19 +40,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava_sp.eval.base import (
-    LLAVA15,
-    LLAVA15_LORA,
-    SHORT_ANSWER,
-    Category,
-    Generation,
-    Item,
-    Scores,
-)
+from llava_sp.common.files import write_json
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, SHORT_ANSWER, Category, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.files import write_json
-from llava_sp.eval.records import compare_ids, expect, expect_all, expect_once, find, first_folder, inside
-from llava_sp.eval.vqa_metrics import AccuracyBenchmark, evalai_answer, leave_one_out, official_answer, percent
+from llava_sp.eval.inputs.checks import compare_ids, expect, expect_all, expect_once, find, first_folder, inside
+from llava_sp.eval.scoring.vqa import AccuracyBenchmark, evalai_answer, leave_one_out, official_answer, percent
 
 SUFFIX = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT_ANSWER
 UNANSWERABLE = "unanswerable"

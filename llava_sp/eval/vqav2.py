@@ -32,20 +32,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava_sp.eval.base import (
-    LLAVA15,
-    LLAVA15_LORA,
-    LLAVA_SP,
-    SHORT_ANSWER,
-    Category,
-    Generation,
-    Item,
-    Scores,
-)
+from llava_sp.common.files import examples, write_json
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, SHORT_ANSWER, Category, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.files import examples, write_json
-from llava_sp.eval.records import compare_ids, expect, expect_all, expect_once, find, first_folder, inside
-from llava_sp.eval.vqa_metrics import AccuracyBenchmark, evalai_answer, official_answer, score_vqa
+from llava_sp.eval.inputs.checks import compare_ids, expect, expect_all, expect_once, find, first_folder, inside
+from llava_sp.eval.scoring.vqa import AccuracyBenchmark, evalai_answer, official_answer, score_vqa
 
 SUBTYPES = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015", "train": "train2014"}
 FULL_TEST = "test"

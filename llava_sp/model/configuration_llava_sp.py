@@ -20,7 +20,7 @@ class LlavaSPConfig(LlavaConfig):
             cropping has one.
         fusion_kernel, fusion_stride: windows of the grid that the integrator attends to (16 and 2 in the paper);
             `None` is two thirds of the grid, and a stride that leaves about five positions a side.
-        base_language_model, base_vision_tower: where the frozen weights came from (hub id or path), with the content
+        language_model_name_or_path, vision_tower_name_or_path: where the frozen weights came from (hub id or path), with the content
             hash of their weight files. An adapter checkpoint is opened on these.
 
     Raises:
@@ -37,10 +37,10 @@ class LlavaSPConfig(LlavaConfig):
     spatial_projection_bias: bool | None = None
     fusion_kernel: int | None = None
     fusion_stride: int | None = None
-    base_language_model: str | None = None
-    base_language_model_hash: str | None = None
-    base_vision_tower: str | None = None
-    base_vision_tower_hash: str | None = None
+    language_model_name_or_path: str | None = None
+    language_model_fingerprint: str | None = None
+    vision_tower_name_or_path: str | None = None
+    vision_tower_fingerprint: str | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -15,8 +15,9 @@ from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel, L
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 
+from . import opening
 from .configuration_llava_sp import LlavaSPConfig
-from .other_formats import check_folder, checkpoints_package
+from .opening import check_folder
 from .projector import SpatialProjector
 
 IGNORE_INDEX = -100
@@ -255,7 +256,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         """Open a full checkpoint as any transformers model, or one of the formats of `llava_sp.checkpoints`.
 
         An adapter checkpoint (LoRA and projector), ours or the original code's, is opened on the base models it records;
-        `base_model=` and `vision_tower=` (hub ids or paths) take their place. What a folder is shows in its content.
+        `language_model=` and `vision_tower=` (hub ids or paths) take their place. What a folder is shows in its content.
 
         Raises:
             FileNotFoundError: a folder that is not there.
@@ -264,7 +265,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         check_folder(pretrained_model_name_or_path)
         _check_keywords(pretrained_model_name_or_path, kwargs)
         _name_dtype(kwargs)
-        package = checkpoints_package()
+        package = opening.formats
         opener = None if package is None else package.opener(pretrained_model_name_or_path, **kwargs)
         if opener is not None:
             if kwargs.pop("output_loading_info", False):
@@ -278,7 +279,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
                 f"{pretrained_model_name_or_path} is an adapter checkpoint (LoRA and projector); opening it on its "
                 "base models needs the package: pip install llava_sp"
             )
-        for keyword in ("base_model", "vision_tower"):
+        for keyword in ("language_model", "vision_tower"):
             if keyword in kwargs:
                 raise ValueError(
                     f"{pretrained_model_name_or_path} is a full checkpoint, with its own base: drop {keyword}="
@@ -308,7 +309,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
 
         The keywords, formats and errors are those of `llava_sp.checkpoints.from_backbones`.
         """
-        package = checkpoints_package()
+        package = opening.formats
         if package is None:
             raise ImportError("from_backbones needs the package: pip install llava_sp")
         _name_dtype(kwargs)
@@ -317,7 +318,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save a full checkpoint; with LoRA attached, an adapter checkpoint (LoRA and projector, no base weights)."""
         if getattr(self, "_hf_peft_config_loaded", False):
-            package = checkpoints_package()
+            package = opening.formats
             if package is None:
                 raise ImportError("saving LoRA together with its projector needs the package: pip install llava_sp")
             write = kwargs.pop("is_main_process", True)

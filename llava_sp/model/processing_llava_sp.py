@@ -19,11 +19,12 @@ from transformers import BatchFeature
 from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.processing_utils import MultiModalData
 
+from . import opening
 from .backbone_configs import has_words, load_tokenizer
 from .configuration_llava_sp import LlavaSPConfig
 from .conversation import IMAGE_MARK, Segment, Turn, chat_template, get_template, normalize_turns, render_segments
 from .image_preprocessing import flatten_images, image_processor_of, pad_to_square, pillow_counterpart
-from .other_formats import check_folder, checkpoints_package
+from .opening import check_folder
 
 IGNORE_INDEX = -100
 ASPECT_RATIOS = ("pad", "crop")
@@ -128,10 +129,12 @@ class LlavaSPProcessor(LlavaProcessor):
             language_model, vision_tower: hub ids or directories; `None` takes those that `config` records.
             hub_kwargs: passed to `from_pretrained` (revision, token, cache_dir, ...).
         """
-        language_model = language_model or config.base_language_model
-        vision_tower = vision_tower or config.base_vision_tower
+        language_model = language_model or config.language_model_name_or_path
+        vision_tower = vision_tower or config.vision_tower_name_or_path
         if language_model is None:
-            raise ValueError("no language model: the config records no base_language_model, give language_model=")
+            raise ValueError(
+                "no language model: the config records no language_model_name_or_path, give language_model="
+            )
         tokenizer = load_tokenizer(language_model, **hub_kwargs)
         add_special_tokens(tokenizer)
         return cls(
@@ -146,7 +149,7 @@ class LlavaSPProcessor(LlavaProcessor):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> LlavaSPProcessor:
         """The processor saved beside a checkpoint, or the one that belongs to a checkpoint of other code.
 
-        Of the latter, `base_model=` and `vision_tower=` take the place of recorded paths, as for the model;
+        Of the latter, `language_model=` and `vision_tower=` take the place of recorded paths, as for the model;
         `image_aspect_ratio=` and `conversation_template=` that of what such checkpoints do not record.
 
         Raises:
@@ -154,10 +157,10 @@ class LlavaSPProcessor(LlavaProcessor):
             ValueError: a file of it is broken.
         """
         check_folder(pretrained_model_name_or_path)
-        package = None if _has_own_processor(pretrained_model_name_or_path) else checkpoints_package()
+        package = None if _has_own_processor(pretrained_model_name_or_path) else opening.formats
         if package is not None and package.needs_processor(pretrained_model_name_or_path, **kwargs):
             return package.open_processor(pretrained_model_name_or_path, *args, **kwargs)
-        for keyword in ("base_model", "vision_tower"):  # needed to make a processor, not to read one
+        for keyword in ("language_model", "vision_tower"):  # needed to make a processor, not to read one
             kwargs.pop(keyword, None)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -259,17 +262,17 @@ class LlavaSPProcessor(LlavaProcessor):
             )
         )
 
-    def render_conversation(self, turns: list[Turn], template: str | None = None) -> list[Segment]:
+    def render_conversation(self, turns: list[Turn], conversation_template: str | None = None) -> list[Segment]:
         """Segments `(text, learned?)` of a conversation; see `conversation.Template` for what is learned.
 
         Raises:
             ValueError: an empty or ill-ordered conversation; a chat template that rewrites earlier turns.
         """
-        entry = get_template(template or self.conversation_template)
+        entry = get_template(conversation_template or self.conversation_template)
         turns = normalize_turns(turns)
         if not entry.own_chat_template:
             return render_segments(turns, entry, self.tokenizer.bos_token or "", self.tokenizer.eos_token or "")
-        own = template in (None, self.conversation_template)
+        own = conversation_template in (None, self.conversation_template)
         jinja = self.chat_template if own else chat_template(entry, self.tokenizer.chat_template)
         return self._render_with_jinja(turns, jinja)
 
@@ -301,9 +304,11 @@ class LlavaSPProcessor(LlavaProcessor):
                 extend(index + 1, prompt=False)
         return segments
 
-    def encode_conversation(self, turns: list[Turn], template: str | None = None) -> tuple[list[int], list[int]]:
+    def encode_conversation(
+        self, turns: list[Turn], conversation_template: str | None = None
+    ) -> tuple[list[int], list[int]]:
         """`(input_ids, labels)` of a conversation, placeholders expanded; labels are -100 where nothing is learned."""
-        return self.encode_segments(self.render_conversation(turns, template))
+        return self.encode_segments(self.render_conversation(turns, conversation_template))
 
     def encode_segments(self, segments: list[Segment], add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
         """`(input_ids, labels)` of segments `(text, learned?)`, both of the final length; see `align_segments`."""

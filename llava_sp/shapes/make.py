@@ -25,15 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_sp.shapes.language import (
-    CAPTION_REQUESTS,
-    FAMILIES,
-    SUFFIX,
-    Interviewer,
-    Question,
-    caption,
-    description,
-)
+from llava_sp.shapes.language import CAPTION_REQUESTS, FAMILIES, SUFFIX, Interviewer, Question, caption, description
 from llava_sp.shapes.world import Scene, draw, sample_scene
 
 VERSION = 1  # of the world: a change in what a seed gives is a change of this number

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints import save_adapter
+from llava_sp.checkpoints.opening.adapter import save_adapter
 from llava_sp.shapes.make import JPEG
 from llava_sp.shapes.world import SHAPES, Scene, draw, sample_scene
 
@@ -45,7 +45,10 @@ def ship(run: Path, output: Path) -> None:
         raise ValueError(f"{scored} does not exist: give the lora folder of a finished quickstart")
     metrics = json.loads(scored.read_text())
     model = LlavaSPForCausalLM.from_pretrained(run, dtype=torch.float16)
-    model.config.base_language_model, model.config.base_vision_tower = "../backbones/llama", "../backbones/clip"
+    model.config.language_model_name_or_path, model.config.vision_tower_name_or_path = (
+        "../backbones/llama",
+        "../backbones/clip",
+    )
     for part in (model.config.text_config, model.config.vision_config):
         part._name_or_path = ""  # a path of the machine that trained it
     save_adapter(model, LlavaSPProcessor.from_pretrained(run), output, run={"stage": "finetune_lora"})

@@ -1,4 +1,4 @@
-"""The model of a run, from its arguments; processor and data come from `llava_sp.data.from_config`."""
+"""The model of a run, from its arguments; processor and data come from `llava_sp.data.build`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from peft import LoraConfig
 from torch import nn
 
 from llava_sp import LlavaSPForCausalLM
-from llava_sp.checkpoints import language_model_within, load_projector, start_from
-from llava_sp.data.from_config import spatial_settings
-from llava_sp.train.arguments import ModelArguments, TrainArguments
+from llava_sp.checkpoints.opening.adapter import load_projector
+from llava_sp.checkpoints.opening.warm_start import language_model_within, start_from
+from llava_sp.config.arguments import ModelArguments, TrainArguments
+from llava_sp.data.build import spatial_settings
 from llava_sp.train.stages import STAGES, apply_stage, table
 from llava_sp.train.trainer import rates_of
 

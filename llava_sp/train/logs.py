@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from llava_sp.train.run_folder import LOG_FILE, RunFolder, write_atomically
+from llava_sp.common.files import write_atomic
+from llava_sp.train.run_folder import LOG_FILE, RunFolder
 
 GIB = 2**30
 
@@ -80,7 +81,7 @@ class JsonLines(TrainerCallback):
             lines = self.path.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if _step(line) <= state.global_step and state.global_step > 0]
             with self.folder.writing(LOG_FILE):
-                write_atomically(self.path, "".join(line + "\n" for line in kept))
+                write_atomic(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:

@@ -20,10 +20,7 @@ from typing import Any, NoReturn
 
 from transformers import IntervalStrategy, set_seed
 
-from llava_sp.data.collator import Collator
-from llava_sp.data.from_config import build_datasets, build_processor
-from llava_sp.data.records import BadSample
-from llava_sp.train.arguments import (
+from llava_sp.config.arguments import (
     DataArguments,
     ModelArguments,
     TrainArguments,
@@ -31,9 +28,12 @@ from llava_sp.train.arguments import (
     load_config,
     settings_of,
 )
+from llava_sp.config.files import FailedHere, UsageError
+from llava_sp.data.build import build_datasets, build_processor
+from llava_sp.data.collator import Collator
+from llava_sp.data.records import BadSample
 from llava_sp.train.build import build_model, settle_language_model
-from llava_sp.train.check import check_inputs
-from llava_sp.train.config_files import FailedHere, UsageError
+from llava_sp.train.preflight import check_inputs
 from llava_sp.train.processes import (
     become_a_group_of_one,
     end_group,
@@ -52,7 +52,7 @@ logger = logging.getLogger("llava_sp.train")
 
 USAGE = """usage: {program} [--config FILE.yaml] [--key value ...]
 
-Keys are the fields of llava_sp/train/arguments.py and of transformers.TrainingArguments; configs/ holds the shipped runs.
+Keys are the fields of llava_sp/config/arguments.py and of transformers.TrainingArguments; configs/ holds the shipped runs.
 default: --config {default}
 """
 

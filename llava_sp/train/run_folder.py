@@ -9,8 +9,6 @@ OUT/finished.json     the run is over; beside it the trained model itself (llava
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import logging
 import os
@@ -25,8 +23,10 @@ import yaml
 from safetensors import SafetensorError
 from transformers.trainer_callback import TrainerState
 
-from llava_sp.train.arguments import RESERVED_KEY
-from llava_sp.train.config_files import FailedHere, UsageError
+from llava_sp.common.files import lock, write_atomic
+from llava_sp.common.folders import sync, sync_folder
+from llava_sp.config.arguments import RESERVED_KEY
+from llava_sp.config.files import FailedHere, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ STAGING = ".saving"
 STATE_FILE = "trainer_state.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 REPLACED = re.compile(r"\.(checkpoint-\d+)\.replaced")
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # what file systems without locks answer
 WRITE_ERRORS = (OSError, SafetensorError)
 
 # Keys that change what is written, shown or how fast, but not what is learned.
@@ -125,7 +124,7 @@ class RunFolder:
             if not (self.path / RUN_FILE).is_file() or self.newest_checkpoint() is None:
                 text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
                 text += yaml.safe_dump({RESERVED_KEY: dict(provenance)}, sort_keys=False, allow_unicode=True)
-                write_atomically(self.path / RUN_FILE, text)
+                write_atomic(self.path / RUN_FILE, text)
 
     def close(self) -> None:
         """Let others have the folder."""
@@ -146,17 +145,7 @@ class RunFolder:
             time.sleep(min(5.0, patience))
 
     def _locked(self) -> bool:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            logger.warning(
-                "%s is on a file system without locks (%s): see to it that only one run writes there.", self.path, error
-            )
-        return True
+        return lock(self._lock, self.path)
 
     def _clear_interrupted_saves(self) -> None:
         for entry in self._entries():
@@ -212,7 +201,7 @@ class RunFolder:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         with self.writing(FINISHED_FILE):
-            write_atomically(self.path / FINISHED_FILE, json.dumps(dict(result), indent=1) + "\n")
+            write_atomic(self.path / FINISHED_FILE, json.dumps(dict(result), indent=1) + "\n")
 
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -229,33 +218,3 @@ def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
 def log_position(checkpoint: Path | None) -> int:
     """The step at which a checkpoint was written; 0 without one."""
     return TrainerState.load_from_json(str(checkpoint / STATE_FILE)).global_step if checkpoint else 0
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that it is seen whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(folder: Path) -> None:
-    """Bring every file below a folder to the disk."""
-    for directory, _, names in os.walk(folder):
-        for name in names:
-            with open(os.path.join(directory, name), "rb") as file:
-                os.fsync(file.fileno())
-        sync_folder(Path(directory))
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

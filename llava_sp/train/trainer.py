@@ -17,10 +17,10 @@ from torch.utils.data import DistributedSampler, Sampler
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from llava_sp.checkpoints import load_adapter, save_adapter, trainable_state_dict
+from llava_sp.checkpoints.opening.adapter import load_adapter, save_adapter, trainable_state_dict
+from llava_sp.config.arguments import TrainArguments
+from llava_sp.config.files import UsageError
 from llava_sp.data.sampler import ModalityLengthSampler
-from llava_sp.train.arguments import TrainArguments
-from llava_sp.train.config_files import UsageError
 from llava_sp.train.logs import Console, EndWithLauncher, JsonLines, Meter
 from llava_sp.train.run_folder import STAGING, STATE_FILE, WRITE_ERRORS, RunFolder
 from llava_sp.train.stages import optimizer_groups, trained_names

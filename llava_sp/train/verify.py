@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava_sp.checkpoints import load_adapter
-from llava_sp.checkpoints.filling import gathered
+from llava_sp.checkpoints.opening.adapter import load_adapter
+from llava_sp.checkpoints.opening.fill import gathered
 from llava_sp.train.stages import trained_names
 from llava_sp.train.trainer import LlavaSPTrainer
 

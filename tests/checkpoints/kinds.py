@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints import save_adapter
+from llava_sp.checkpoints.opening.adapter import save_adapter
 from tests.released import load_released, released_folder
 
 NAMES = ("original_lora", "original_projector", "original_full", "llava_sp_adapter", "llava_sp", "llava_hf")
@@ -70,7 +70,7 @@ def save(tensors: dict[str, Tensor], file: Path) -> None:
 
 def build(golden: Path, root: Path) -> dict[str, Kind]:
     tower = {"vision_tower": golden / "clip"}
-    both = {"base_model": golden / "base", **tower}
+    both = {"language_model": golden / "base", **tower}
     kinds = {
         "original_lora": Kind(root / "original_lora", f"{WRAPPER}model.conv_8.weight", both),
         "original_projector": Kind(root / "original_projector", "model.conv_8.weight", both),

@@ -12,8 +12,9 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints import (
-    adapter,
+from llava_sp.checkpoints.inspect import inspect
+from llava_sp.checkpoints.opening import adapter
+from llava_sp.checkpoints.opening.adapter import (
     checkpoint_hash,
     describe,
     is_adapter,
@@ -21,7 +22,6 @@ from llava_sp.checkpoints import (
     load_projector,
     save_adapter,
 )
-from llava_sp.checkpoints.inspect import inspect
 from tests.released import variant
 
 
@@ -112,15 +112,16 @@ def test_the_lora_folder_is_a_peft_adapter(golden, trained, saved):
 def test_bases_can_be_elsewhere(golden, trained, copy, tmp_path):
     shutil.copytree(golden / "base", tmp_path / "moved")
     config = json.loads((copy / "config.json").read_text())
-    config["base_language_model"] = "/no/longer/there"
+    config["language_model_name_or_path"] = "/no/longer/there"
     (copy / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match="language model that the checkpoint records, /no/longer/there, is not there; pass base_model="
+        ValueError,
+        match="language model that the checkpoint records, /no/longer/there, is not there; pass language_model=",
     ):
         LlavaSPForCausalLM.from_pretrained(copy)
-    opened = LlavaSPForCausalLM.from_pretrained(copy, base_model=tmp_path / "moved")
+    opened = LlavaSPForCausalLM.from_pretrained(copy, language_model=tmp_path / "moved")
     assert torch.equal(logits(opened), logits(trained))
-    config["base_language_model"] = "../moved"  # relative to the checkpoint
+    config["language_model_name_or_path"] = "../moved"  # relative to the checkpoint
     (copy / "config.json").write_text(json.dumps(config))
     assert torch.equal(logits(LlavaSPForCausalLM.from_pretrained(copy)), logits(trained))
 
@@ -132,8 +133,8 @@ def test_a_wrong_base_is_refused(golden, copy, tmp_path):
     weights["model.layers.0.mlp.up_proj.weight"] += 0.1
     torch.save(weights, file)
     with pytest.raises(ValueError, match="trained on a language model with the fingerprint .* these are other weights"):
-        LlavaSPForCausalLM.from_pretrained(copy, base_model=tmp_path / "other")
-    LlavaSPForCausalLM.from_pretrained(copy, base_model=tmp_path / "other", check_base=False)
+        LlavaSPForCausalLM.from_pretrained(copy, language_model=tmp_path / "other")
+    LlavaSPForCausalLM.from_pretrained(copy, language_model=tmp_path / "other", check_base=False)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +233,7 @@ def test_the_hash_follows_the_weights(golden, trained, saved, tmp_path):
         ({"files": []}, r"is no manifest of an adapter checkpoint: files is \[\]"),
         ({"files": {"projector.safetensors": {}}}, "files has {} under 'projector.safetensors'; expected"),
         ({"files": {"projector.safetensors": {"bytes": 3}}}, "files has .* expected its bytes and sha256"),
-        ({"base_language_model": None}, "base_language_model is None; expected a place and a fingerprint"),
+        ({"language_model": None}, "language_model is None; expected a place and a fingerprint"),
         ([], "holds a list"),
     ],
 )

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints import recognise, save_adapter
 from llava_sp.checkpoints.convert import convert, main
-from llava_sp.checkpoints.tensor_files import read_all
+from llava_sp.checkpoints.opening.adapter import save_adapter
+from llava_sp.checkpoints.reading.formats import recognise
+from llava_sp.checkpoints.reading.tensor_files import read_all
 from tests.checkpoints.kinds import write_ours
 from tests.checkpoints.test_original import PROMPT
 from tests.released import LAYOUTS, bases, load_released, released_folder, variant
@@ -111,9 +112,9 @@ def test_transformers_llava_both_ways(golden, tmp_path, llava_hf, images):
     assert_same(stored(llava_hf), stored(tmp_path / "hf"))
     given = bases(golden)
     with pytest.raises(ValueError, match="give --vision-tower"):
-        convert(llava_hf, tmp_path / "original", target="original", base_model=given["base_model"])
+        convert(llava_hf, tmp_path / "original", target="original", language_model=given["language_model"])
     with pytest.raises(ValueError, match="ours does not record a vision tower .* give --vision-tower"):
-        convert(tmp_path / "ours", tmp_path / "original", base_model=given["base_model"])
+        convert(tmp_path / "ours", tmp_path / "original", language_model=given["language_model"])
     convert(llava_hf, tmp_path / "original", target="original", **given)
     convert(tmp_path / "original", tmp_path / "again")
     assert_same(stored(tmp_path / "ours"), stored(tmp_path / "again"))
@@ -128,7 +129,9 @@ def test_transformers_llava_both_ways(golden, tmp_path, llava_hf, images):
 def test_the_original_needs_its_slow_tokenizer(golden, tmp_path, llava_hf):
     shutil.copytree(llava_hf, tmp_path / "hf")
     (tmp_path / "hf/tokenizer.model").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match="hf has no tokenizer.model, which the original code needs: give --base"):
+    with pytest.raises(
+        ValueError, match="hf has no tokenizer.model, which the original code needs: give --language-model"
+    ):
         convert(tmp_path / "hf", tmp_path / "original", target="original", vision_tower=golden / "clip")
     assert not (tmp_path / "original").exists()
 
@@ -169,7 +172,7 @@ def test_wrong_ways(golden, tmp_path, llava_hf, capsys):
 
 def test_command(golden, tmp_path):
     words = ["--from", released_folder(golden, "pooling"), "--to", tmp_path / "x"]
-    words += ["--base", golden / "base", "--vision-tower", golden / "clip"]
+    words += ["--language-model", golden / "base", "--vision-tower", golden / "clip"]
     done = subprocess.run(
         [sys.executable, "-m", "llava_sp.checkpoints.convert", *map(str, words)], capture_output=True, text=True
     )

@@ -11,15 +11,15 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints.convert import convert
-from llava_sp.checkpoints.formats import (
+from llava_sp.checkpoints.inspect import inspect
+from llava_sp.checkpoints.reading.formats import (
     UnknownFormat,
     bare,
     original_projector_name,
     our_projector_name,
     recognise,
 )
-from llava_sp.checkpoints.inspect import inspect
-from llava_sp.checkpoints.tensor_files import read_all
+from llava_sp.checkpoints.reading.tensor_files import read_all
 from tests.checkpoints.kinds import NAMES, Kind, load, save, spoil
 from tests.released import LAYOUTS
 
@@ -278,7 +278,7 @@ def test_both_a_bin_and_safetensors(kinds, tmp_path, name):
 
 def test_another_tokenizer_than_the_bases(kinds, tmp_path):
     copy = kinds["original_lora"].copy(tmp_path / "x")
-    tokenizer = AutoTokenizer.from_pretrained(copy.keywords["base_model"])
+    tokenizer = AutoTokenizer.from_pretrained(copy.keywords["language_model"])
     tokenizer.add_tokens(["<im_start>", "<im_end>"])
     tokenizer.save_pretrained(copy.folder)
     with pytest.raises(ValueError, match=r"at \(1002, 1003\), that of .* at \(1000, 1001\): they are not of one model"):
@@ -331,7 +331,7 @@ def test_a_broken_base_is_named(kinds, golden, tmp_path, how, message):
         save(tensors, shard)
     with pytest.raises(ValueError, match=message.format(shard=shard.name)):
         LlavaSPForCausalLM.from_pretrained(
-            kinds["original_lora"].folder, base_model=tmp_path / "base", vision_tower=golden / "clip"
+            kinds["original_lora"].folder, language_model=tmp_path / "base", vision_tower=golden / "clip"
         )
 
 

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints import tensor_files
 from llava_sp.checkpoints.convert import convert
-from llava_sp.checkpoints.formats import FORMATS, UnknownFormat, recognise
 from llava_sp.checkpoints.inspect import PLACEHOLDERS, inspect, main, text
 from llava_sp.checkpoints.merge import merge
+from llava_sp.checkpoints.reading import tensor_files
+from llava_sp.checkpoints.reading.formats import FORMATS, UnknownFormat, recognise
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from tests.checkpoints.kinds import NAMES, Kind, save, spoil
 from tests.released import LAYOUTS
@@ -37,7 +37,7 @@ VALUES = {
 def follow(report: dict, golden, **keywords):
     """Evaluate the lines that the report gives, with backbones in place of the placeholders."""
     lines = "\n".join(report["call"])
-    lines = lines.replace(PLACEHOLDERS["base_model"], str(golden / "base"))
+    lines = lines.replace(PLACEHOLDERS["language_model"], str(golden / "base"))
     scope = {"LlavaSPForCausalLM": LlavaSPForCausalLM, "LlavaSPProcessor": LlavaSPProcessor}
     exec(lines.replace(PLACEHOLDERS["vision_tower"], str(golden / "clip")), scope)
     return scope["model"], scope["processor"]
@@ -59,13 +59,13 @@ def works(report: dict, golden) -> None:
 def test_released_lora_folders(golden, layout):
     report = inspect(golden / f"checkpoint_{layout}/lora")
     assert (report["format"], report["loads"], report["problems"]) == ("original_lora", True, [])
-    assert report["needs"] == ["base_model", "vision_tower"]  # "base" and "clip" are folders of their author's
+    assert report["needs"] == ["language_model", "vision_tower"]  # "base" and "clip" are folders of their author's
     assert report["spatial"]["spatial_variant"] == layout.split("_")[0]
     assert report["spatial"]["spatial_fusion"] == (layout != "pooling")
     assert (report["spatial"]["num_spatial_tokens"], report["spatial"]["num_patch_tokens"]) == (6, 576)
     assert (report["lora"]["r"], report["lora"]["alpha"], report["lora"]["layers"]) == (8, 16, 21)
     assert len(report["lora"]["targets"]) == 7
-    assert report["template"] == {"recorded": None, "image_aspect_ratio": "pad"}
+    assert report["conversation_template"] == {"recorded": None, "image_aspect_ratio": "pad"}
     assert set(report["parts"]) == {"patch MLP", "spatial branch", "LoRA"}
     model, _ = follow(report, golden)
     trained = {name: p.numel() for name, p in model.named_parameters() if ".lora_" in name or "projector" in name}
@@ -124,17 +124,20 @@ def test_counts_of_a_whole_model(golden, kinds, name):
 def test_our_own_record(kinds, golden):
     report = inspect(kinds["llava_sp_adapter"].folder)
     assert report["run"] == {"stage": "finetune_lora", "step": 7}
-    assert report["template"] == {"recorded": "vicuna_v1", "image_aspect_ratio": "pad"}
-    assert (report["base_model"]["status"], report["vision_tower"]["status"]) == ("there", "there")
-    assert report["base_model"]["recorded"] == str(golden / "base") and len(report["base_model"]["fingerprint"]) == 16
+    assert report["conversation_template"] == {"recorded": "vicuna_v1", "image_aspect_ratio": "pad"}
+    assert (report["language_model"]["status"], report["vision_tower"]["status"]) == ("there", "there")
+    assert (
+        report["language_model"]["recorded"] == str(golden / "base")
+        and len(report["language_model"]["fingerprint"]) == 16
+    )
     assert "run            stage finetune_lora, step 7" in text(report)
-    assert inspect(kinds["llava_sp"].folder)["base_model"]["status"] == "within"
+    assert inspect(kinds["llava_sp"].folder)["language_model"]["status"] == "within"
 
 
 def test_a_merge_is_told(kinds, tmp_path):
     copy = kinds["llava_sp"].copy(tmp_path / "x")
     record = {"adapter": {"path": "/some/adapter", "hash": "0123456789abcdef"}, "date": "2030-01-02T03:04:05+0000"}
-    record["base_language_model"] = {"path": "/some/base", "fingerprint": "f" * 16}
+    record["language_model"] = {"path": "/some/base", "fingerprint": "f" * 16}
     (copy.folder / "merged.json").write_text(json.dumps(record))
     report = inspect(copy.folder)
     assert report["merged_from"] == record
@@ -167,11 +170,11 @@ def test_without_our_processors_files(kinds, golden, tmp_path):
 @pytest.mark.parametrize(
     ("recorded", "status", "said"),
     [
-        ("base", "missing", "base: not there; pass base_model="),
-        ("/mnt/author/vicuna", "missing", "/mnt/author/vicuna: not there; pass base_model="),
+        ("base", "missing", "base: not there; pass language_model="),
+        ("/mnt/author/vicuna", "missing", "/mnt/author/vicuna: not there; pass language_model="),
         ("lmsys/vicuna-7b-v1.5", "hub", "lmsys/vicuna-7b-v1.5: on the hub, not on this machine"),
         ("beside", "there", "beside: there, in "),
-        (None, "missing", "not recorded; pass base_model="),
+        (None, "missing", "not recorded; pass language_model="),
     ],
 )
 def test_where_the_base_is(kinds, golden, tmp_path, monkeypatch, recorded, status, said):
@@ -181,8 +184,8 @@ def test_where_the_base_is(kinds, golden, tmp_path, monkeypatch, recorded, statu
     config = json.loads((copy.folder / "config.json").read_text())
     (copy.folder / "config.json").write_text(json.dumps(config | {"_name_or_path": recorded}))
     report = inspect(copy.folder)
-    assert report["loads"] and report["base_model"]["status"] == status and said in text(report)
-    assert ("base_model" in report["needs"]) == (status == "missing")
+    assert report["loads"] and report["language_model"]["status"] == status and said in text(report)
+    assert ("language_model" in report["needs"]) == (status == "missing")
 
 
 def test_a_base_in_the_hubs_cache(kinds, golden, tmp_path, monkeypatch):
@@ -195,7 +198,7 @@ def test_a_base_in_the_hubs_cache(kinds, golden, tmp_path, monkeypatch):
     config = json.loads((copy.folder / "config.json").read_text())
     (copy.folder / "config.json").write_text(json.dumps(config | {"_name_or_path": "lmsys/vicuna"}))
     report = inspect(copy.folder)
-    assert (report["base_model"]["status"], report["needs"]) == ("cached", ["vision_tower"])
+    assert (report["language_model"]["status"], report["needs"]) == ("cached", ["vision_tower"])
     shard = snapshot / "pytorch_model-00002-of-00002.bin"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-300])
@@ -206,7 +209,7 @@ def test_a_base_in_the_hubs_cache(kinds, golden, tmp_path, monkeypatch):
             for file in snapshot.glob("*model*"):
                 file.unlink()
         report = inspect(copy.folder)
-        assert (report["base_model"]["status"], report["loads"]) == ("hub", True), files
+        assert (report["language_model"]["status"], report["loads"]) == ("hub", True), files
         assert "loads          yes, given vision_tower=, after a download" in text(report), files
 
 
@@ -427,8 +430,8 @@ def test_a_base_with_code_is_not_executed(kinds, golden, tmp_path, way, base):
         def __reduce__(self):
             return os.system, (f"touch '{tmp_path / 'executed'}'",)
 
-    bases = {"base_model": golden / "base", "vision_tower": golden / "clip"}
-    keyword = {"base": "base_model", "clip": "vision_tower"}[base]
+    bases = {"language_model": golden / "base", "vision_tower": golden / "clip"}
+    keyword = {"base": "language_model", "clip": "vision_tower"}[base]
     bases[keyword] = tmp_path / "spoilt"
     shutil.copytree(golden / base, bases[keyword])
     file = max(bases[keyword].glob("pytorch_model*.bin"))
@@ -438,7 +441,7 @@ def test_a_base_with_code_is_not_executed(kinds, golden, tmp_path, way, base):
     (lora / "config.json").write_text(json.dumps(settings))
     settings = json.loads((lora / "adapter_config.json").read_text())
     (lora / "adapter_config.json").write_text(
-        json.dumps(settings | {"base_model_name_or_path": str(bases["base_model"])})
+        json.dumps(settings | {"base_model_name_or_path": str(bases["language_model"])})
     )
     ways = {
         "inspect": lambda: LlavaSPForCausalLM.from_pretrained(lora),

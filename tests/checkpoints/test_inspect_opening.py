@@ -11,8 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints.formats import UnknownFormat
 from llava_sp.checkpoints.inspect import inspect, text
+from llava_sp.checkpoints.reading.formats import UnknownFormat
 from tests.checkpoints.kinds import NAMES, Kind
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -65,8 +65,8 @@ SETTINGS = {  # of a config.json
         {"vision_config": {}},
         {"vision_config": 3},
         {"text_config": {"model_type": "llama"}},
-        {"base_vision_tower": 3},
-        {"base_language_model": "/no/longer/there"},
+        {"vision_tower_name_or_path": 3},
+        {"language_model_name_or_path": "/no/longer/there"},
         {"dtype": "float17"},
         {"image_token_index": "<image>"},
         {"image_token_index": 7},
@@ -134,8 +134,8 @@ def spoil(file: Path, how: str) -> None:
 def with_bases(kind: Kind, to: Path) -> Kind:
     """A copy that needs no keywords: an original's base and tower are recorded where they are."""
     copy = kind.copy(to)
-    settings = {"config.json": {"_name_or_path": "base_model", "mm_vision_tower": "vision_tower"}}
-    settings["adapter_config.json"] = {"base_model_name_or_path": "base_model"}
+    settings = {"config.json": {"_name_or_path": "language_model", "mm_vision_tower": "vision_tower"}}
+    settings["adapter_config.json"] = {"base_model_name_or_path": "language_model"}
     for name, keys in settings.items():
         file = copy.folder / name
         if copy.keywords and file.is_file():
@@ -192,7 +192,10 @@ def test_settings(kinds, tmp_path, name):
 @pytest.mark.parametrize("name", ["original_projector", "llava_sp_adapter"])
 def test_a_base_with_each_file_missing_or_broken(kinds, tmp_path, name, base, how):
     opened = []
-    keys = {"base": ("_name_or_path", "base_language_model"), "clip": ("mm_vision_tower", "base_vision_tower")}[base]
+    keys = {
+        "base": ("_name_or_path", "language_model_name_or_path"),
+        "clip": ("mm_vision_tower", "vision_tower_name_or_path"),
+    }[base]
     for number, file in enumerate(sorted(file.name for file in (GOLDEN / base).iterdir())):
         copy = with_bases(kinds[name], tmp_path / str(number))
         shutil.copytree(GOLDEN / base, copy.folder.with_suffix(".base"), copy_function=shutil.copyfile)
@@ -218,7 +221,7 @@ def test_neither_a_processor_nor_the_bases_that_it_was_made_of(kinds, tmp_path, 
     copy = kinds[name].copy(tmp_path / "x")
     (copy.folder / "processor_config.json").unlink()
     config = copy.folder / "config.json"
-    lost = {"base_language_model": "/no/longer/there", "base_vision_tower": "../clip"}
+    lost = {"language_model_name_or_path": "/no/longer/there", "vision_tower_name_or_path": "../clip"}
     config.write_text(json.dumps(json.loads(config.read_text()) | lost))
     assert agree(copy, "no processor, no bases")
 

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints import checkpoint_hash, save_adapter
 from llava_sp.checkpoints.merge import lora_layers, main, merge_layers, proof_sample, text_logits
 from llava_sp.checkpoints.merge import merge as merge_adapter
+from llava_sp.checkpoints.opening.adapter import checkpoint_hash, save_adapter
 from tests.checkpoints.test_adapter import add_lora, assemble
 from tests.released import LAYOUTS
 
@@ -98,8 +98,8 @@ def test_the_record_says_what_was_merged(adapter, merged):
     assert json.loads((folder / "merged.json").read_text()) == record
     config = LlavaSPForCausalLM.config_class.from_pretrained(adapter)
     assert record["adapter"] == {"path": str(adapter.resolve()), "hash": checkpoint_hash(adapter)}
-    assert record["base_language_model"]["fingerprint"] == config.base_language_model_hash
-    assert record["base_vision_tower"]["fingerprint"] == config.base_vision_tower_hash
+    assert record["language_model"]["fingerprint"] == config.language_model_fingerprint
+    assert record["vision_tower"]["fingerprint"] == config.vision_tower_fingerprint
     lora = {"layers": 6, "r": 4, "alpha": 8, "rslora": False, "targets": ["q_proj", "v_proj"]}
     assert record["lora"] == lora and record["dtype"] == "bfloat16"
     assert record["weights"]["fingerprint"] == checkpoint_hash(folder)
@@ -130,7 +130,7 @@ def test_a_checkpoint_without_its_processor_gets_one(golden, adapter, tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_released_lora(golden, tmp_path, layout):
     """A folder of the original code, whose recorded base is a path on its authors' machine."""
-    bases = {"base_model": golden / "base", "vision_tower": golden / "clip"}
+    bases = {"language_model": golden / "base", "vision_tower": golden / "clip"}
     released = golden / f"checkpoint_{layout}/lora"
     record = merge_adapter(released, tmp_path / "out", dtype="float32", **bases)
     assert record["lora"]["layers"] == 21 and record["lora"]["r"] == 8 and record["lora"]["alpha"] == 16
@@ -358,8 +358,8 @@ def test_the_command(adapter, tmp_path, repo):
         (["{merged}", "--to", "{new}"], "{merged} is merged already, from {adapter}"),
         (["{adapter}", "--to", "{merged}"], "{merged} holds a model merged from {adapter}"),
         (
-            ["{adapter}", "--to", "{new}", "--base-model", "/no/base"],
-            "language model passed as base_model, /no/base, is",
+            ["{adapter}", "--to", "{new}", "--language-model", "/no/base"],
+            "language model passed as language_model, /no/base, is",
         ),
         (["/nowhere/at/all", "--to", "{new}"], "there is no folder /nowhere/at/all"),
     ],

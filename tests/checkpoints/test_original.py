@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints import needs_processor
+from llava_sp.checkpoints.opening.foreign import needs_processor
 from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.mixture import load_mixture
@@ -104,7 +104,7 @@ def test_recorded_bases_beside_the_checkpoint_are_found(golden, tmp_path):
     assert LlavaSPProcessor.from_pretrained(tmp_path / "anything").num_image_tokens == 582
 
 
-@pytest.mark.parametrize("key", ["base_model", "vision_tower"])
+@pytest.mark.parametrize("key", ["language_model", "vision_tower"])
 def test_a_private_path_says_what_was_recorded_and_what_to_pass(golden, tmp_path, key):
     folder = tmp_path / "copy"
     shutil.copytree(released_folder(golden, "cropping"), folder)
@@ -199,8 +199,8 @@ def test_llava_15_full(golden, none, images, tmp_path, tower, beside, safetensor
     for name, tensor in state(none).items():
         assert torch.equal(state(model)[name], tensor), name
     assert torch.equal(logits(model, processor, images), logits(none, processor, images))
-    with pytest.raises(ValueError, match="full checkpoint.*drop base_model="):
-        LlavaSPForCausalLM.from_pretrained(tmp_path / "m", base_model=golden / "base")
+    with pytest.raises(ValueError, match="full checkpoint.*drop language_model="):
+        LlavaSPForCausalLM.from_pretrained(tmp_path / "m", language_model=golden / "base")
 
 
 def test_a_tower_within_the_checkpoint_is_the_one_that_counts(golden, none, tmp_path):
@@ -312,7 +312,7 @@ def test_warm_start_keeps_patch_mlp_and_language_model_or_lora(golden, none, lla
         model = LlavaSPForCausalLM.from_backbones(
             vision_tower=golden / "clip", warm_start=start, spatial_width=3, seed=5
         )
-        assert model.config.base_language_model == str(start.resolve())
+        assert model.config.language_model_name_or_path == str(start.resolve())
         for name, tensor in patch_mlp(none).items():
             assert torch.equal(state(model)[name], tensor), name
         for name, tensor in state(fresh).items():

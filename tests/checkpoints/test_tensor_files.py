@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llava_sp.checkpoints import tensor_files
-from llava_sp.checkpoints.tensor_files import (
+from llava_sp.checkpoints.reading import tensor_files
+from llava_sp.checkpoints.reading.tensor_files import (
     read_all,
     read_index,
     read_json,

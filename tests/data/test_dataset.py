@@ -189,7 +189,7 @@ def test_constructor_checks(world, make_record, processor):
     with pytest.raises(ValueError, match="skipped_path must name the file"):
         world([make_record("a", "b")], on_bad_sample="skip")
     with pytest.raises(ValueError, match="unknown conversation template 'v9'"):
-        world([make_record("a", "b")], template="v9")
+        world([make_record("a", "b")], conversation_template="v9")
     with pytest.raises(ValueError, match="no sources"):
         ConversationDataset([], processor)
 

@@ -40,7 +40,7 @@ def test_preview_of_a_text_sample_and_of_a_cut_one(run_yaml, tmp_path, capsys):
 
 
 def test_preview_of_another_template(run_yaml, tmp_path, capsys):
-    preview.main(["--config", str(run_yaml), "--template", "plain", "--output", str(tmp_path)])
+    preview.main(["--config", str(run_yaml), "--conversation_template", "plain", "--output", str(tmp_path)])
     assert "\n<s><image>[[Yes, the cat is sitting on top of a wooden table.\n]]" in capsys.readouterr().out
 
 

@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+from llava_sp.common.processes import Processes
 from llava_sp.eval.base import Benchmark, Item, Scores
-from llava_sp.eval.ranks import Ranks
-from llava_sp.eval.runner import generate_answers, merge
+from llava_sp.eval.run.runner import generate_answers, merge
 
 
 class Fake(Benchmark):
@@ -47,14 +47,14 @@ class Echo:
 
 def main() -> None:
     output, count, batch_size, seconds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-    benchmark, items, ranks = Fake(), make_items(count), Ranks.from_environment()
+    benchmark, items, processes = Fake(), make_items(count), Processes.from_environment()
     generate_answers(
-        benchmark, items, lambda: Echo(seconds), output, batch_size=batch_size, ranks=ranks, progress=False
+        benchmark, items, lambda: Echo(seconds), output, batch_size=batch_size, processes=processes, progress=False
     )
-    ranks.agree(None)
-    if ranks.first:
+    processes.agree(None)
+    if processes.is_main:
         merge(benchmark, items, output, model_id="fake", settings_id="settings")
-    ranks.close()
+    processes.close()
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import pytest
 from llava_sp.eval.__main__ import main
 from llava_sp.eval.base import SOURCES
 from llava_sp.eval.compare import main as compare
-from llava_sp.eval.registry import ORDER, load_benchmark
-from llava_sp.eval.report import worst_items
+from llava_sp.eval.report.html import worst_items
+from llava_sp.eval.run.registry import ORDER, load_benchmark
 from llava_sp.shapes.benchmarks import Settings, write_all
 
 JUDGED = {"llava_bench", "mmvet", "mmvp"}

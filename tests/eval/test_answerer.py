@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.eval.answerer import ModelAnswerer
-from llava_sp.eval.base import Benchmark, Generation, Item, Scores
-from llava_sp.eval.runner import in_order
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import Benchmark, Item, Scores
+from llava_sp.eval.run.answerer import ModelAnswerer
+from llava_sp.eval.run.runner import in_order
 
 WORDS = ("What", "is", "the", "colour", "of", "large", "small", "two", "shapes", "left", "?", "\nAnswer.")
 

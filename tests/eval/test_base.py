@@ -12,12 +12,12 @@ import textwrap
 import pytest
 from PIL import Image
 
+from llava_sp.common.files import write_json
 from llava_sp.eval import base
-from llava_sp.eval.answerer import open_image
 from llava_sp.eval.base import Item
 from llava_sp.eval.cli import main
-from llava_sp.eval.evaluate import claimed
-from llava_sp.eval.files import write_json
+from llava_sp.eval.run.answerer import open_image
+from llava_sp.eval.run.evaluate import claimed
 
 HEADER = "from llava_sp.eval.base import Benchmark, Item, Scores, SHORT_ANSWER\n"
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval.answers import read_answers
-from llava_sp.eval.base import LLAVA15, Generation
-from llava_sp.eval.evaluate import check_images
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import LLAVA15
 from llava_sp.eval.gqa import GQA, distribution, llava_prediction, steps
+from llava_sp.eval.run.answer_log import read_answers
+from llava_sp.eval.run.evaluate import check_images
 from tests.eval.commands import command_of
 
 QUESTIONS = "testdev_balanced_questions.json"

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval import judge_client
-from llava_sp.eval.answers import AnswerLog
 from llava_sp.eval.cli import main
-from llava_sp.eval.judge import JUDGEMENTS, read_judgements
-from llava_sp.eval.judge_client import JudgeOptions
 from llava_sp.eval.mmvp import MMVP
+from llava_sp.eval.run.answer_log import AnswerLog
+from llava_sp.eval.scoring import judge_client
+from llava_sp.eval.scoring.judge import JUDGEMENTS, read_judgements
+from llava_sp.eval.scoring.judge_client import JudgeOptions
 from tests.eval.judge_server import JudgeServer, Reply, user_text
 
 KEY = "sk-very-secret-0123456789"

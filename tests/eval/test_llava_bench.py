@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.cli import main
-from llava_sp.eval.evaluate import check_images
-from llava_sp.eval.judge import JUDGEMENTS
 from llava_sp.eval.llava_bench import RULE, LLaVABench, read_anywhere, read_strictly, relative
+from llava_sp.eval.run.evaluate import check_images
+from llava_sp.eval.scoring.judge import JUDGEMENTS
 from tests.eval.commands import results_of
 from tests.eval.judge_server import JudgeServer, user_text
 

@@ -20,11 +20,11 @@ pytest.importorskip("lmms_eval", reason="needs lmms-eval: pip install -e '.[lmms
 from lmms_eval.api.instance import Instance
 from lmms_eval.models import get_model
 
-from llava_sp.eval import lmms_eval_model
-from llava_sp.eval.answerer import render_prompt
 from llava_sp.eval.base import SHORT_ANSWER
 from llava_sp.eval.cli import main
-from llava_sp.eval.lmms_eval_model import LlavaSP, Query
+from llava_sp.eval.lmms_eval import model as lmms_eval_model
+from llava_sp.eval.lmms_eval.model import LlavaSP, Query
+from llava_sp.eval.run.answerer import render_prompt
 from llava_sp.eval.vqav2 import VQAv2
 from llava_sp.shapes.make import Settings, make
 
@@ -422,7 +422,7 @@ def test_a_round_that_is_no_round(lm, pictures):
 
 
 def test_the_conversation_template_of_model_args(lm, pictures):
-    lm.conversation, lm.likelihood = "llama_2", "logprob"
+    lm.conversation_template, lm.likelihood = "llama_2", "logprob"
     prompt = lm._prompt(Query("here", "<image>\nWhat color?", (pictures[0],)))
     assert prompt.startswith("[INST] <<SYS>>") and prompt.endswith("[/INST]")
     ids, count = lm._encode(Query("here", "What color?", ()), "red")
@@ -436,8 +436,8 @@ def test_a_moved_adapter_and_other_model_args(checkpoint, repo, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "moved")
     backbones = repo / "llava_sp/shapes/backbones"
     lm = LlavaSP.create_from_arg_string(
-        f"pretrained={tmp_path / 'moved'},base_model={backbones / 'llama'},vision_tower={backbones / 'clip'},"
-        "dtype=bfloat16,image_mode=crop,conversation=vicuna_v1,use_cache=False",
+        f"pretrained={tmp_path / 'moved'},language_model={backbones / 'llama'},vision_tower={backbones / 'clip'},"
+        "dtype=bfloat16,image_aspect_ratio=crop,conversation_template=vicuna_v1,use_cache=False",
         {"batch_size": "2", "max_batch_size": None, "device": "cpu"},
     )
     assert (lm.model.dtype, lm.processor.image_aspect_ratio, lm.batch_size) == (torch.bfloat16, "crop", 2)
@@ -456,14 +456,14 @@ def test_a_moved_adapter_and_other_model_args(checkpoint, repo, tmp_path):
         ({"pretrained": None}, "needs a checkpoint"),
         ({"pretrained": "./nowhere"}, r"--model_args: pretrained=./nowhere is not a directory"),
         ({"dtype": "int8"}, "dtype=int8; use one of auto, float32"),
-        ({"image_mode": "anyres"}, "image_mode=anyres; use one of None, pad, crop"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio=anyres; use one of None, pad, crop"),
         ({"conversation": "alpaca"}, "unknown conversation template 'alpaca'"),
         ({"likelihood": "ppl"}, "likelihood=ppl"),
         ({"use_cache": "no"}, "use_cache=no"),
         ({"batch_size": "auto"}, "--batch_size auto"),
         ({"batch_size": 0}, "--batch_size 0"),
         ({"device": "cuda:77"}, "--device cuda:77"),
-        ({"attn": "flash", "max_batch_size": 3}, "does not know attn, max_batch_size; --model_args takes pretrained, base_model"),
+        ({"attn": "flash", "max_batch_size": 3}, "does not know attn, max_batch_size; --model_args takes pretrained, language_model"),
     ],
 )  # fmt: skip
 def test_wrong_model_args(checkpoint, given, message):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.mme import COGNITION, MME, PERCEPTION, SUBTASKS, lmms_label, official_label
-from llava_sp.eval.yes_no import vlmevalkit
+from llava_sp.eval.run.evaluate import check_images
+from llava_sp.eval.scoring.yes_no import vlmevalkit
 from tests.eval.commands import command_of, read_lines, write_lines
 
 QUESTIONS = "llava_mme.jsonl"

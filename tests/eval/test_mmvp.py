@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval.base import Generation
+from llava_sp.decoding import Generation
 from llava_sp.eval.cli import main
-from llava_sp.eval.evaluate import check_images
+from llava_sp.eval.inputs.checks import find
 from llava_sp.eval.mmvp import MMVP, lmms_letter, parse_options
-from llava_sp.eval.records import find
+from llava_sp.eval.run.evaluate import check_images
 from tests.eval.commands import results_of
 from tests.eval.judge_server import JudgeServer, user_text
 
@@ -154,7 +154,7 @@ def test_prompts_and_settings(data):
         assert official.record(item) == {key: line[key] for key in ("question_id", "prompt", "answer")}
     assert official.message(items[0]) == "<image>\nWhich state is gadget 0 in? (a) Up (b) Down"
     assert official.generation == Generation(do_sample=True, temperature=0.2, max_new_tokens=1024)
-    assert (official.conversation, official.image_mode) == ("llava_v1", "crop")
+    assert (official.conversation_template, official.image_aspect_ratio) == ("llava_v1", "crop")
     for protocol, longest in {"lmms_eval": 16, "vlmevalkit": 512}.items():
         benchmark = MMVP(protocol=protocol)
         text = benchmark.prompt(benchmark.load(data)[0])
@@ -162,7 +162,7 @@ def test_prompts_and_settings(data):
             "Which state is gadget 0 in?\nA. Up\nB. Down\nAnswer with the option's letter from the given choices directly."
         )
         assert benchmark.generation == Generation(max_new_tokens=longest)
-        assert benchmark.conversation is None and benchmark.image_mode is None
+        assert benchmark.conversation_template is None and benchmark.image_aspect_ratio is None
 
 
 def test_the_judge_gets_question_truth_and_response(data):

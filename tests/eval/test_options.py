@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llava_sp.eval.options import (
+from llava_sp.eval.scoring.letters import (
     REFUSED,
     by_letter,
     lettered,

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.base import SHORT_ANSWER
-from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.pope import CATEGORIES, POPE, llava_label, lmms_label
-from llava_sp.eval.yes_no import vlmevalkit
+from llava_sp.eval.run.evaluate import check_images
+from llava_sp.eval.scoring.yes_no import vlmevalkit
 from tests.eval.commands import command_of, read_lines, write_lines
 
 QUESTIONS = "llava_pope_test.jsonl"

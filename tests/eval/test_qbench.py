@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval.evaluate import check_images
 from llava_sp.eval.qbench import QBench
+from llava_sp.eval.run.evaluate import check_images
 from tests.eval.commands import command_of
 
 QUESTIONS, ANSWERS = "llvisionqa_dev.json", "llvisionqa_dev_answers.json"
@@ -87,9 +87,9 @@ def test_prompts_and_generation_equal_llavas(data, recorded_prompts):
     items = benchmark.load(data)
     for case, item in zip(expected["items"], items):
         assert f"USER: {benchmark.message(item)} ASSISTANT:" in case["prompt"]
-        assert "a curious human and" in case["prompt"] and benchmark.conversation == "llava_v1"
+        assert "a curious human and" in case["prompt"] and benchmark.conversation_template == "llava_v1"
         assert item.images == (data / case["question_record"]["img_path"],)
-    assert benchmark.image_mode == "crop"
+    assert benchmark.image_aspect_ratio == "crop"
     options = "A. grainy\nB. noisy\nC. bright\nD. vivid\n"
     prompt = f"How does region 0 look?\nChoose between one of the options as follows:\n{options}"
     assert benchmark.record(items[0]) == {"question_id": 0, "prompt": prompt, "img_path": "m_0.jpg"}
@@ -102,12 +102,16 @@ def test_other_programs_ask_for_the_letter(data):
     vlmevalkit, lmms_eval = QBench(protocol="vlmevalkit"), QBench(protocol="lmms_eval")
     assert vlmevalkit.prompt(vlmevalkit.load(data)[2]) == asked
     assert lmms_eval.prompt(lmms_eval.load(data)[2]) == asked + "\n"
-    assert (vlmevalkit.conversation, vlmevalkit.image_mode, vlmevalkit.generation.max_new_tokens) == (
+    assert (vlmevalkit.conversation_template, vlmevalkit.image_aspect_ratio, vlmevalkit.generation.max_new_tokens) == (
         "llava_v1",
         "pad",
         512,
     )
-    assert (lmms_eval.conversation, lmms_eval.image_mode, lmms_eval.generation.max_new_tokens) == (None, None, 32)
+    assert (lmms_eval.conversation_template, lmms_eval.image_aspect_ratio, lmms_eval.generation.max_new_tokens) == (
+        None,
+        None,
+        32,
+    )
 
 
 def test_the_conversation_is_rendered_with_the_line_break_at_the_end(data, recorded_prompts):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval.answers import check_questions, match_by_question_id, read_answers
+from llava_sp.common.files import read_jsonl, read_table
 from llava_sp.eval.base import Item
-from llava_sp.eval.files import read_jsonl, read_table
-from llava_sp.eval.records import compare_ids, expect, expect_all, expect_once, inside
+from llava_sp.eval.inputs.checks import compare_ids, expect, expect_all, expect_once, inside
+from llava_sp.eval.run.answer_log import check_questions, match_by_question_id, read_answers
 
 
 def write(path: Path, records: list[dict], blank: int | None = None) -> Path:

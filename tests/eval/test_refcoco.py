@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llava_sp.eval.base import Generation
-from llava_sp.eval.evaluate import check_images
+from llava_sp.decoding import Generation
 from llava_sp.eval.refcoco import RefCOCO, box_as_list, iou, middle_inside, unpad
+from llava_sp.eval.run.evaluate import check_images
 from tests.eval.commands import command_of
 
 ANNOTATIONS = "annotations.json"
@@ -212,10 +212,10 @@ def test_images_are_those_of_coco(data):
 
 
 def test_cropped_images_are_refused(data, capsys):
-    err = refused(capsys, data, "--image-mode", "crop")
-    assert "refcoco has no --image-mode crop: LLaVA's boxes are fractions of the padded square" in err
-    assert RefCOCO.image_mode == "pad"  # also where the checkpoint crops
-    assert run(capsys, "--answers", data / "answers.jsonl", "--data", data, "--image-mode", "pad")[0] == 0
+    err = refused(capsys, data, "--image-aspect-ratio", "crop")
+    assert "refcoco has no --image-aspect-ratio crop: LLaVA's boxes are fractions of the padded square" in err
+    assert RefCOCO.image_aspect_ratio == "pad"  # also where the checkpoint crops
+    assert run(capsys, "--answers", data / "answers.jsonl", "--data", data, "--image-aspect-ratio", "pad")[0] == 0
 
 
 # One picture of 640 x 480, three expressions for two boxes, and a third box that is of no split to be scored.

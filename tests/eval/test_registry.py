@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llava_sp.eval.base import SOURCES, Benchmark
-from llava_sp.eval.registry import ORDER, benchmark_names, load_benchmark
+from llava_sp.eval.run.registry import ORDER, benchmark_names, load_benchmark
 
 
 def test_all_benchmarks_are_found_in_the_papers_order():

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval.answers import AnswerLog, read_logs
+from llava_sp.common.processes import Processes
 from llava_sp.eval.base import Item
-from llava_sp.eval.ranks import Ranks
-from llava_sp.eval.runner import LOGS, MERGED, ahead, generate_answers, merge
+from llava_sp.eval.run.answer_log import AnswerLog, read_logs
+from llava_sp.eval.run.runner import LOGS, MERGED, ahead, generate_answers, merge
 
 FAKE = Path(__file__).with_name("fake.py")
 _spec = importlib.util.spec_from_file_location("eval_fake", FAKE)
@@ -31,7 +31,13 @@ def run_all(output: Path, count: int, world: int = 1, batch_size: int = 4) -> by
     items = fake.make_items(count)
     for rank in range(world):
         generate_answers(
-            fake.Fake(), items, fake.Echo, output, batch_size=batch_size, ranks=Ranks(rank, world, rank), progress=False
+            fake.Fake(),
+            items,
+            fake.Echo,
+            output,
+            batch_size=batch_size,
+            processes=Processes(rank, world, rank),
+            progress=False,
         )
     merge(fake.Fake(), items, output, model_id="fake", settings_id="settings")
     return (output / MERGED).read_bytes()
@@ -57,7 +63,7 @@ def test_answer_lines_are_llavas(tmp_path):
 
 def test_batches_are_sorted_by_length_longest_first(tmp_path):
     items, echo = fake.make_items(20), fake.Echo()
-    generate_answers(fake.Fake(), items, lambda: echo, tmp_path, batch_size=6, ranks=Ranks(), progress=False)
+    generate_answers(fake.Fake(), items, lambda: echo, tmp_path, batch_size=6, processes=Processes(), progress=False)
     assert [len(batch) for batch in echo.batches] == [6, 6, 6, 2]
     lengths = {item.key: len(item.text) for item in items}
     order = [lengths[key] for batch in echo.batches for key in batch]
@@ -74,7 +80,7 @@ def test_nothing_left_loads_no_model(tmp_path):
         for rank in range(world):
             answered = generate_answers(
                 fake.Fake(), fake.make_items(9), must_not_be_called, tmp_path,
-                batch_size=4, ranks=Ranks(rank, world, rank), progress=False,
+                batch_size=4, processes=Processes(rank, world, rank), progress=False,
             )  # fmt: skip
             assert answered == 0
     merge(fake.Fake(), fake.make_items(9), tmp_path, model_id="fake", settings_id="settings")
@@ -87,7 +93,7 @@ def test_answers_of_other_settings_are_refused(tmp_path):
     def run(settings: str) -> int:
         about = {"settings": settings}
         return generate_answers(
-            fake.Fake(), items, fake.Echo, tmp_path, batch_size=2, ranks=Ranks(), progress=False, about=about
+            fake.Fake(), items, fake.Echo, tmp_path, batch_size=2, processes=Processes(), progress=False, about=about
         )
 
     assert (run("a"), run("a")) == (4, 0)
@@ -107,7 +113,7 @@ def test_other_pictures_under_the_same_names_are_refused(tmp_path):
 
     def run(count: int) -> int:
         return generate_answers(
-            fake.Fake(), items[:count], fake.Echo, tmp_path / "out", batch_size=2, ranks=Ranks(), progress=False
+            fake.Fake(), items[:count], fake.Echo, tmp_path / "out", batch_size=2, processes=Processes(), progress=False
         )
 
     assert run(2) == 2
@@ -162,7 +168,7 @@ def test_lock_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
 
 def test_merge_names_what_is_missing(tmp_path):
     items = fake.make_items(7)
-    generate_answers(fake.Fake(), items[:2], fake.Echo, tmp_path, batch_size=2, ranks=Ranks(), progress=False)
+    generate_answers(fake.Fake(), items[:2], fake.Echo, tmp_path, batch_size=2, processes=Processes(), progress=False)
     with pytest.raises(ValueError, match=r"5 of 7 items were not answered \(1002, 1003, 1004, \.\.\.\)"):
         merge(fake.Fake(), items, tmp_path, model_id="fake", settings_id="s")
 
@@ -175,7 +181,9 @@ def test_error_while_preparing_reaches_the_caller(tmp_path):
             return items
 
     with pytest.raises(ValueError, match="image 5 is broken"):
-        generate_answers(fake.Fake(), fake.make_items(40), Bad, tmp_path, batch_size=4, ranks=Ranks(), progress=False)
+        generate_answers(
+            fake.Fake(), fake.make_items(40), Bad, tmp_path, batch_size=4, processes=Processes(), progress=False
+        )
     kept = len(read_logs(tmp_path / LOGS))
     assert kept >= 4 and kept % 4 == 0
 
@@ -264,7 +272,7 @@ def test_a_rank_that_cannot_be(monkeypatch):
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(ValueError, match="RANK is 5 and WORLD_SIZE 1 in the environment; RANK must be from 0 to 0"):
-        Ranks.from_environment()
+        Processes.from_environment()
 
 
 def test_fewer_items_than_processes(tmp_path):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval.base import IMAGE_MARK
-from llava_sp.eval.evaluate import check_images
+from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.scienceqa import ScienceQA
+from llava_sp.model.conversation import IMAGE_MARK
 from tests.eval.commands import command_of
 
 PROBLEMS, SPLITS, LLAVA = "problems.json", "pid_splits.json", "llava_test_CQM-A.json"

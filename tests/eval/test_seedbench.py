@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.base import LLAVA15, LLAVA_SP
-from llava_sp.eval.evaluate import check_images
+from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.seedbench import SeedBench
 from tests.eval.commands import command_of, read_lines, write_lines
 

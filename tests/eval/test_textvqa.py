@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval.base import LLAVA15, SHORT_ANSWER, Generation
-from llava_sp.eval.evaluate import check_images
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import LLAVA15, SHORT_ANSWER
+from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.textvqa import TextVQA, question_of
 from tests.eval.commands import command_of, read_lines, write_lines
 

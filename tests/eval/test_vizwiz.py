@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval.base import LLAVA15, Generation
-from llava_sp.eval.evaluate import check_images
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import LLAVA15
+from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.vizwiz import SUFFIX, VizWiz, unanswerability
 from tests.eval.commands import command_of
 

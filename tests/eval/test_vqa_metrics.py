@@ -12,9 +12,7 @@ import pytest
 
 from llava_sp.eval.base import SHORT_ANSWER
 from llava_sp.eval.cli import main
-from llava_sp.eval.textvqa import TextVQA
-from llava_sp.eval.vizwiz import VizWiz
-from llava_sp.eval.vqa_metrics import (
+from llava_sp.eval.scoring.vqa import (
     CONTRACTIONS,
     PUNCTUATION,
     evalai_answer,
@@ -26,6 +24,8 @@ from llava_sp.eval.vqa_metrics import (
     vlmevalkit_answer,
     vqa_accuracy,
 )
+from llava_sp.eval.textvqa import TextVQA
+from llava_sp.eval.vizwiz import VizWiz
 from llava_sp.eval.vqav2 import VQAv2
 
 
@@ -167,7 +167,7 @@ def test_errors_name_the_numbers():
 
 
 def test_imports_without_torch():
-    code = "import sys, llava_sp.eval.vqa_metrics; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = "import sys, llava_sp.eval.scoring.vqa; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

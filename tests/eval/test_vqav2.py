@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from llava_sp.eval.base import LLAVA15, Generation
-from llava_sp.eval.evaluate import check_images
+from llava_sp.decoding import Generation
+from llava_sp.eval.base import LLAVA15
+from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.vqav2 import VQAv2
 from tests.eval.commands import command_of
 

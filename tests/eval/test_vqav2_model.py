@@ -19,12 +19,12 @@ from peft import LoraConfig
 from PIL import Image
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints import checkpoint_hash, save_adapter
-from llava_sp.eval.answerer import render_prompt
-from llava_sp.eval.answers import read_logs
+from llava_sp.checkpoints.opening.adapter import checkpoint_hash, save_adapter
 from llava_sp.eval.cli import main
-from llava_sp.eval.loading import Source
+from llava_sp.eval.run.answer_log import read_logs
+from llava_sp.eval.run.answerer import render_prompt
 from llava_sp.eval.vqav2 import VQAv2
+from llava_sp.inference import Source
 
 NEW_TOKENS = 8
 
@@ -104,7 +104,11 @@ def test_result_and_provenance(checkpoint, data, whole):
     }
     origin = result["provenance"]
     assert origin["checkpoint"] == checkpoint_hash(checkpoint)
-    assert origin["template"] == "vicuna_v1" and origin["image_mode"] == "pad" and origin["protocol"] == "llava15"
+    assert (
+        origin["conversation_template"] == "vicuna_v1"
+        and origin["image_aspect_ratio"] == "pad"
+        and origin["protocol"] == "llava15"
+    )
     assert (
         origin["dtype"] == "float32" and origin["count"] == 40 and origin["generation"]["max_new_tokens"] == NEW_TOKENS
     )
@@ -314,7 +318,8 @@ def test_another_base_is_another_model(golden, opened, tmp_path):
     released = str(golden / "checkpoint_cropping" / "lora")
     base, tower = str(golden / "base"), str(golden / "clip")
     first, again, moved = (
-        Source(released, base_model=named, vision_tower=tower).fingerprint for named in (base, base, tmp_path / "other")
+        Source(released, language_model=named, vision_tower=tower).fingerprint
+        for named in (base, base, tmp_path / "other")
     )
     assert first == again != moved
 

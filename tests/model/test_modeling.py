@@ -392,7 +392,7 @@ def test_bitsandbytes(model, saved, processor, images, tmp_path, as_adapter):
     pytest.importorskip("bitsandbytes", reason="the extra llava_sp[quantize] is not installed")
     from transformers import BitsAndBytesConfig
 
-    from llava_sp.checkpoints import save_adapter
+    from llava_sp.checkpoints.opening.adapter import save_adapter
 
     if as_adapter:
         save_adapter(model, processor, tmp_path)
@@ -432,8 +432,8 @@ def test_counts_that_do_not_fit(model, processor, images):
 
 
 def test_keywords_that_do_not_fit_the_checkpoint(saved, golden, model, tmp_path):
-    with pytest.raises(ValueError, match="is a full checkpoint, with its own base: drop base_model="):
-        LlavaSPForCausalLM.from_pretrained(saved, base_model=golden / "base")
+    with pytest.raises(ValueError, match="is a full checkpoint, with its own base: drop language_model="):
+        LlavaSPForCausalLM.from_pretrained(saved, language_model=golden / "base")
     with pytest.raises(ValueError, match="language_model_revision= and vision_tower_revision="):
         LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", revision="v2")
     llava = LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", spatial_variant="none")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from llava_sp.config.arguments import load_config
 from llava_sp.shapes import quickstart
 from llava_sp.shapes.make import Settings, make
 from llava_sp.shapes.report import write_report
 from llava_sp.shapes.results import load_results, majority_baseline, render_table
-from llava_sp.train.arguments import load_config
 
 VARIANTS = ("none", "cropping", "pooling")
 

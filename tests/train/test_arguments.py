@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llava_sp.checkpoints.backbones import from_backbones
-from llava_sp.data.from_config import spatial_settings
-from llava_sp.train.arguments import ModelArguments, load_config, settings_of, split_global_batch
-from llava_sp.train.check import check_inputs
-from llava_sp.train.config_files import UsageError
+from llava_sp.checkpoints.opening.backbones import from_backbones
+from llava_sp.config.arguments import ModelArguments, load_config, settings_of, split_global_batch
+from llava_sp.config.files import UsageError
+from llava_sp.data.build import spatial_settings
+from llava_sp.train.preflight import check_inputs
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if "output_dir" in path.read_text())
@@ -55,7 +55,11 @@ def test_paper_recipe(stage, variant, size):
     assert (args.lr_scheduler_type.value, args.warmup_steps, args.weight_decay) == ("cosine", 0.03, 0.0)
     assert (args.num_train_epochs, args.max_grad_norm, args.bf16) == (1, 1.0, True)
     assert (args.gradient_checkpointing, args.gradient_checkpointing_kwargs) == (True, {"use_reentrant": False})
-    assert (data.template, data.model_max_length, data.image_aspect_ratio) == (recipe["template"], 2048, "pad")
+    assert (data.conversation_template, data.model_max_length, data.image_aspect_ratio) == (
+        recipe["template"],
+        2048,
+        "pad",
+    )
     assert data.group_by_modality_length == (stage == "finetune_lora")
     if stage == "finetune_lora":
         assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (128, 256, 0.05)

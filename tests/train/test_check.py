@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from llava_sp.train import check
-from llava_sp.train.arguments import load_config
-from llava_sp.train.config_files import UsageError
+from llava_sp.config.arguments import load_config
+from llava_sp.config.files import UsageError
+from llava_sp.train import preflight as check
 from llava_sp.train.run import main
 from tests.train.runs import config
 
@@ -99,7 +99,7 @@ def test_broken_mixtures(tmp_path, text, word):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--template", "vicunna"], "vicunna"),
+        (["--conversation_template", "vicunna"], "vicunna"),
         (["--image_aspect_ratio", "squash"], "squash"),
         (["--on_bad_sample", "ignore"], "on_bad_sample is 'ignore'"),
         (["--spatial_variant", "crop"], "spatial_variant is 'crop'; it must be one of: none, cropping, pooling"),

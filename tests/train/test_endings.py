@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava_sp.config.files import FailedHere, UsageError
 from llava_sp.train import run_folder, verify
 from llava_sp.train import trainer as trainer_module
-from llava_sp.train.config_files import FailedHere, UsageError
 from llava_sp.train.run import main
 from llava_sp.train.run_folder import RunFolder
 from tests.train.runs import GOLDEN, config, run_here

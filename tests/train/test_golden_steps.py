@@ -8,10 +8,10 @@ import re
 import pytest
 
 from llava_sp import LlavaSPProcessor
+from llava_sp.config.arguments import TrainArguments
 from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.mixture import load_mixture
-from llava_sp.train.arguments import TrainArguments
 from llava_sp.train.build import prepare_stage
 from llava_sp.train.run_folder import RunFolder
 from llava_sp.train.trainer import LlavaSPTrainer

@@ -17,9 +17,9 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from llava_sp import LlavaSPForCausalLM
+from llava_sp.config.files import UsageError
 from llava_sp.train import trainer as trainer_module
 from llava_sp.train import verify
-from llava_sp.train.config_files import UsageError
 from llava_sp.train.run import main, train
 from tests.train.conftest import no_launcher
 from tests.train.runs import config, finish, log, losses, run_here, start, wait_for_step
@@ -251,7 +251,7 @@ def test_the_run_keys_of_the_spatial_branch_reach_the_model(tmp_path):
         tmp_path,
         "pretrain",
         max_steps=1,
-        template="vicuna_v1",
+        conversation_template="vicuna_v1",
         vision_feature_layer=[-2, -1],
         fusion_kernel=8,
         fusion_stride=8,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from llava_sp import LlavaSPForCausalLM
+from llava_sp.config.arguments import ModelArguments, TrainArguments
 from llava_sp.train import stages
-from llava_sp.train.arguments import ModelArguments, TrainArguments
 from llava_sp.train.build import add_lora, prepare_stage
 from tests.released import CONVOLUTION_WIDTH, our_name, variant
 

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoTokenizer
 
 from llava_sp import LlavaSPForCausalLM
-from llava_sp.checkpoints import save_adapter
-from llava_sp.data.from_config import dataset_of_config
-from llava_sp.train.config_files import UsageError
+from llava_sp.checkpoints.opening.adapter import save_adapter
+from llava_sp.config.files import UsageError
+from llava_sp.data.build import dataset_of_config
 from tests.checkpoints.kinds import llava_15, write_original, write_ours
 from tests.released import load_released, released_folder
 from tests.train.runs import GOLDEN, config, run_here
@@ -39,7 +39,7 @@ def test_a_full_llava_is_the_language_model(tmp_path, golden, format):
         write_original(tmp_path / "llava", llava_15(golden), golden, tower=False, beside=False)
     run_here(tmp_path, warm_start=str(tmp_path / "llava"), max_steps=1, language_model=None)
     saved = json.loads((tmp_path / "out/config.json").read_text())
-    assert saved["base_language_model"] == str(tmp_path / "llava")
+    assert saved["language_model_name_or_path"] == str(tmp_path / "llava")
 
 
 def test_preview_and_check_read_what_training_reads(tmp_path, golden):
@@ -67,7 +67,9 @@ def test_what_does_not_go_together(tmp_path, monkeypatch):
         run_here(tmp_path / "1", warm_start=start, lora_r=4)
     save_adapter(load_released(GOLDEN, "pooling"), None, tmp_path / "ours")
     settings = json.loads((tmp_path / "ours/config.json").read_text())
-    (tmp_path / "ours/config.json").write_text(json.dumps(settings | {"base_language_model_hash": "0123456789abcdef"}))
+    (tmp_path / "ours/config.json").write_text(
+        json.dumps(settings | {"language_model_fingerprint": "0123456789abcdef"})
+    )
     with pytest.raises(UsageError, match="trained on a language model with the fingerprint .* these are other weights"):
         run_here(tmp_path / "4", warm_start=str(tmp_path / "ours"))
     run_here(tmp_path / "5", warm_start=str(tmp_path / "ours"), check_base=False, spatial_width=3, max_steps=1)

@@ -20,15 +20,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_sp.eval.files import write_json
+from llava_sp.common.files import write_json
 from llava_sp.shapes.benchmarks.common import Settings, Written
 from llava_sp.shapes.benchmarks.gqa import write_gqa
-from llava_sp.shapes.benchmarks.multiple_choice import (
-    write_mmbench,
-    write_mmbench_cn,
-    write_scienceqa,
-    write_seedbench,
-)
+from llava_sp.shapes.benchmarks.multiple_choice import write_mmbench, write_mmbench_cn, write_scienceqa, write_seedbench
 from llava_sp.shapes.benchmarks.open_ended import write_llava_bench, write_mmvet
 from llava_sp.shapes.benchmarks.short_answers import write_textvqa, write_vizwiz, write_vqav2
 from llava_sp.shapes.benchmarks.visual_details import write_mmvp, write_qbench, write_refcoco

@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_sp.eval.files import write_json, write_jsonl
+from llava_sp.common.files import write_json, write_jsonl
 from llava_sp.shapes.benchmarks.choices import ALL_NAMES
 from llava_sp.shapes.benchmarks.common import (
     SPLIT,

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llava_sp.eval.files import write_atomic, write_json, write_jsonl
+from llava_sp.common.files import write_atomic, write_json, write_jsonl
 from llava_sp.shapes.benchmarks.choices import ALL_PLACES, CORNERS, WORDINGS, Choice, choices
 from llava_sp.shapes.benchmarks.common import (
     LETTER_ANSWER,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava_sp.eval.files import write_json, write_jsonl
+from llava_sp.common.files import write_json, write_jsonl
 from llava_sp.shapes.benchmarks.choices import CORNERS
 from llava_sp.shapes.benchmarks.common import (
     SPLIT,

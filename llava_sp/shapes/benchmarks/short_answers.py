@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_sp.eval.files import write_json, write_jsonl
+from llava_sp.common.files import write_json, write_jsonl
 from llava_sp.shapes import make
 from llava_sp.shapes.benchmarks.choices import ALL_NAMES
 from llava_sp.shapes.benchmarks.common import (

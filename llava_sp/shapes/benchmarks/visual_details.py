@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
-from llava_sp.eval.files import write_atomic, write_json
+from llava_sp.common.files import write_atomic, write_json
 from llava_sp.shapes.benchmarks.common import (
     SIDES,
     SPLIT,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-from llava_sp.eval.files import write_atomic, write_jsonl
+from llava_sp.common.files import write_atomic, write_jsonl
 from llava_sp.shapes.benchmarks.choices import ALL_NAMES, ALL_PLACES, chinese
 from llava_sp.shapes.benchmarks.common import (
     SPLIT,

@@ -1,0 +1,112 @@
+"""Which of how many processes this one is, under `torchrun`, `accelerate launch`, `deepspeed`, or none of them.
+
+What the processes agree on here goes over gloo on the CPU, which every machine has. torch is imported only if there is more
+than one process.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_LONGEST_WAIT = timedelta(days=7)  # for the slowest process at the end of a long benchmark
+USER_ERRORS = (ValueError, OSError, MemoryError)  # what the user can put right, or the machine is too small for
+
+
+class ReportedElsewhere(ValueError):
+    """Another process has a problem and reports it."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among those of a command."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls) -> Processes:
+        """Reads RANK, WORLD_SIZE and LOCAL_RANK; nothing is started. Raises `ValueError` if they contradict each other."""
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return cls()
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if not 0 <= rank < world_size:
+            raise ValueError(f"RANK is {rank} in the environment; with WORLD_SIZE {world_size} it must be below")
+        return cls(rank, world_size, int(os.environ.get("LOCAL_RANK", rank)))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and prints."""
+        return self.rank == 0
+
+    @property
+    def is_local_main(self) -> bool:
+        """True in one process of each machine."""
+        return self.local_rank == 0
+
+    @property
+    def name(self) -> str:
+        """What this process's messages begin with: nothing for the main process, `process 3: ` for that of rank 3."""
+        return "" if self.is_main else f"process {self.rank}: "
+
+    @contextmanager
+    def group(self) -> Iterator[Processes]:
+        """The gloo process group, as long as the block runs, if there is more than one process."""
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            dist.init_process_group("gloo", timeout=_LONGEST_WAIT)
+        try:
+            yield self
+        finally:
+            leave_group()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """All processes finish the block, or none goes on: a problem on any of them ends it on all.
+
+        Raises:
+            ValueError, OSError, MemoryError: on the process that has the problem.
+            ReportedElsewhere: on the others.
+        """
+        problem: Exception | None = None
+        try:
+            yield
+        except USER_ERRORS as error:
+            problem = error
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            problems: list[str | None] = [None] * self.world_size
+            dist.all_gather_object(problems, None if problem is None else str(problem))
+            if problem is None and any(problems):
+                raise ReportedElsewhere(next(one for one in problems if one is not None))
+        if problem is not None:
+            raise problem
+
+    def from_main(self, value: T) -> T:
+        """The value that the main process has, on every process."""
+        if self.world_size == 1:
+            return value
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def leave_group() -> None:
+    """End the process group, if there is one; gloo may abort at exit otherwise."""
+    if "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()

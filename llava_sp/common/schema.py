@@ -1,0 +1,165 @@
+"""What a record must hold, declared as data and checked by one function.
+
+    ANNOTATION = {"question_id": (int, str), "answers": some({"answer": str, "answer_id?": (int, str)})}
+    expect(record, ANNOTATION, f"{file}: annotation 3")
+
+    ValueError: val.json: annotation 3: answers[2].answer is 5; expected text
+
+A spec is
+
+    str, int, float, bool, list, dict   a value of that type (an int is also a float, a bool is neither); Any fits all
+    None                                null
+    (spec, spec, ...)                   any one of them
+    {"key": spec, "key?": spec}         an object with these keys, those with ? optional; others are allowed unless it is `only`
+    {str: spec}                         an object whose values all fit
+    [spec]                              a list whose items all fit; `some(spec)` is one with at least one item
+    one_of("a", "b")                    one of these values
+    Check(test, "a number above 0")     a value for which test(value) is true
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+Spec = Any
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """A value of `spec` for which `test` is true; `words` say what would be right."""
+
+    test: Callable[[Any], bool]
+    words: str
+    spec: Spec = Any
+
+
+def one_of(*values: Any) -> Check:
+    return Check(
+        lambda value: any(value == v and type(value) is type(v) for v in values), " or ".join(map(repr, values))
+    )
+
+
+def some(spec: Spec = Any) -> Check:
+    """A list with at least one item."""
+    return Check(bool, f"a list of at least one {_describe(spec)}", [spec])
+
+
+def only(fields: dict[str, Spec]) -> Check:
+    """An object with these keys and no others."""
+    names = {key.removesuffix("?") for key in fields}
+    return Check(lambda value: value.keys() <= names, f"an object with {', '.join(names)} alone", fields)
+
+
+def expect(value: Any, spec: Spec, where: object) -> Any:
+    """`value`, if it fits `spec`.
+
+    Raises:
+        ValueError: `where`, the key, its value, and what was expected; an object that lacks keys lists those it has.
+    """
+    problem = next(_problems(value, spec, ""), None)
+    if problem is not None:
+        path, wrong = problem
+        raise ValueError(f"{where}: {path} {wrong}" if path else f"{where} {wrong}")
+    return value
+
+
+def expect_all(records: Any, spec: Spec, file: object, noun: str = "question") -> list[Any]:
+    """The records of a list that must hold at least one, each of which fits `spec`; a `Line` is named by its line."""
+    expect(records, some(), file)
+    for index, record in enumerate(records):
+        expect(record, spec, place(file, noun, record, index))
+    return records
+
+
+def place(file: object, noun: str, record: Any, index: int) -> str:
+    """Where a record is, for error messages: its line, or its index in a list."""
+    number = getattr(record, "number", None)
+    return f"{file}, line {number}" if number else f"{file}: {noun} {index} (counted from 0)"
+
+
+def fits(value: Any, spec: Spec) -> bool:
+    return next(_problems(value, spec, ""), None) is None
+
+
+def _problems(value: Any, spec: Spec, path: str) -> Iterator[tuple[str, str]]:
+    """(path to the value, what is wrong with it) of everything that does not fit."""
+    if isinstance(spec, tuple):
+        if not any(fits(value, one) for one in spec):
+            yield path, _wrong(value, spec)
+    elif isinstance(spec, Check):
+        inner = list(_problems(value, spec.spec, path))
+        yield from inner
+        if not inner and not spec.test(value):
+            yield path, _wrong(value, spec)
+    elif isinstance(spec, dict):
+        yield from _field_problems(value, spec, path)
+    elif isinstance(spec, list):
+        if not isinstance(value, list):
+            yield path, _wrong(value, spec)
+        else:
+            for index, item in enumerate(value):
+                yield from _problems(item, spec[0], f"{path}[{index}]")
+    elif not _is(value, spec):
+        yield path, _wrong(value, spec)
+
+
+def _field_problems(value: Any, fields: dict[Any, Spec], path: str) -> Iterator[tuple[str, str]]:
+    if not isinstance(value, dict):
+        yield path, _wrong(value, fields)
+        return
+    prefix = f"{path}." if path else ""
+    if str in fields:
+        for key, item in value.items():
+            yield from _problems(item, fields[str], f"{prefix}{key}")
+        return
+    absent = [key for key in fields if not key.endswith("?") and key not in value]
+    if absent:
+        has = ", ".join(list(value)[:12]) or "nothing"
+        yield path, f"has no {', '.join(absent)}; it has {has}"
+    for key, spec in fields.items():
+        name = key.removesuffix("?")
+        if name in value:
+            yield from _problems(value[name], spec, f"{prefix}{name}")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind is Any:
+        return True
+    if kind is None:
+        return value is None
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _wrong(value: Any, spec: Spec) -> str:
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+    return f"is {shown}; expected {_describe(spec)}"
+
+
+def _describe(spec: Spec) -> str:
+    if isinstance(spec, tuple):
+        return " or ".join(_describe(one) for one in spec)
+    if isinstance(spec, Check):
+        return spec.words
+    if isinstance(spec, dict):
+        return "an object" if str in spec else f"an object with {_names(spec)}"
+    if isinstance(spec, list):
+        return f"a list of {_describe(spec[0])}"
+    return "null" if spec is None else "anything" if spec is Any else _WORDS.get(spec, spec.__name__)
+
+
+def _names(keys: Iterable[str]) -> str:
+    return ", ".join(key for key in keys if not key.endswith("?"))

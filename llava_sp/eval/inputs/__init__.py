@@ -1,0 +1,1 @@
+"""Reading and checking what benchmarks are given."""

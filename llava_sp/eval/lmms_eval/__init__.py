@@ -1,0 +1,1 @@
+"""The model as lmms-eval sees it."""

@@ -1,0 +1,1 @@
+"""From questions to results: the machinery behind every benchmark."""

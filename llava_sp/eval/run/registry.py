@@ -1,0 +1,47 @@
+"""The benchmarks that there are: the modules of this package that define a `Benchmark` named after themselves."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+from llava_sp.eval.base import Benchmark
+
+# As in the papers' tables; what is not named here follows, by name.
+ORDER = (
+    "vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "mmbench_cn", "seedbench", "llava_bench",
+    "mmvet", "mmvp", "refcoco", "qbench",
+)  # fmt: skip
+
+
+_FOLDER = Path(__file__).parents[1]
+
+
+def benchmark_names(folder: Path = _FOLDER) -> list[str]:
+    """Names of the benchmarks, in the order of `ORDER`; read from the source, without importing it."""
+    names = [path.stem for path in folder.glob("*.py") if _defines_benchmark(path)]
+    return sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+
+
+def load_benchmark(name: str) -> type[Benchmark]:
+    """The class of a benchmark. Raises ValueError, listing those there are, for an unknown name."""
+    path = _FOLDER / f"{name}.py"
+    if not path.is_file() or not _defines_benchmark(path):
+        raise ValueError(f"there is no benchmark {name!r}; there are {', '.join(benchmark_names())}")
+    module = importlib.import_module(f"llava_sp.eval.{name}")
+    found = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Benchmark)]
+    return next(cls for cls in found if vars(cls).get("name") == name)
+
+
+def _defines_benchmark(path: Path) -> bool:
+    """Whether a class in the file says `name = "<name of the file>"`."""
+    return any(
+        isinstance(line, ast.Assign)
+        and any(isinstance(target, ast.Name) and target.id == "name" for target in line.targets)
+        and isinstance(line.value, ast.Constant)
+        and line.value.value == path.stem
+        for node in ast.parse(path.read_text(encoding="utf-8"), str(path)).body
+        if isinstance(node, ast.ClassDef)
+        for line in node.body
+    )

@@ -1,0 +1,165 @@
+"""Generates the answers to a list of items: batched by length, sharded over processes, resumable.
+
+* Process r of n takes items r, r + n, r + 2n, ... of the list: every item belongs to exactly one process, whatever the
+  counts. Within its share the longest come first (memory trouble shows at once; batches hold items of similar length),
+  and the questions about one image stay together, so that it can be encoded once for all of them.
+* Each process appends to `OUTPUT/answers/rank-R.jsonl`. What any process of any earlier run has answered there is not
+  asked again, so the number of processes may change between runs.
+* `merge` puts all answers, in the order of the items, into one file in LLaVA's format.
+
+Nothing here knows the model: `make_answerer` is called only if there is something left to answer and gives an object with
+`prepare(items) -> batch` (called in a thread, ahead of time) and `answer(batch) -> texts`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
+
+from tqdm import tqdm
+
+from llava_sp.common.files import examples, write_jsonl
+from llava_sp.common.processes import Processes
+from llava_sp.eval.base import Benchmark, Item
+from llava_sp.eval.run.answer_log import AnswerLog, read_logs
+
+LOGS = "answers"
+MERGED = "answers.jsonl"
+_BATCHES_AHEAD = 2
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+class Answerer(Protocol):
+    def prepare(self, items: list[Item]) -> Any: ...
+
+    def answer(self, batch: Any) -> list[str]: ...
+
+
+def generate_answers(
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    make_answerer: Callable[[], Answerer],
+    output: Path,
+    *,
+    batch_size: int,
+    processes: Processes,
+    progress: bool = True,
+    about: Mapping[str, Any] = MappingProxyType({}),
+) -> int:
+    """Answers this process's share of `items` that nobody has answered yet; returns how many those were.
+
+    Each line of the log holds the item's record, the answer (`text`), `key`, the fields of `about` (among them `settings`,
+    which must be those of all lines there), `image_bytes`, and `seconds`: the time of the batch divided by its size.
+
+    Raises:
+        ValueError: answers of other settings, or about other pictures under the same names, are there already.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch size is {batch_size}; it must be at least 1")
+    share = items[processes.rank :: processes.world_size]
+    with AnswerLog(output / LOGS / f"rank-{processes.rank:05d}.jsonl") as log:
+        done = read_logs(output / LOGS, about.get("settings"))
+        check_same_images(share, done)
+        todo = [item for item in share if item.key not in done]
+        todo = in_order(benchmark, todo)
+        if not todo:
+            return 0
+        answerer = make_answerer()
+        batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
+        title = (
+            benchmark.name if processes.world_size == 1 else f"{benchmark.name} (process 1 of {processes.world_size})"
+        )
+        shown = progress and processes.is_main
+        with tqdm(total=len(share), initial=len(share) - len(todo), desc=title, unit="q", disable=not shown) as bar:
+            for batch, prepared in zip(batches, ahead(answerer.prepare, batches)):
+                start = time.perf_counter()
+                texts = answerer.answer(prepared)
+                assert len(texts) == len(batch), f"{len(texts)} answers for {len(batch)} items"
+                seconds = round((time.perf_counter() - start) / len(batch), 4)
+                log.append(
+                    {**benchmark.record(item), "text": text, "key": item.key, **about}
+                    | {"image_bytes": image_bytes(item), "seconds": seconds}
+                    for item, text in zip(batch, texts)
+                )
+                bar.update(len(batch))
+    return len(todo)
+
+
+def image_bytes(item: Item) -> list[int]:
+    """The sizes of the item's image files."""
+    return [image.stat().st_size if isinstance(image, Path) else len(image) for image in item.images]
+
+
+def check_same_images(items: Sequence[Item], done: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises ValueError if an item was answered when its image files had other sizes."""
+    for item in items:
+        before = done.get(item.key, {}).get("image_bytes")
+        if before is not None and before != image_bytes(item):
+            raise ValueError(
+                f"question {item.id} was answered with pictures of {before} bytes, now they have {image_bytes(item)}: "
+                "other pictures under the same names? Give another --output"
+            )
+
+
+def in_order(benchmark: Benchmark, items: Sequence[Item]) -> list[Item]:
+    """The longest message first; the items of an image follow its longest one."""
+    lengths = {item.key: (len(item.images), len(benchmark.message(item))) for item in items}
+    longest: dict[tuple[Path | bytes, ...], tuple[int, int]] = {}
+    for item in items:
+        longest[item.images] = max(longest.get(item.images, (0, 0)), lengths[item.key])
+    first = {images: number for number, images in enumerate(longest)}  # separates images of equal length
+
+    def place(item: Item) -> tuple:
+        shared = (longest[item.images], -first[item.images]) if item.images else (lengths[item.key], 0)
+        return *shared, lengths[item.key]
+
+    return sorted(items, key=place, reverse=True)
+
+
+def merge(
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    output: Path,
+    *,
+    model_id: str,
+    settings_id: str,
+    metadata: Mapping[str, Any] = MappingProxyType({}),
+) -> list[dict[str, Any]]:
+    """Writes `OUTPUT/answers.jsonl`: one line per item, in the order of the items. Returns the lines.
+
+    The file depends on settings, items and texts alone, not on the number of processes or interruptions:
+    `answer_id` is a hash of the settings and the item.
+    """
+    logged = read_logs(output / LOGS, settings_id)
+    missing = [item.key for item in items if item.key not in logged]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(items)} items were not answered ({examples(missing)}); run the command again"
+        )
+    records = []
+    for item in items:
+        answer_id = hashlib.sha256(f"{settings_id}/{item.key}".encode()).hexdigest()[:22]
+        record = {**benchmark.record(item), "text": logged[item.key]["text"]}
+        records.append({**record, "answer_id": answer_id, "model_id": model_id, "metadata": dict(metadata)})
+    write_jsonl(output / MERGED, records)
+    return records
+
+
+def ahead(function: Callable[[T], U], values: Iterable[T], count: int = _BATCHES_AHEAD) -> Iterator[U]:
+    """`map`, with up to `count` results computed before they are asked for, in one thread (tokenizers share no more)."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        waiting: deque = deque()
+        for value in values:
+            waiting.append(pool.submit(function, value))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

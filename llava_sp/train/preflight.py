@@ -1,0 +1,160 @@
+"""What a run needs and does not find, in one message, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+from llava_sp.checkpoints.opening.warm_start import holds_lora
+from llava_sp.config.arguments import DataArguments, ModelArguments, TrainArguments, is_local_path
+from llava_sp.config.files import UsageError
+from llava_sp.data.mixture import parse_mixture
+from llava_sp.train.build import SCRATCH
+from llava_sp.train.stages import STAGES
+
+MODEL_SOURCES = {
+    "language_model": "a hub id such as lmsys/vicuna-7b-v1.5, or a folder with a causal language model",
+    "vision_tower": "a hub id such as openai/clip-vit-large-patch14-336, or a folder with a vision model",
+}
+VARIABLES = {
+    "language_model": "LLAVA_SP_LANGUAGE_MODEL",
+    "vision_tower": "LLAVA_SP_VISION_TOWER",
+    "data_path": "LLAVA_SP_DATA",
+    "image_folder": "LLAVA_SP_DATA",
+    "projector_checkpoint": "LLAVA_SP_RUNS",
+}
+
+
+def check_inputs(model: ModelArguments, data: DataArguments, args: TrainArguments) -> None:
+    """Raise UsageError that names everything that is missing, the key that sets it, and where it comes from."""
+    problems = [*_warm_start(model, args), *_models(model), *_projector(model, args), *_data(data), *_output(args)]
+    if problems:
+        raise UsageError(
+            "This run cannot start yet; what is missing:\n"
+            + "\n".join(f"- {problem}" for problem in problems)
+            + "\nSet a key by --key VALUE or in the YAML file. To try the whole recipe on data that comes with the "
+            "project: bash scripts/quickstart.sh"
+        )
+
+
+def _named(key: str, value: object) -> str:
+    variable = f" (environment: {VARIABLES[key]})" if key in VARIABLES else ""
+    return f"{key} = {value}{variable}"
+
+
+def _warm_start(model: ModelArguments, args: TrainArguments) -> Iterator[str]:
+    start = model.warm_start
+    if start is None:
+        return
+    if is_local_path(start) and not Path(start).exists():
+        yield f"warm_start = {start}: it is not there; give a trained LLaVA-1.5 (folder, projector file or hub id), or null."
+    elif "lora" not in STAGES[args.stage] and holds_lora(start):
+        yield (
+            f"warm_start = {start} has LoRA, which the stage {args.stage} does not train: merge it first "
+            "(python -m llava_sp.checkpoints.merge), and start from the merged model."
+        )
+
+
+def _models(model: ModelArguments) -> Iterator[str]:
+    for key, source in MODEL_SOURCES.items():
+        name = getattr(model, key)
+        if name is None:
+            yield f"{key} is not set: {source}."
+        elif is_local_path(name):
+            if not (Path(name) / "config.json").is_file():
+                yield f"{_named(key, name)}: there is no model (no config.json) in this folder; give {source}."
+        elif reason := _unreachable(name):
+            yield f"{_named(key, name)}: {reason}; give {source}."
+
+
+def _unreachable(name: str) -> str | None:
+    """Why a hub model cannot be had, asking the hub once and only for a model that is not in the cache; else None."""
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return None
+        if constants.HF_HUB_OFFLINE:
+            return (
+                f"HF_HUB_OFFLINE is set and this model is not in the cache ({constants.HF_HUB_CACHE}); download it first "
+                f"(hf download {name})"
+            )
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=10)
+    except HFValidationError:
+        return "this is neither a folder nor a model's name"
+    except HfHubHTTPError as error:
+        return f"there is no such folder, and {constants.ENDPOINT} does not give a model of this name ({_short(error)})"
+    except HTTPError as error:
+        return f"this model is not in the cache ({constants.HF_HUB_CACHE}), and {constants.ENDPOINT} cannot be reached ({error})"
+    return None
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _projector(model: ModelArguments, args: TrainArguments) -> Iterator[str]:
+    path = model.projector_checkpoint
+    if path == SCRATCH:
+        return
+    if path is None:
+        if "lora" in STAGES[args.stage]:
+            yield (
+                "projector_checkpoint is not set: the output folder of stage 1 (scripts/pretrain.sh), whose whole "
+                f"projector this stage starts from; '{SCRATCH}' starts from random weights."
+            )
+    elif not Path(path).is_dir():
+        yield (
+            f"{_named('projector_checkpoint', path)}: there is no such folder; it is the output of stage 1: run "
+            "scripts/pretrain.sh first, or give its output_dir."
+        )
+    elif not (Path(path) / "llava_sp.json").is_file():
+        steps = sorted(entry.name for entry in Path(path).glob("checkpoint-*"))
+        hint = (
+            f"stage 1 has only got to {steps[-1]}; finish it" if steps else "give the output_dir of a finished stage 1"
+        )
+        yield f"{_named('projector_checkpoint', path)}: this folder holds no finished projector (no llava_sp.json); {hint}."
+
+
+def _data(data: DataArguments) -> Iterator[str]:
+    source = f"\n  The data comes from {data.data_source}." if data.data_source else ""
+    if data.mixture and data.data_path:
+        yield "mixture and data_path are both set; leave one out (--data_path null)."
+    elif data.mixture:
+        yield from _mixture(Path(data.mixture))
+    elif data.data_path is None:
+        yield "data_path is not set: a LLaVA JSON or JSONL file (or mixture, a YAML file that lists several)."
+    else:
+        missing = []
+        if not Path(data.data_path).is_file():
+            missing.append(f"{_named('data_path', data.data_path)}: there is no such file.")
+        if data.image_folder is not None and not Path(data.image_folder).is_dir():
+            missing.append(f"{_named('image_folder', data.image_folder)}: there is no such folder.")
+        if missing:
+            missing[-1] += source
+        yield from missing
+    if data.eval_data_path and not Path(data.eval_data_path).is_file():
+        yield f"eval_data_path = {data.eval_data_path}: there is no such file."
+    if data.eval_data_path and data.validation_fraction:
+        yield "eval_data_path and validation_fraction are both set; leave one out."
+    if not 0 <= data.validation_fraction < 1:
+        yield f"validation_fraction = {data.validation_fraction} must be at least 0 and below 1."
+
+
+def _mixture(file: Path) -> Iterator[str]:
+    try:
+        sources = parse_mixture(file)
+    except ValueError as error:
+        yield f"mixture = {file}: {error}."
+        return
+    for source in sources:
+        if not source.annotations.is_file():
+            yield f"mixture = {file}: annotations: {source.annotations} is not there."
+        if not source.images.is_dir():
+            yield f"mixture = {file}: images: {source.images} is not there."
+
+
+def _output(args: TrainArguments) -> Iterator[str]:
+    if args.output_dir in (None, "trainer_output"):
+        yield "output_dir is not set: the folder that this run writes to."
