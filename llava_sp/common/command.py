@@ -20,8 +20,8 @@ INTERRUPTED = 130
 
 def command_parser(module: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
     """The parser of `python -m MODULE`, with `--traceback`; the description is printed as it is."""
-    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description, **options)
+    layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description, **layout | options)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
 

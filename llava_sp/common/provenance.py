@@ -41,11 +41,13 @@ def command() -> str:
 
 def git_commit(folder: Path) -> str | None:
     """The commit that a folder is at, with `+changes` if files differ from it; None outside a repository."""
-    git = ["git", "-C", str(folder)]
-    options = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], **options).stdout.strip()
-        changes = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+changes" if changes else "")
