@@ -42,6 +42,13 @@ def flatten_images(images) -> list[Image.Image]:
     return [to_pil_image(images)]
 
 
+def images_per_prompt(images, total: int) -> list[int] | int:
+    """How many images each prompt has, where they are given by prompt; otherwise `total`."""
+    if isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images):
+        return [len(entry) if isinstance(entry, (list, tuple)) else int(entry is not None) for entry in images]
+    return total
+
+
 def pillow_counterpart(image_processor):
     """The Pillow counterpart of an image processor, with the same settings."""
     if image_processor is None or getattr(image_processor, "backend", "pil") == "pil":
