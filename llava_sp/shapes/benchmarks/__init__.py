@@ -4,10 +4,10 @@
 
     OUTPUT/vqav2, gqa, vizwiz, scienceqa, textvqa, pope, mme, mmbench, mmbench_cn, seedbench, llava_bench, mmvet, mmvp,
     refcoco, qbench     one folder per benchmark, with the files that `python -m llava_sp.eval.<name> --data` reads
-    OUTPUT/scenes.json  the scene graph behind every picture ("gqa/images/n900000.jpg": ...), to derive every answer again
+    OUTPUT/scenes.json  the scene graph behind every image ("gqa/images/n900000.jpg": ...), to derive every answer again
     OUTPUT/world.json   the settings and the number of questions per benchmark; completed last
 
-All pictures are held-out scenes with unseen handwriting. The same arguments give the same bytes, and a benchmark written
+All images are held-out scenes with unseen handwriting. The same arguments give the same bytes, and a benchmark written
 alone is the one that writing all of them gives. Where `world.json` already says the same, nothing is made again.
 """
 
@@ -74,7 +74,7 @@ def write_all(output: Path, settings: Settings | None = None, log: Callable[[str
     for name, write in WRITERS.items():
         written = write(output / name, settings)
         summary["benchmarks"][name] = {"questions": written.questions, "pictures": len(written.scenes)}
-        scenes |= {f"{name}/{picture}": scene for picture, scene in written.scenes.items()}
+        scenes |= {f"{name}/{image}": scene for image, scene in written.scenes.items()}
         log(f"shapes benchmarks: {written.questions} questions -> {output / name}")
     write_json(output / "scenes.json", scenes)
     summary["complete"] = True

@@ -56,6 +56,6 @@ def test_made_once_and_never_over_other_files(tmp_path, capsys):
         assert main(["--output", str(real)]) == 2
         assert "other files" in capsys.readouterr().err
     assert (real / "gqa/testdev_balanced_questions.json").read_text() == "the real ones"
-    for wrong in (["--questions", "0"], ["--seed", "-1"]):
-        with pytest.raises(SystemExit):
-            main(["--output", str(tmp_path / "new"), *wrong])
+    for flag, value in (("--questions", "0"), ("--seed", "-1")):
+        assert main(["--output", str(tmp_path / "new"), flag, value]) == 2
+        assert f"error: {flag} is {value}" in capsys.readouterr().err
