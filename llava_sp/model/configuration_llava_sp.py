@@ -4,8 +4,9 @@ Token counts, the patch grid and the scales are derived here, once; nothing else
 """
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from transformers import LlavaConfig
+from transformers import LlavaConfig, PreTrainedConfig
 
 
 class LlavaSPConfig(LlavaConfig):
@@ -32,6 +33,9 @@ class LlavaSPConfig(LlavaConfig):
     """
 
     model_type = "llava_sp"
+    if TYPE_CHECKING:  # what LlavaConfig has made of a dictionary or of None
+        text_config: PreTrainedConfig
+        vision_config: PreTrainedConfig
 
     spatial_variant: str = "cropping"
     spatial_scales: list[int] | None = None
@@ -114,7 +118,7 @@ class LlavaSPConfig(LlavaConfig):
     @property
     def num_spatial_tokens(self) -> int:
         """S: one token per scale."""
-        return 0 if self.spatial_variant == "none" else len(self.spatial_scales)
+        return 0 if self.spatial_variant == "none" else len(self.spatial_scales or [])
 
     @property
     def num_image_tokens(self) -> int:

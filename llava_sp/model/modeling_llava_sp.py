@@ -7,6 +7,7 @@ Shape suffixes: B batch, L sequence, M supervised positions, D language width, V
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +66,13 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Image tokens of every image: `.pooler_output` is a list of [num_image_tokens, D]."""
         patches = self.get_patch_features(pixel_values)
+        tokens: Any = list(self.project(patches))  # transformers' LLaVA gives a list too
+        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=tokens)
+
+    def project(self, patches: Tensor) -> Tensor:
+        """Patch features -> image tokens, [images, num_image_tokens, D]."""
         dtype = next(p.dtype for p in self.multi_modal_projector.parameters() if p.is_floating_point())
-        tokens = self.multi_modal_projector(patches.to(dtype))
-        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=list(tokens))
+        return self.multi_modal_projector(patches.to(dtype))
 
     def check_counts(self, placeholders: int, images: int) -> None:
         """Raises `ValueError` unless there are `num_image_tokens` placeholders for each image."""
@@ -95,7 +100,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         """
         side, channels = self.config.image_size, getattr(self.config.vision_config, "num_channels", 3)
         blank = torch.zeros(1, channels, side, side, device=self.vision_tower.device)
-        return (0.0 * self.get_image_features(blank).pooler_output[0]).sum()
+        return (0.0 * self.project(self.get_patch_features(blank))).sum()
 
     def forward(
         self,

@@ -193,7 +193,7 @@ class LlavaSPProcessor(LlavaProcessor):
         return_tensors = kwargs.pop("return_tensors", return_tensors)
         text_kwargs = {key: kwargs.pop(key) for key in _TEXT_KEYS if key in kwargs}
         kwargs = self._image_kwargs(kwargs)
-        prompts = text if isinstance(text, (list, tuple)) else [] if text is None else [text]
+        prompts = list(text) if isinstance(text, (list, tuple)) else [] if text is None else [text]
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(f"text is {text!r:.60}; it must be a string or several: give images= and text= by name")
         flat = flatten_images(images)
@@ -258,7 +258,7 @@ class LlavaSPProcessor(LlavaProcessor):
         jinja = self.chat_template if own else jinja_template(template, self.tokenizer.chat_template)
         return self._render_with_jinja(turns, jinja)
 
-    def _render_with_jinja(self, turns: list[Turn], jinja: str) -> list[Segment]:
+    def _render_with_jinja(self, turns: list[Turn], jinja: str | dict[str, str] | None) -> list[Segment]:
         segments, done = [], ""
 
         def extend(count: int, prompt: bool, learned: bool = False) -> None:

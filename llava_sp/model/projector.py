@@ -39,11 +39,10 @@ class SpatialFeatureExtractor(nn.Module):
 
     def __init__(self, config: LlavaSPConfig):
         super().__init__()
-        self.scales = list(config.spatial_scales)
-        self.num_tokens = len(self.scales)
-        self.projections = nn.ModuleDict(
-            {str(scale): WindowProjection(config.vision_width, config.spatial_width, scale) for scale in self.scales}
-        )
+        scales, width = config.spatial_scales, config.spatial_width
+        assert scales and width, "the configuration has filled them in"
+        self.scales, self.num_tokens = list(scales), len(scales)
+        self.projections = nn.ModuleDict({str(s): WindowProjection(config.vision_width, width, s) for s in scales})
 
     def window(self, patches_BGGC: Tensor, scale: int) -> Tensor:
         """What the token of this scale sees: [B, scale, scale, C]."""
@@ -78,8 +77,9 @@ class DetailFeatureIntegrator(nn.Module):
 
     def __init__(self, config: LlavaSPConfig):
         super().__init__()
-        self.kernel, self.stride = config.fusion_kernel, config.fusion_stride
-        width = config.spatial_width
+        kernel, stride, width = config.fusion_kernel, config.fusion_stride, config.spatial_width
+        assert kernel and stride and width, "the configuration has filled them in"
+        self.kernel, self.stride = kernel, stride
         self.context = WindowProjection(config.vision_width, width, self.kernel)
         self.query = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
         self.key = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
@@ -100,10 +100,8 @@ class SpatialBranch(nn.Module):
         if config.spatial_variant not in SPATIAL_VARIANTS:
             known = ", ".join(["none", *SPATIAL_VARIANTS])
             raise ValueError(f"spatial_variant is {config.spatial_variant!r}; it must be one of: {known}")
-        if config.spatial_scales is None:
-            raise ValueError(
-                f'spatial_variant was changed from "none" to {config.spatial_variant!r}: make a new config'
-            )
+        if config.spatial_width is None:
+            raise ValueError(f'spatial_variant was "none" and is {config.spatial_variant!r}: make a new configuration')
         self.extractor = SPATIAL_VARIANTS[config.spatial_variant](config)
         if self.extractor.num_tokens != config.num_spatial_tokens:
             found, wanted = self.extractor.num_tokens, config.num_spatial_tokens
@@ -111,7 +109,7 @@ class SpatialBranch(nn.Module):
         self.integrator = DetailFeatureIntegrator(config) if config.spatial_fusion else None
         in_width = config.spatial_width * (2 if config.spatial_fusion else 1)
         self.act = nn.GELU()
-        self.linear = nn.Linear(in_width, config.text_config.hidden_size, bias=config.spatial_projection_bias)
+        self.linear = nn.Linear(in_width, config.text_config.hidden_size, bias=bool(config.spatial_projection_bias))
 
     def forward(self, patches_BGGC: Tensor) -> Tensor:
         features_BSK = self.extractor(patches_BGGC)
@@ -159,8 +157,9 @@ def reset_parameters(module: nn.Module) -> None:
     elif isinstance(module, (nn.Linear, WindowProjection)):
         bound = module.weight[0].numel() ** -0.5
         init.uniform_(module.weight, -bound, bound)
-        if getattr(module, "bias", None) is not None:
-            init.uniform_(module.bias, -bound, bound)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            init.uniform_(bias, -bound, bound)
 
 
 __all__ = ["SPATIAL_VARIANTS", "DetailFeatureIntegrator", "SpatialFeatureExtractor", "SpatialProjector"]

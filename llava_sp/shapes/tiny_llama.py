@@ -13,6 +13,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -28,7 +29,7 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 VOCABULARY = 704
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 352,
     "num_hidden_layers": 4,
@@ -170,6 +171,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, segments: Segments) -> Sample:
 def embed(model: LlamaForCausalLM, ids: torch.Tensor, samples: list[Sample]) -> torch.Tensor:
     """Input embeddings [B, L, D] of padded ids [B, L]: at a chord's position the sum of its words'."""
     table = model.get_input_embeddings()
+    assert isinstance(table, torch.nn.Embedding)
     places = [(row, position) for row, sample in enumerate(samples) for position in sample.chords]
     if not places:
         return table(ids)
@@ -201,7 +203,7 @@ def start(seed: int, path: Path) -> LlamaForCausalLM:
     documents = [document(rng, interviewer, CYCLES[0]) for _ in range(3000)]
     corpus = [text for segments in documents for text, _ in segments if isinstance(text, str)]  # no chords yet
     tokenizer = train_tokenizer(corpus, path)
-    special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0}
+    special: dict[str, Any] = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0}
     return LlamaForCausalLM(LlamaConfig(**LLAMA, **special, vocab_size=len(tokenizer), tie_word_embeddings=False))
 
 
@@ -232,8 +234,8 @@ def train(model: LlamaForCausalLM, path: Path, seed: int, number: int, steps: in
             )
     with torch.no_grad():
         rows = [batch_loss(model, batch(32)) for _ in range(4)]
-    loss, accuracy = (round(float(torch.stack(column).mean()), 4) for column in zip(*rows))
-    return {"loss": loss, "answer tokens right": accuracy, "seconds": round(time.time() - started)}
+    means = [round(float(torch.stack(column).mean()), 4) for column in zip(*rows)]
+    return {"loss": means[0], "answer tokens right": means[1], "seconds": round(time.time() - started)}
 
 
 def load(path: Path) -> LlamaForCausalLM:
