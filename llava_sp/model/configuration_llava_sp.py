@@ -75,7 +75,7 @@ class LlavaSPConfig(LlavaConfig):
     def _limits(self) -> Iterator[tuple[str, bool, str]]:
         """(key, whether its value fits, what would be right)"""
         layers, depth = self.vision_feature_layer, getattr(self.vision_config, "num_hidden_layers", None)
-        if depth:  # timm's towers do not say
+        if depth:  # timm's towers do not record it
             fits = all(-depth - 1 <= layer <= depth for layer in ([layers] if isinstance(layers, int) else layers))
             yield (
                 "vision_feature_layer",

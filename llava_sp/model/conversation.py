@@ -108,8 +108,8 @@ def normalize_turns(turns: list[Turn]) -> list[Turn]:
         if roles[position] != expected or not isinstance(content, str):
             found = f"by the {roles[position]} with {content!r:.80}"
             raise ValueError(f"turn {position} is {found}; it must be text by the {expected}")
-    spoken = [{"role": turn["role"], "content": _mark_first(turn["content"])} for turn in turns[first:]]
-    return turns[:system] + spoken
+    rest = [{"role": turn["role"], "content": _mark_first(turn["content"])} for turn in turns[first:]]
+    return turns[:system] + rest
 
 
 def _mark_first(content: str) -> str:
@@ -153,7 +153,7 @@ def render_segments(turns: list[Turn], template: Template, bos: str = "", eos: s
 
 
 # Makes of content given as a list of {"type": "image"} and {"type": "text"} items a text with image marks: one image goes
-# first, as LLaVA's evaluation puts it; several keep their places. Text is taken as it stands.
+# first, as LLaVA's evaluation puts it; several keep their places. Text stays as it is.
 _FLATTEN = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}

@@ -23,11 +23,8 @@ from .projector import SpatialProjector, reset_parameters
 
 IGNORE_INDEX = -100
 ADAPTER_FILE = "projector.safetensors"  # the name that makes a folder an adapter checkpoint
-FULL_PRECISION = [
-    "model.vision_tower",
-    "model.multi_modal_projector",
-    "lm_head",
-]  # not quantised unless the caller says so
+# Not quantised unless the caller asks for it
+FULL_PRECISION = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 
 class LlavaSPPreTrainedModel(LlavaPreTrainedModel):

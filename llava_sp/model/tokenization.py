@@ -10,7 +10,7 @@ from .conversation import IMAGE_MARK
 
 
 def add_special_tokens(tokenizer, base_rows: int = 0) -> tuple[int, int, int]:
-    """Add `<image>` and, where the tokenizer has no padding token of its own, `<pad>`; what is there already stays.
+    """Add `<image>` and, where the tokenizer lacks a padding token of its own, `<pad>`; existing ones stay.
 
     Args:
         tokenizer: changed in place. A padding token that is also unk, bos or eos counts as missing: padding must never
@@ -23,8 +23,7 @@ def add_special_tokens(tokenizer, base_rows: int = 0) -> tuple[int, int, int]:
     """
     if IMAGE_MARK not in tokenizer.get_vocab():
         tokenizer.add_tokens([transformers.AddedToken(IMAGE_MARK, special=True, normalized=False)], special_tokens=True)
-    taken = (None, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token)
-    if tokenizer.pad_token in taken:
+    if tokenizer.pad_token in (None, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token):
         pad = transformers.AddedToken("<pad>", special=True, normalized=False)
         tokenizer.add_special_tokens({"pad_token": pad})
     rows = max(len(tokenizer), base_rows)
@@ -45,11 +44,11 @@ class TextEncoder:
         prefix: the ids that the tokenizer puts before a text (the beginning-of-sequence token, or nothing).
     """
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
         alone, whole = self._ids("a"), tokenizer("a")["input_ids"]
         starts = [start for start in range(len(whole)) if alone and whole[start : start + len(alone)] == alone]
-        self.prefix: list[int] = whole[: starts[0]] if starts else []
+        self.prefix = whole[: starts[0]] if starts else []
         self.traps = [re.compile(r"\A[ ▁]")] if self._drops_space("") else []
         if tokenizer.eos_token and self._drops_space(tokenizer.eos_token):
             special = "|".join(re.escape(token) for token in tokenizer.all_special_tokens)

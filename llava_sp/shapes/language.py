@@ -1,4 +1,4 @@
-"""What is said about a scene of the shapes world: captions, questions and their answers, all derived from the graph.
+"""Captions, questions and answers about a scene of the shapes world, all derived from its graph.
 
 `Interviewer` picks questions so that no wording gives its answer away: per wording it asks for the answer that was asked
 for least. A model that reads only the text can do no better than the most frequent answer of a question type.

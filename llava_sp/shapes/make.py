@@ -10,7 +10,7 @@
     OUTPUT/scenes.json                              the scene graph behind every image, to derive every answer again
     OUTPUT/world.json                               the settings and what they made; written last
 
-The same arguments give the same bytes. Where `world.json` already says the same, nothing is made again.
+The same arguments give the same bytes. Where `world.json` records the same settings, nothing is made again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The tiny CLIP of the shapes world: a complete CLIPModel (text and vision towers) with tokenizer and image processor.
 
 Trained like CLIP, images against captions, with one more term: every patch is matched against the phrases of the things
-in the world ("a red circle", "the digit 7", "background"), so that patch features, and not only the pooled one, say what
+in the world ("a red circle", "the digit 7", "background"), so that patch features, and not only the pooled one, show what
 stands where. Run by `python -m llava_sp.shapes.train_backbones`.
 """
 

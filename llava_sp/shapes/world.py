@@ -159,7 +159,7 @@ def digit_instances(split: str) -> dict[int, tuple[int, ...]]:
 
 
 def sample_scene(rng: np.random.Generator, split: str) -> Scene:
-    """A scene of the split: two to six things, at most two of them digits. Draws again until the hash says `split`."""
+    """A scene of the split: two to six things, at most two of them digits. Draws again until the hash is of that split."""
     instances = digit_instances(split)
     while True:
         scene = _sample_any_scene(rng, instances)

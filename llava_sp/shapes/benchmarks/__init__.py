@@ -8,7 +8,7 @@
     OUTPUT/world.json   the settings and the number of questions per benchmark; completed last
 
 All images are held-out scenes with unseen handwriting. The same arguments give the same bytes, and a benchmark written
-alone is the one that writing all of them gives. Where `world.json` already says the same, nothing is made again.
+alone is the one that writing all of them gives. Where `world.json` records the same settings, nothing is made again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp.common.files import write_json
+from llava_sp.common.schema import fits
 from llava_sp.shapes.benchmarks.common import Settings, Written
 from llava_sp.shapes.benchmarks.gqa import write_gqa
 from llava_sp.shapes.benchmarks.multiple_choice import write_mmbench, write_mmbench_cn, write_scienceqa, write_seedbench
@@ -83,8 +84,8 @@ def write_all(output: Path, settings: Settings | None = None, log: Callable[[str
 
 
 def _record(file: Path) -> dict[str, Any] | None:
-    """What `world.json` says; None where there is none, or where it is another command's."""
+    """The content of `world.json`; None where it does not exist, or is another command's."""
     if not file.is_file():
         return None
     found = json.loads(file.read_text(encoding="utf-8"))
-    return found if isinstance(found, dict) and {"settings", "complete", "benchmarks"} <= set(found) else None
+    return found if fits(found, {"settings": dict, "complete": bool, "benchmarks": dict}) else None

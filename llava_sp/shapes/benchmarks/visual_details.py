@@ -85,7 +85,7 @@ def _changes(scene: Scene, out: Benchmark) -> list[_Change]:
 
 
 def write_qbench(folder: Path, settings: Settings) -> Written:
-    """llvisionqa_dev.json and images: scenes that are blurred, noisy or dark (or none of it), as a whole or in one thing.
+    """llvisionqa_dev.json and images: scenes that are blurred, noisy or dark (or clean), as a whole or in one thing.
 
     `type` is 0 for yes-or-no questions, 1 for how, 2 for what; `concern` is 0 for a distortion of the whole image, 1
     for something else of the whole, 2 and 3 for the same in one thing.

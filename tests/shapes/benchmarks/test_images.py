@@ -19,10 +19,10 @@ def test_every_image_shows_its_scene(world, graphs):
         if ".tsv:" in name:
             continue
         with Image.open(world / name) as image:
-            picture = np.asarray(image.convert("RGB")).astype(float)
+            pixels = np.asarray(image.convert("RGB")).astype(float)
         shown.add(name)
         if graph.get("quality", "clean") == "clean" and "boxed" not in graph and "offset" not in graph:
-            assert np.abs(picture - np.asarray(draw(as_scene(graph)))).mean() < 4, name
+            assert np.abs(pixels - np.asarray(draw(as_scene(graph)))).mean() < 4, name
     pictures = {path.relative_to(world).as_posix() for path in world.rglob("*") if path.suffix in (".jpg", ".png", "")}
     assert {path for path in pictures if (world / path).is_file()} == shown
 
@@ -41,7 +41,7 @@ def test_images_in_tables(world, graphs):
         for row in read_table(world / folder / name, "\t"):
             scene = as_scene(graphs[f"{folder}/{name}:{int(row['index']) % 1_000_000}"])
             with Image.open(io.BytesIO(base64.b64decode(row["image"], validate=True))) as image:
-                picture = np.asarray(image.convert("RGB").resize((96, 96))).astype(float)
-            assert np.abs(picture - np.asarray(draw(scene))).mean() < 6
+                pixels = np.asarray(image.convert("RGB").resize((96, 96))).astype(float)
+            assert np.abs(pixels - np.asarray(draw(scene))).mean() < 6
             sizes.append(len(row["image"]))
-    assert max(sizes) > 131_072, "no picture is larger than the csv module's default limit, as real ones are"
+    assert max(sizes) > 131_072, "no image is larger than the csv module's default limit, as real ones are"

@@ -36,8 +36,8 @@ def test_llava_bench(world, graphs):
 
 
 def described_things(text: str) -> list[tuple[str, str]]:
-    said = re.findall(r"At the ([a-z ]+) there is (?:an?|the) (\w+ \w+)\.", text)
-    return sorted((what, where) for where, what in said)
+    named = re.findall(r"At the ([a-z ]+) there is (?:an?|the) (\w+ \w+)\.", text)
+    return sorted((what, where) for where, what in named)
 
 
 def drawn_things(things: list[dict]) -> list[tuple[str, str]]:

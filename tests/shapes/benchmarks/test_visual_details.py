@@ -95,7 +95,7 @@ def test_qbench(world, graphs):
         assert record["img_path"] == f"{number:05d}.jpg"
         graph = graphs[f"qbench/images/{record['img_path']}"]
         with Image.open(world / "qbench/images" / record["img_path"]) as image:
-            picture = np.asarray(image).astype(float)
+            pixels = np.asarray(image).astype(float)
         clean = np.asarray(draw(as_scene(graph))).astype(float)
         inside = np.ones((96, 96), bool)
         if graph["local"] is not None:
@@ -105,8 +105,8 @@ def test_qbench(world, graphs):
             cell[top : top + 32, left : left + 32] = True
             inside[top + 3 : top + 29, left + 3 : left + 29] = True  # not the rim between spoiled and clean
             assert thing["kind"] in record["question"] and record["concern"] == 2
-            assert np.abs(picture - clean)[~cell].mean() < 4
-        found = measured_quality(picture, clean, inside)
+            assert np.abs(pixels - clean)[~cell].mean() < 4
+        found = measured_quality(pixels, clean, inside)
         assert found == graph["quality"]
         assert record["correct_ans"] in record["candidates"] and 2 <= len(set(record["candidates"])) <= 4
         assert record["correct_ans"] == quality_answer(record["question"], found, graph)
@@ -121,14 +121,14 @@ def test_qbench(world, graphs):
     }
 
 
-def measured_quality(picture: np.ndarray, clean: np.ndarray, inside: np.ndarray) -> str:
+def measured_quality(pixels: np.ndarray, clean: np.ndarray, inside: np.ndarray) -> str:
     def edges(image: np.ndarray) -> float:
         bent = np.abs(4 * image[1:-1, 1:-1] - image[:-2, 1:-1] - image[2:, 1:-1] - image[1:-1, :-2] - image[1:-1, 2:])
         return float(bent[inside[1:-1, 1:-1]].mean())
 
-    if picture[inside].mean() < 0.4 * clean[inside].mean():
+    if pixels[inside].mean() < 0.4 * clean[inside].mean():
         return "dark"
-    ratio = edges(picture) / edges(clean)
+    ratio = edges(pixels) / edges(clean)
     return "blurred" if ratio < 0.75 else "noisy" if ratio > 3 else "clean"
 
 

@@ -81,11 +81,11 @@ class Truth:
 
     def shows(self, description: str) -> bool:
         """Whether a caption names everything that is there, where it is, and nothing else."""
-        said = re.findall(
+        named = re.findall(
             r"(?:an?|the) ([\w ]+?) at the ((?:top|bottom)? ?(?:left|right)?|center|top|bottom)(?=[,.]| and|$)",
             description,
         )
-        return sorted(said) == sorted((label_of(thing), place_of(thing)) for thing in self.things)
+        return sorted(named) == sorted((label_of(thing), place_of(thing)) for thing in self.things)
 
     def answer(self, question: str) -> str:
         for pattern, method in ANSWERS:
