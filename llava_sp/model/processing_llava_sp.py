@@ -229,9 +229,7 @@ class LlavaSPProcessor(LlavaProcessor):
         truncation=False,
     ) -> dict:
         if truncation not in (False, None, "do_not_truncate"):
-            raise ValueError(
-                f"truncation is {truncation!r}, which may cut image placeholders: shorten the text instead"
-            )
+            raise ValueError(f"truncation is {truncation!r}, which may cut image placeholders: shorten the text")
         rows = [self.encode_segments([(prompt, False)], add_special_tokens)[0] for prompt in prompts]
         return dict(
             self.tokenizer.pad(
@@ -267,9 +265,7 @@ class LlavaSPProcessor(LlavaProcessor):
                 turns[:count], chat_template=jinja, tokenize=False, add_generation_prompt=prompt
             )
             if not text.startswith(done):
-                raise ValueError(
-                    f"the chat template rewrites earlier text at turn {count - 1}: it cannot be trained on"
-                )
+                raise ValueError(f"the chat template rewrites earlier text at turn {count - 1}: it cannot train")
             piece, done = text[len(done) :], text
             if learned and self.tokenizer.eos_token in piece:  # what follows the end token is layout
                 answer, end, layout = piece.rpartition(self.tokenizer.eos_token)

@@ -38,12 +38,13 @@ def example_scene(seed: int = 7) -> Scene:
 
 def ship(run: Path, output: Path) -> None:
     """Write the model of a finished stage 2 run to `output`. Raises `ValueError` if the run is not scored yet."""
+    metrics = read_json(run.parent / "vqav2" / "metrics.json", SCORED)
+
     import torch
 
     from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
     from llava_sp.checkpoints.opening.adapter import save_adapter
 
-    metrics = read_json(run.parent / "vqav2" / "metrics.json", SCORED)
     model = LlavaSPForCausalLM.from_pretrained(run, dtype=torch.float16)
     model.config.language_model_name_or_path = "../backbones/llama"
     model.config.vision_tower_name_or_path = "../backbones/clip"

@@ -31,7 +31,7 @@ scenes of the `val` split nor its handwritten digits.
   preprocessor_config.json. Loss: CLIP's, plus patches against the phrases of the things they show.
 * `llama/`: {llama_size:,} parameters. A LlamaForCausalLM with a SentencePiece tokenizer of {vocabulary} pieces (BPE, byte
   fallback), trained on captions and on conversations about scenes described in words, some of them with several words at one
-  position (the sum of their embeddings), as image tokens are. It has seen no picture.
+  position (the sum of their embeddings), as image tokens are. It was trained on no image.
 
 Figures at the end of each cycle (CLIP's on held-out scenes):
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llava_sp.shapes.benchmarks.common import ALL_LABELS, ALL_NAMES, ALL_PLACES, LETTERS, draw_options, one_of, others
+from llava_sp.shapes.benchmarks.common import ALL_LABELS, ALL_NAMES, ALL_PLACES, draw_options, one_of, others
 from llava_sp.shapes.language import caption, plural, with_article
 from llava_sp.shapes.world import COLORS, PLACES, SHAPES, SIDES, Scene, Thing
 
@@ -49,10 +49,6 @@ class Choice:
     texts: tuple[str, str]
     options: tuple[tuple[str, ...], tuple[str, ...]]
     answer: int
-
-    @property
-    def letter(self) -> str:
-        return LETTERS[self.answer]
 
     @property
     def right(self) -> str:
