@@ -77,11 +77,7 @@ class LlavaSPConfig(LlavaConfig):
         layers, depth = self.vision_feature_layer, getattr(self.vision_config, "num_hidden_layers", None)
         if depth:  # timm's towers do not record it
             fits = all(-depth - 1 <= layer <= depth for layer in ([layers] if isinstance(layers, int) else layers))
-            yield (
-                "vision_feature_layer",
-                fits,
-                f"{-depth - 1} to {depth}: the tower has {depth} layers after its embeddings",
-            )
+            yield "vision_feature_layer", fits, f"{-depth - 1} to {depth}: embeddings and {depth} layers"
         if self.spatial_variant == "none":
             return
         grid, scales = self.grid_size, self.spatial_scales or []

@@ -80,8 +80,9 @@ class LlavaSPProcessor(LlavaProcessor):
         for what, value, fits, right in self._needs(tokenizer, image_token):
             if not fits:
                 raise ValueError(f"{what} is {value!r}; it must be {right}")
+        template = get_template(conversation_template)
         if chat_template is None:
-            chat_template = jinja_template(get_template(conversation_template), tokenizer.chat_template)
+            chat_template = jinja_template(template, tokenizer.chat_template)
         super().__init__(
             pillow_counterpart(image_processor),
             tokenizer,
@@ -98,12 +99,8 @@ class LlavaSPProcessor(LlavaProcessor):
         yield "image_aspect_ratio", ratio, ratio in ASPECT_RATIOS, " or ".join(ASPECT_RATIOS)
         fast = getattr(tokenizer, "is_fast", False)
         yield "tokenizer", type(tokenizer).__name__, fast, "a fast tokenizer, which gives character offsets"
-        yield (
-            "tokenizer",
-            tokenizer.name_or_path,
-            has_words(tokenizer),
-            "one with words in its tokenizer.json or .model",
-        )
+        words = "one with words in its tokenizer.json or .model"
+        yield "tokenizer", tokenizer.name_or_path, has_words(tokenizer), words
         added = "one of its tokens: call add_special_tokens(tokenizer) first"
         yield "image_token", image_token, image_token in tokenizer.get_vocab(), added
         yield "the tokenizer's eos_token", tokenizer.eos_token, tokenizer.eos_token is not None, "what ends an answer"

@@ -90,7 +90,7 @@ def test_constructor_checks(processor):
     with pytest.raises(ValueError, match="image_aspect_ratio is 'squash'.*pad or crop"):
         LlavaSPProcessor(*parts, num_image_tokens=1, image_aspect_ratio="squash")
     with pytest.raises(ValueError, match="unknown conversation template 'v2'"):
-        LlavaSPProcessor(*parts, num_image_tokens=1, conversation_template="v2")
+        LlavaSPProcessor(*parts, num_image_tokens=1, conversation_template="v2", chat_template="{{ bos_token }}")
     endless = byte_level_tokenizer()
     endless.eos_token = None
     with pytest.raises(ValueError, match="eos_token is None"):
