@@ -42,6 +42,7 @@ def build(variant: str, kind: str, dtype: torch.dtype, device: str):
     projector = SpatialProjector(config)
     torch.manual_seed(0)
     projector.reset_parameters()
+    assert projector.spatial is not None
     module = projector.spatial.extractor if kind == "extractor" else projector
     return module.to(device, dtype)
 
@@ -63,8 +64,8 @@ def convolve_grid(self, features_BSK: torch.Tensor, patches_BGGC: torch.Tensor) 
 def use_convolutions() -> None:
     from llava_sp.model.projector import DetailFeatureIntegrator, WindowProjection
 
-    WindowProjection.forward = convolve
-    DetailFeatureIntegrator.forward = convolve_grid
+    WindowProjection.forward = convolve  # type: ignore[method-assign]
+    DetailFeatureIntegrator.forward = convolve_grid  # type: ignore[method-assign]
 
 
 def one_pass(module, patches: torch.Tensor, backward: bool) -> None:

@@ -1,4 +1,4 @@
-"""The notebook runs from its own folder, shows its picture, and gets the picture's answers."""
+"""The notebook runs from its own folder, shows its image, and answers questions about it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_quickstart_notebook(repo: Path, monkeypatch):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error"]
     assert any("image/png" in output.get("data", {}) for output in outputs)
-    said = "".join(output.get("text", "") for output in outputs if output.output_type == "stream")
-    assert "6 spatial tokens before 144 patch tokens" in said
-    asked = [line.rsplit("?", 1) for line in said.splitlines() if "?" in line]
-    assert len(asked) >= 4 and all(answer.strip() for _, answer in asked), said
+    printed = "".join(output.get("text", "") for output in outputs if output.output_type == "stream")
+    assert "6 spatial tokens before 144 patch tokens" in printed
+    asked = [line.rsplit("?", 1) for line in printed.splitlines() if "?" in line]
+    assert len(asked) >= 4 and all(answer.strip() for _, answer in asked), printed

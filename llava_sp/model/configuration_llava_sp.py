@@ -3,7 +3,10 @@
 Token counts, the patch grid and the scales are derived here, once; nothing else in the project spells them out.
 """
 
-from transformers import LlavaConfig
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from transformers import LlavaConfig, PreTrainedConfig
 
 
 class LlavaSPConfig(LlavaConfig):
@@ -20,15 +23,19 @@ class LlavaSPConfig(LlavaConfig):
             cropping has one.
         fusion_kernel, fusion_stride: windows of the grid that the integrator attends to (16 and 2 in the paper);
             `None` is two thirds of the grid, and a stride that leaves about five positions a side.
-        language_model_name_or_path, vision_tower_name_or_path: where the frozen weights came from (hub id or path), with the content
-            hash of their weight files. An adapter checkpoint is opened on these.
+        pad_token_id: the id that fills rows of unequal length; `None` is that of `text_config`, which may be `None` too.
+        language_model_name_or_path, vision_tower_name_or_path: where the frozen weights came from (hub id or path), with
+            the content hash of their weight files. An adapter checkpoint is opened on these.
 
     Raises:
-        ValueError: an image or patch size that is not square, a layer that the tower has not, a scale outside
+        ValueError: an image or patch size that is not square, a layer that the tower lacks, a scale outside
             `1 .. grid_size`, or fusion windows that do not fit in the grid.
     """
 
     model_type = "llava_sp"
+    if TYPE_CHECKING:  # what LlavaConfig has made of a dictionary or of None
+        text_config: PreTrainedConfig
+        vision_config: PreTrainedConfig
 
     spatial_variant: str = "cropping"
     spatial_scales: list[int] | None = None
@@ -37,6 +44,7 @@ class LlavaSPConfig(LlavaConfig):
     spatial_projection_bias: bool | None = None
     fusion_kernel: int | None = None
     fusion_stride: int | None = None
+    pad_token_id: int | None = None
     language_model_name_or_path: str | None = None
     language_model_fingerprint: str | None = None
     vision_tower_name_or_path: str | None = None
@@ -44,9 +52,10 @@ class LlavaSPConfig(LlavaConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self._check_layers()
-        grid = self.grid_size
+        if self.pad_token_id is None:
+            self.pad_token_id = getattr(self.text_config, "pad_token_id", None)
         if self.spatial_variant != "none":
+            grid = self.grid_size
             if self.spatial_scales is None:
                 evenly = [max(1, round(grid * step / 6)) for step in range(1, 7)]
                 self.spatial_scales = list(dict.fromkeys(evenly))  # below a side of 6, fewer than six differ
@@ -58,37 +67,27 @@ class LlavaSPConfig(LlavaConfig):
                 self.fusion_kernel = max(1, round(grid * 2 / 3))
             if self.fusion_stride is None:
                 self.fusion_stride = max(1, (grid - self.fusion_kernel) // 4)
-            self._check_spatial(grid)
+        for key, fits, right in self._limits():
+            if not fits:
+                raise ValueError(f"{key} is {getattr(self, key)}; it must be {right}")
         self.image_seq_length = self.num_image_tokens
 
-    def _check_layers(self) -> None:
-        depth = getattr(self.vision_config, "num_hidden_layers", None)
-        if not depth:  # timm's towers do not say
+    def _limits(self) -> Iterator[tuple[str, bool, str]]:
+        """(key, whether its value fits, what would be right)"""
+        layers, depth = self.vision_feature_layer, getattr(self.vision_config, "num_hidden_layers", None)
+        if depth:  # timm's towers do not record it
+            fits = all(-depth - 1 <= layer <= depth for layer in ([layers] if isinstance(layers, int) else layers))
+            yield "vision_feature_layer", fits, f"{-depth - 1} to {depth}: embeddings and {depth} layers"
+        if self.spatial_variant == "none":
             return
-        layers = self.vision_feature_layer
-        for layer in [layers] if isinstance(layers, int) else layers:
-            if not -depth - 1 <= layer <= depth:  # the embeddings come first
-                raise ValueError(
-                    f"vision_feature_layer is {layer}, but the vision tower has {depth} layers: use {-depth - 1} to {depth}"
-                )
-
-    def _check_spatial(self, grid: int) -> None:
-        if not self.spatial_scales:
-            raise ValueError('spatial_scales is empty; for a model without spatial tokens use spatial_variant="none"')
-        for scale in self.spatial_scales:
-            if not 1 <= scale <= grid:
-                raise ValueError(
-                    f"spatial_scales holds {scale}, but the patch grid is {grid} x {grid}: use 1 to {grid}"
-                )
-        if len(set(self.spatial_scales)) != len(self.spatial_scales):
-            raise ValueError(f"spatial_scales holds a scale twice: {self.spatial_scales}")
-        if self.spatial_width < 1:
-            raise ValueError(f"spatial_width is {self.spatial_width}; it must be at least 1")
-        if self.spatial_fusion and not (1 <= self.fusion_kernel <= grid and self.fusion_stride >= 1):
-            raise ValueError(
-                f"fusion_kernel is {self.fusion_kernel} and fusion_stride {self.fusion_stride}, but the patch grid is "
-                f"{grid} x {grid}: the kernel must lie in 1 to {grid} and the stride be at least 1"
-            )
+        grid, scales = self.grid_size, self.spatial_scales or []
+        in_grid = f"from 1 to {grid}, the side of the patch grid"
+        distinct = len(scales) == len(set(scales)) > 0 and all(1 <= scale <= grid for scale in scales)
+        yield "spatial_scales", distinct, f'different numbers {in_grid}; for none of them use spatial_variant="none"'
+        yield "spatial_width", (self.spatial_width or 0) >= 1, "at least 1"
+        if self.spatial_fusion:
+            yield "fusion_kernel", 1 <= (self.fusion_kernel or 0) <= grid, in_grid
+            yield "fusion_stride", (self.fusion_stride or 0) >= 1, "at least 1"
 
     @property
     def image_size(self) -> int:
@@ -115,7 +114,7 @@ class LlavaSPConfig(LlavaConfig):
     @property
     def num_spatial_tokens(self) -> int:
         """S: one token per scale."""
-        return 0 if self.spatial_variant == "none" else len(self.spatial_scales)
+        return 0 if self.spatial_variant == "none" else len(self.spatial_scales or [])
 
     @property
     def num_image_tokens(self) -> int:
@@ -123,15 +122,12 @@ class LlavaSPConfig(LlavaConfig):
         return self.num_spatial_tokens + self.num_patch_tokens
 
 
-def _square_side(size, name: str) -> int:
+def _square_side(size: object, name: str) -> int:
     """The side of a square given as one number or as two equal ones."""
-    if isinstance(size, (list, tuple)):
-        if len(size) != 2 or size[0] != size[1]:
-            raise ValueError(f"the vision tower's {name} is {tuple(size)}; the spatial tokens need a square grid")
-        size = size[0]
-    if not isinstance(size, int) or size < 1:
-        raise ValueError(f"the vision tower's {name} is {size!r}; it must be a positive number of pixels")
-    return size
+    sides = size if isinstance(size, (list, tuple)) else (size, size)
+    if len(sides) != 2 or sides[0] != sides[1] or not isinstance(sides[0], int) or sides[0] < 1:
+        raise ValueError(f"the vision tower's {name} is {size!r}; it must be the side of a square, in pixels")
+    return sides[0]
 
 
 LlavaSPConfig.register_for_auto_class()

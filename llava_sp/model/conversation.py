@@ -97,26 +97,19 @@ def normalize_turns(turns: list[Turn]) -> list[Turn]:
     Raises:
         ValueError: no turns, a role that is unknown or out of order, content that is not text.
     """
-    if not turns:
-        raise ValueError("the conversation is empty")
+    roles = [turn.get("role") for turn in turns]
+    system = int(roles[:1] == ["system"])
+    first = system + int(roles[system : system + 1] == ["assistant"])
+    if first == len(turns):
+        raise ValueError(f"the conversation has no user turn; its roles are {roles}")
     for position, turn in enumerate(turns):
-        role, content = turn.get("role"), turn.get("content")
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"turn {position} is by {role!r}; use user, assistant, or system for the first turn")
-        if not isinstance(content, str):
-            raise ValueError(f"turn {position} ({role}) holds {type(content).__name__} where text is expected")
-    system = [turns[0]] if turns[0]["role"] == "system" else []
-    first = len(system)
-    if first < len(turns) and turns[first]["role"] == "assistant":
-        first += 1
-    spoken = turns[first:]
-    if not spoken:
-        raise ValueError(f"the conversation has no user turn (its {len(turns)} turn(s) are by the assistant or system)")
-    for index, turn in enumerate(spoken):
-        expected = ("user", "assistant")[index % 2]
-        if turn["role"] != expected:
-            raise ValueError(f"turn {first + index} is by the {turn['role']} where the {expected}'s is expected")
-    return system + [{"role": turn["role"], "content": _mark_first(turn["content"])} for turn in spoken]
+        expected = roles[position] if position < first else ("user", "assistant")[(position - first) % 2]
+        content = turn.get("content")
+        if roles[position] != expected or not isinstance(content, str):
+            found = f"by the {roles[position]} with {content!r:.80}"
+            raise ValueError(f"turn {position} is {found}; it must be text by the {expected}")
+    rest = [{"role": turn["role"], "content": _mark_first(turn["content"])} for turn in turns[first:]]
+    return turns[:system] + rest
 
 
 def _mark_first(content: str) -> str:
@@ -140,10 +133,8 @@ def render_segments(turns: list[Turn], template: Template, bos: str = "", eos: s
     if turns[0]["role"] == "system":
         system, turns = turns[0]["content"], turns[1:]
     if template.images_only and (len(turns) != 2 or IMAGE_MARK not in turns[0]["content"]):
-        raise ValueError(
-            f"the plain template takes one turn with {IMAGE_MARK} and one caption; "
-            f"this conversation has {len(turns)} turn(s) and {turns[0]['content'].count(IMAGE_MARK)} mark(s) in the first"
-        )
+        marks = [turn["content"].count(IMAGE_MARK) for turn in turns]
+        raise ValueError(f"the plain template takes a turn with {IMAGE_MARK} and a caption; marks per turn are {marks}")
     segments = [(fill(template.opening), False)]
     if system and template.system_text:
         segments.append((template.system_text.replace("{system}", system), False))
@@ -161,8 +152,8 @@ def render_segments(turns: list[Turn], template: Template, bos: str = "", eos: s
     return [segment for segment in segments if segment[0]]
 
 
-# Turns content given as a list of {"type": "image"} and {"type": "text"} items into text with image marks: one image goes
-# first, as LLaVA's evaluation puts it; several keep their places. Text is taken as it stands.
+# Makes of content given as a list of {"type": "image"} and {"type": "text"} items a text with image marks: one image goes
+# first, as LLaVA's evaluation puts it; several keep their places. Text stays as it is.
 _FLATTEN = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -217,18 +208,16 @@ def _jinja_text(text: str) -> str:
     return f"({expression})"
 
 
-def chat_template(template: Template, own: str | None = None) -> str:
+def jinja_template(template: Template, own: str | None = None) -> str:
     """The Jinja chat template of `template`. `own` is the tokenizer's, wrapped when the template builds on it.
 
     Raises:
-        ValueError: the template needs the tokenizer's own, and there is none.
+        ValueError: the template needs the tokenizer's own, and `own` is empty.
     """
     if template.own_chat_template:
         if not own:
-            raise ValueError(
-                "the conversation template 'chatml' uses the tokenizer's own chat template, but this tokenizer has none; "
-                f"use one of {', '.join(name for name, entry in TEMPLATES.items() if not entry.own_chat_template)}"
-            )
+            others = ", ".join(name for name, other in TEMPLATES.items() if not other.own_chat_template)
+            raise ValueError(f"'chatml' renders the tokenizer's own chat template, which it lacks; use one of {others}")
         return _FLATTEN + own
     mark = json.dumps(IMAGE_MARK)
     question = f"({mark} * (message.content.split({mark}) | length - 1))" if template.images_only else "message.content"

@@ -4,8 +4,8 @@ differently, and the weights were trained on Pillow's pixels.
 
 from __future__ import annotations
 
+import os
 from os import PathLike
-from pathlib import Path
 
 import transformers
 from PIL import Image
@@ -42,6 +42,13 @@ def flatten_images(images) -> list[Image.Image]:
     return [to_pil_image(images)]
 
 
+def images_per_prompt(images, total: int) -> list[int] | int:
+    """How many images each prompt has, where they are given by prompt; otherwise `total`."""
+    if isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images):
+        return [len(entry) if isinstance(entry, (list, tuple)) else int(entry is not None) for entry in images]
+    return total
+
+
 def pillow_counterpart(image_processor):
     """The Pillow counterpart of an image processor, with the same settings."""
     if image_processor is None or getattr(image_processor, "backend", "pil") == "pil":
@@ -73,8 +80,7 @@ def image_processor_of(config: LlavaSPConfig, vision_tower: str | PathLike | Non
         values = {key: value for key, value in values.items() if value is not None}
         return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square, **values)
     names = ("preprocessor_config.json", "processor_config.json")
-    folder = None if vision_tower is None else Path(vision_tower)
-    if folder is None or (folder.is_dir() and not any((folder / name).is_file() for name in names)):
+    if vision_tower is None or (os.path.isdir(vision_tower) and not set(names) & set(os.listdir(vision_tower))):
         return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
     with told_as_value_error(vision_tower):
         processor = pillow_counterpart(AutoImageProcessor.from_pretrained(vision_tower, backend="pil", **hub_kwargs))

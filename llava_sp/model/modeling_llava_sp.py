@@ -7,6 +7,7 @@ Shape suffixes: B batch, L sequence, M supervised positions, D language width, V
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,25 +19,17 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from . import opening
 from .configuration_llava_sp import LlavaSPConfig
 from .opening import check_folder
-from .projector import SpatialProjector
+from .projector import SpatialProjector, reset_parameters
 
 IGNORE_INDEX = -100
 ADAPTER_FILE = "projector.safetensors"  # the name that makes a folder an adapter checkpoint
-FULL_PRECISION = [
-    "model.vision_tower",
-    "model.multi_modal_projector",
-    "lm_head",
-]  # not quantised unless the caller says so
+# Not quantised unless the caller asks for it
+FULL_PRECISION = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 
 class LlavaSPPreTrainedModel(LlavaPreTrainedModel):
     config_class = LlavaSPConfig
     config: LlavaSPConfig
-
-    def _init_weights(self, module: torch.nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, SpatialProjector):
-            module.reset_parameters()
 
 
 class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
@@ -48,6 +41,12 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         self.multi_modal_projector = SpatialProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        super()._init_weights(module)
+        # Layer by layer: transformers skips a module without parameters of its own, such as the whole projector.
+        if any(module is part for part in self.multi_modal_projector.modules()):
+            reset_parameters(module)
 
     def get_patch_features(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [images, 3, H, W] -> patch features of the configured layer(s), [images, N, C]."""
@@ -64,19 +63,19 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Image tokens of every image: `.pooler_output` is a list of [num_image_tokens, D]."""
         patches = self.get_patch_features(pixel_values)
+        tokens: Any = list(self.project(patches))  # transformers' LLaVA gives a list too
+        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=tokens)
+
+    def project(self, patches: Tensor) -> Tensor:
+        """Patch features -> image tokens, [images, num_image_tokens, D]."""
         dtype = next(p.dtype for p in self.multi_modal_projector.parameters() if p.is_floating_point())
-        tokens = self.multi_modal_projector(patches.to(dtype))
-        return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=list(tokens))
+        return self.multi_modal_projector(patches.to(dtype))
 
     def check_counts(self, placeholders: int, images: int) -> None:
-        """Raise ValueError, with both numbers, if so many placeholders are not so many images."""
-        per_image = self.config.num_image_tokens
-        if placeholders != images * per_image:
-            raise ValueError(
-                f"input_ids hold {placeholders} image placeholders ({placeholders / per_image:g} images of {per_image} "
-                f"tokens each), but pixel_values hold {images} images ({images * per_image} tokens). Make both with one "
-                "call of LlavaSPProcessor, and let every <image> mark have its image."
-            )
+        """Raises `ValueError` unless there are `num_image_tokens` placeholders for each image."""
+        expected = f"{images} images of {self.config.num_image_tokens} tokens"
+        if placeholders != images * self.config.num_image_tokens:
+            raise ValueError(f"input_ids hold {placeholders} image placeholders, but pixel_values hold {expected}")
 
     def place_image_tokens(self, embeds_BLD: Tensor, placeholders_BL: Tensor, tokens: Tensor | None) -> Tensor:
         """Put the image tokens [images, num_image_tokens, D] where the placeholders are.
@@ -98,7 +97,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         """
         side, channels = self.config.image_size, getattr(self.config.vision_config, "num_channels", 3)
         blank = torch.zeros(1, channels, side, side, device=self.vision_tower.device)
-        return (0.0 * self.get_image_features(blank).pooler_output[0]).sum()
+        return (0.0 * self.project(self.get_patch_features(blank))).sum()
 
     def forward(
         self,
@@ -114,9 +113,9 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
     ) -> LlavaModelOutputWithPast:
         """See `LlavaSPForCausalLM.forward`; `blank_image` runs an empty image when the batch has none."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, not both and not neither")
+            raise ValueError("give either input_ids or inputs_embeds")
         if input_ids is None and pixel_values is not None:
-            raise ValueError("pixel_values need input_ids, whose placeholders say where the images belong")
+            raise ValueError("pixel_values need input_ids, with placeholders where the images belong")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -207,7 +206,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         )
 
     def silence(self, logits: Tensor) -> Tensor:
-        """Make what is no word impossible, in place: placeholder, filler rows, padding (unless it also ends answers)."""
+        """Make ids that are not words impossible, in place: placeholder, filler rows, padding (unless it ends answers)."""
         lowest = torch.finfo(logits.dtype).min
         logits[..., self.config.image_token_id :] = lowest
         pad, ends = self.config.pad_token_id, self.generation_config.eos_token_id

@@ -7,13 +7,12 @@ The processor decides all lengths: `<image>` becomes `num_image_tokens` placehol
 from __future__ import annotations
 
 import json
-import re
+from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import transformers
 from PIL import Image
 from transformers import BatchFeature
 from transformers.models.llava.processing_llava import LlavaProcessor
@@ -22,9 +21,16 @@ from transformers.processing_utils import MultiModalData
 from . import opening
 from .backbone_configs import has_words, load_tokenizer
 from .configuration_llava_sp import LlavaSPConfig
-from .conversation import IMAGE_MARK, Segment, Turn, chat_template, get_template, normalize_turns, render_segments
-from .image_preprocessing import flatten_images, image_processor_of, pad_to_square, pillow_counterpart
+from .conversation import IMAGE_MARK, Segment, Turn, get_template, jinja_template, normalize_turns, render_segments
+from .image_preprocessing import (
+    flatten_images,
+    image_processor_of,
+    images_per_prompt,
+    pad_to_square,
+    pillow_counterpart,
+)
 from .opening import check_folder
+from .tokenization import TextEncoder, add_special_tokens
 
 IGNORE_INDEX = -100
 ASPECT_RATIOS = ("pad", "crop")
@@ -38,30 +44,6 @@ class Token(NamedTuple):
     label: int
     start: int
     end: int
-
-
-def add_special_tokens(tokenizer, base_rows: int = 0) -> tuple[int, int, int]:
-    """Add `<image>` and, where the tokenizer has no padding token of its own, `<pad>`; what is there already stays.
-
-    Args:
-        tokenizer: changed in place. A padding token that is also unk, bos or eos counts as missing: padding must never
-            be learned nor generated.
-        base_rows: rows of the base model's embedding.
-
-    Returns:
-        `(image_token_id, pad_token_id, rows)`; `rows` are the embedding rows to have: a multiple of 64, or `base_rows` if
-        those suffice. For Vicuna: 32000, 32001, 32064.
-    """
-    if IMAGE_MARK not in tokenizer.get_vocab():
-        tokenizer.add_tokens([transformers.AddedToken(IMAGE_MARK, special=True, normalized=False)], special_tokens=True)
-    taken = (None, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token)
-    if tokenizer.pad_token in taken:
-        pad = transformers.AddedToken("<pad>", special=True, normalized=False)
-        tokenizer.add_special_tokens({"pad_token": pad})
-    rows = max(len(tokenizer), base_rows)
-    if rows > base_rows:
-        rows = -(-rows // 64) * 64
-    return tokenizer.convert_tokens_to_ids(IMAGE_MARK), tokenizer.pad_token_id, rows
 
 
 class LlavaSPProcessor(LlavaProcessor):
@@ -92,17 +74,15 @@ class LlavaSPProcessor(LlavaProcessor):
         image_token=IMAGE_MARK,
         **kwargs,
     ):
-        if not isinstance(num_image_tokens, int) or num_image_tokens < 1:
-            raise ValueError(f"num_image_tokens is {num_image_tokens!r}; give the config's num_image_tokens")
-        if image_aspect_ratio not in ASPECT_RATIOS:
-            raise ValueError(f"image_aspect_ratio is {image_aspect_ratio!r}; use one of {', '.join(ASPECT_RATIOS)}")
-        _check_tokenizer(tokenizer, image_token)
         self.num_image_tokens = num_image_tokens
         self.image_aspect_ratio = image_aspect_ratio
         self.conversation_template = conversation_template
+        for what, value, fits, right in self._needs(tokenizer, image_token):
+            if not fits:
+                raise ValueError(f"{what} is {value!r}; it must be {right}")
         template = get_template(conversation_template)
         if chat_template is None:
-            chat_template = _jinja(template, tokenizer)
+            chat_template = jinja_template(template, tokenizer.chat_template)
         super().__init__(
             pillow_counterpart(image_processor),
             tokenizer,
@@ -110,8 +90,21 @@ class LlavaSPProcessor(LlavaProcessor):
             image_token=image_token,
             **kwargs,
         )
-        self._prefix_ids = _prefix_ids(tokenizer)
-        self._space_traps = _space_traps(tokenizer)
+        self._encoder = TextEncoder(tokenizer)
+
+    def _needs(self, tokenizer, image_token: str) -> Iterator[tuple[str, object, bool, str]]:
+        """(what, its value, whether it fits, what would be right)"""
+        number, ratio = self.num_image_tokens, self.image_aspect_ratio
+        yield "num_image_tokens", number, isinstance(number, int) and number >= 1, "the config's num_image_tokens"
+        yield "image_aspect_ratio", ratio, ratio in ASPECT_RATIOS, " or ".join(ASPECT_RATIOS)
+        fast = getattr(tokenizer, "is_fast", False)
+        yield "tokenizer", type(tokenizer).__name__, fast, "a fast tokenizer, which gives character offsets"
+        words = "one with words in its tokenizer.json or .model"
+        yield "tokenizer", tokenizer.name_or_path, has_words(tokenizer), words
+        added = "one of its tokens: call add_special_tokens(tokenizer) first"
+        yield "image_token", image_token, image_token in tokenizer.get_vocab(), added
+        yield "the tokenizer's eos_token", tokenizer.eos_token, tokenizer.eos_token is not None, "what ends an answer"
+        yield "the tokenizer's pad_token", tokenizer.pad_token, tokenizer.pad_token is not None, added
 
     @classmethod
     def from_backbones(
@@ -190,22 +183,23 @@ class LlavaSPProcessor(LlavaProcessor):
         Raises:
             ValueError: marks and images do not agree (with both numbers), `truncation` (it would cut placeholders).
         """
-        if videos is not None or audio is not None:
-            raise ValueError("LlavaSPProcessor takes images and text, no videos and no audio")
-        if images is None and text is None:
-            raise ValueError("LlavaSPProcessor got neither images nor text")
+        if (images is None and text is None) or videos is not None or audio is not None:
+            raise ValueError("LlavaSPProcessor takes images or text or both, not videos or audio")
         for group in ("common_kwargs", "text_kwargs", "images_kwargs"):
             kwargs.update(kwargs.pop(group, None) or {})
         return_tensors = kwargs.pop("return_tensors", return_tensors)
         text_kwargs = {key: kwargs.pop(key) for key in _TEXT_KEYS if key in kwargs}
         kwargs = self._image_kwargs(kwargs)
-        prompts = text if isinstance(text, (list, tuple)) else [] if text is None else [text]
+        prompts = list(text) if isinstance(text, (list, tuple)) else [] if text is None else [text]
         if not all(isinstance(prompt, str) for prompt in prompts):
-            raise ValueError("text must be a string or a list of strings; pass images=... and text=... by name")
+            raise ValueError(f"text is {text!r:.60}; it must be a string or several: give images= and text= by name")
         flat = flatten_images(images)
         data = {}
         if text is not None:
-            self._check_counts(prompts, images, flat)
+            marks = [prompt.count(self.image_token) for prompt in prompts]
+            given = images_per_prompt(images, len(flat))
+            if given != (marks if isinstance(given, list) else sum(marks)):
+                raise ValueError(f"the {self.image_token} marks per prompt are {marks}, but the images {given}")
             data.update(self._encode_prompts(prompts, return_tensors, **text_kwargs))
         if flat:
             data["pixel_values"] = self.preprocess_images(flat, **kwargs)
@@ -216,23 +210,9 @@ class LlavaSPProcessor(LlavaProcessor):
         known = getattr(getattr(self.image_processor, "valid_kwargs", None), "__annotations__", kwargs)
         unknown = [key for key, value in kwargs.items() if key not in known and value not in (None, False)]
         if unknown:
-            raise ValueError(
-                f"LlavaSPProcessor does not know {', '.join(unknown)}; for text it takes {', '.join(_TEXT_KEYS)}, "
-                f"for images what {type(self.image_processor).__name__} takes"
-            )
+            takes = f"{', '.join(_TEXT_KEYS)} and what {type(self.image_processor).__name__} takes"
+            raise ValueError(f"LlavaSPProcessor does not know {', '.join(unknown)}; it takes {takes}")
         return {key: value for key, value in kwargs.items() if key in known}
-
-    def _check_counts(self, prompts: list[str], images, flat: list) -> None:
-        marks = [prompt.count(self.image_token) for prompt in prompts]
-        if sum(marks) != len(flat):
-            raise ValueError(
-                f"{sum(marks)} {self.image_token} mark(s) in the text, but {len(flat)} image(s) given; "
-                "every mark needs one image"
-            )
-        if isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images):
-            counts = [len(entry) if isinstance(entry, (list, tuple)) else int(entry is not None) for entry in images]
-            if counts != marks:
-                raise ValueError(f"images per prompt are {counts}, but the {self.image_token} marks per prompt {marks}")
 
     def _encode_prompts(
         self,
@@ -246,10 +226,7 @@ class LlavaSPProcessor(LlavaProcessor):
         truncation=False,
     ) -> dict:
         if truncation not in (False, None, "do_not_truncate"):
-            raise ValueError(
-                f"truncation={truncation!r} could cut image placeholders; shorten the text instead "
-                f"(an image takes {self.num_image_tokens} tokens)"
-            )
+            raise ValueError(f"truncation is {truncation!r}, which may cut image placeholders: shorten the text")
         rows = [self.encode_segments([(prompt, False)], add_special_tokens)[0] for prompt in prompts]
         return dict(
             self.tokenizer.pad(
@@ -268,15 +245,15 @@ class LlavaSPProcessor(LlavaProcessor):
         Raises:
             ValueError: an empty or ill-ordered conversation; a chat template that rewrites earlier turns.
         """
-        entry = get_template(conversation_template or self.conversation_template)
+        template = get_template(conversation_template or self.conversation_template)
         turns = normalize_turns(turns)
-        if not entry.own_chat_template:
-            return render_segments(turns, entry, self.tokenizer.bos_token or "", self.tokenizer.eos_token or "")
+        if not template.own_chat_template:
+            return render_segments(turns, template, self.tokenizer.bos_token or "", self.tokenizer.eos_token or "")
         own = conversation_template in (None, self.conversation_template)
-        jinja = self.chat_template if own else chat_template(entry, self.tokenizer.chat_template)
+        jinja = self.chat_template if own else jinja_template(template, self.tokenizer.chat_template)
         return self._render_with_jinja(turns, jinja)
 
-    def _render_with_jinja(self, turns: list[Turn], jinja: str) -> list[Segment]:
+    def _render_with_jinja(self, turns: list[Turn], jinja: str | dict[str, str] | None) -> list[Segment]:
         segments, done = [], ""
 
         def extend(count: int, prompt: bool, learned: bool = False) -> None:
@@ -285,9 +262,7 @@ class LlavaSPProcessor(LlavaProcessor):
                 turns[:count], chat_template=jinja, tokenize=False, add_generation_prompt=prompt
             )
             if not text.startswith(done):
-                raise ValueError(
-                    f"this chat template rewrites earlier text at turn {count - 1}: it cannot be trained on"
-                )
+                raise ValueError(f"the chat template rewrites earlier text at turn {count - 1}: it cannot train")
             piece, done = text[len(done) :], text
             if learned and self.tokenizer.eos_token in piece:  # what follows the end token is layout
                 answer, end, layout = piece.rpartition(self.tokenizer.eos_token)
@@ -325,34 +300,18 @@ class LlavaSPProcessor(LlavaProcessor):
         learned = bytearray().join(bytes([flag]) * len(piece) for piece, flag in segments)
         bos = self.tokenizer.bos_token
         starts_itself = not add_special_tokens or (bos is not None and text.startswith(bos))
-        tokens = [] if starts_itself else [Token(token, IGNORE_INDEX, 0, 0) for token in self._prefix_ids]
+        tokens = [] if starts_itself else [Token(token, IGNORE_INDEX, 0, 0) for token in self._encoder.prefix]
         start = 0
         for index, chunk in enumerate(text.split(self.image_token)):
             if index:
                 mark = Token(self.image_token_id, IGNORE_INDEX, start - len(self.image_token), start)
                 tokens += [mark] * self.num_image_tokens
-            for token, first, last in self._tokenize(chunk):
+            for token, first, last in self._encoder.encode(chunk):
                 first, last = start + first, start + last
                 known = any(learned[first : max(last, first + 1)]) and token != self.pad_token_id
                 tokens.append(Token(token, token if known else IGNORE_INDEX, first, last))
             start += len(chunk) + len(self.image_token)
         return tokens
-
-    def _tokenize(self, chunk: str) -> list[tuple[int, int, int]]:
-        """`(id, first character, character after the last)` of each token of a text without image marks."""
-        doubled = sorted({match.end() - 1 for trap in self._space_traps for match in trap.finditer(chunk)})
-        for position in reversed(doubled):
-            chunk = chunk[:position] + " " + chunk[position:]
-        encoded = self.tokenizer(chunk, add_special_tokens=False, return_offsets_mapping=True)
-        inserted = [position + index for index, position in enumerate(doubled)]
-
-        def original(position: int) -> int:
-            return position - sum(place < position for place in inserted)
-
-        return [
-            (token, original(first), original(last))
-            for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        ]
 
     def preprocess_images(self, images: list[Image.Image], **kwargs) -> torch.Tensor:
         """Pixels [n, 3, H, W], float32. Colour modes are converted to RGB; `kwargs` go to the image processor."""
@@ -381,52 +340,6 @@ def _has_own_processor(path: str | PathLike) -> bool:
         return json.loads(file.read_text(encoding="utf-8")).get("processor_class") == "LlavaSPProcessor"
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file} is not a JSON object ({error}): cut off, or not the file it should be") from None
-
-
-def _jinja(template, tokenizer) -> str:
-    return chat_template(template, tokenizer.chat_template)
-
-
-def _check_tokenizer(tokenizer, image_token: str) -> None:
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
-    if not has_words(tokenizer):
-        raise ValueError("the tokenizer has no words: its tokenizer.json or tokenizer.model is missing or empty")
-    if image_token not in tokenizer.get_vocab():
-        raise ValueError(f"the tokenizer has no {image_token} token; call add_special_tokens(tokenizer) first")
-    if tokenizer.eos_token is None:
-        raise ValueError("the tokenizer has no end token; set its eos_token, or the model cannot learn to stop")
-    if tokenizer.pad_token_id is None:
-        raise ValueError("the tokenizer has no padding token; call add_special_tokens(tokenizer) first")
-
-
-def _prefix_ids(tokenizer) -> list[int]:
-    """What the tokenizer puts before a text (the beginning-of-sequence token, or nothing)."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    starts = [start for start in range(len(whole)) if bare and whole[start : start + len(bare)] == bare]
-    return whole[: starts[0]] if starts else []
-
-
-def _space_traps(tokenizer) -> list[re.Pattern]:
-    """Where a space must be doubled to get SentencePiece's own ids.
-
-    SentencePiece puts its word-start piece before a text even where that begins with a space ("▁▁", "and"); the fast
-    tokenizer built from the same file leaves it out there ("▁and"). The original tokenizes with the former, and every text
-    after an image that does not start on a new line is such a text. Of the `legacy` kind also every text after a
-    special token.
-    """
-
-    def drops(before: str) -> bool:
-        bare, spaced = (tokenizer(before + text, add_special_tokens=False)["input_ids"] for text in ("a", " a"))
-        starts = tokenizer.convert_ids_to_tokens(bare)[1 if before else 0 :]
-        return bare == spaced and bool(starts) and starts[0].startswith("▁")
-
-    traps = [re.compile(r"\A[ ▁]")] if drops("") else []
-    if tokenizer.eos_token and drops(tokenizer.eos_token):
-        special = "|".join(re.escape(token) for token in tokenizer.all_special_tokens)
-        traps.append(re.compile(f"(?:{special})[ ▁]"))
-    return traps
 
 
 LlavaSPProcessor.register_for_auto_class()

@@ -39,11 +39,10 @@ class SpatialFeatureExtractor(nn.Module):
 
     def __init__(self, config: LlavaSPConfig):
         super().__init__()
-        self.scales = list(config.spatial_scales)
-        self.num_tokens = len(self.scales)
-        self.projections = nn.ModuleDict(
-            {str(scale): WindowProjection(config.vision_width, config.spatial_width, scale) for scale in self.scales}
-        )
+        scales, width = config.spatial_scales, config.spatial_width
+        assert scales and width, "the configuration has filled them in"
+        self.scales, self.num_tokens = list(scales), len(scales)
+        self.projections = nn.ModuleDict({str(s): WindowProjection(config.vision_width, width, s) for s in scales})
 
     def window(self, patches_BGGC: Tensor, scale: int) -> Tensor:
         """What the token of this scale sees: [B, scale, scale, C]."""
@@ -78,8 +77,9 @@ class DetailFeatureIntegrator(nn.Module):
 
     def __init__(self, config: LlavaSPConfig):
         super().__init__()
-        self.kernel, self.stride = config.fusion_kernel, config.fusion_stride
-        width = config.spatial_width
+        kernel, stride, width = config.fusion_kernel, config.fusion_stride, config.spatial_width
+        assert kernel and stride and width, "the configuration has filled them in"
+        self.kernel, self.stride = kernel, stride
         self.context = WindowProjection(config.vision_width, width, self.kernel)
         self.query = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
         self.key = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
@@ -100,18 +100,16 @@ class SpatialBranch(nn.Module):
         if config.spatial_variant not in SPATIAL_VARIANTS:
             known = ", ".join(["none", *SPATIAL_VARIANTS])
             raise ValueError(f"spatial_variant is {config.spatial_variant!r}; it must be one of: {known}")
-        if config.spatial_scales is None:
-            raise ValueError('spatial_variant was changed from "none" after the configuration was made: make a new one')
+        if config.spatial_width is None:
+            raise ValueError(f'spatial_variant was "none" and is {config.spatial_variant!r}: make a new configuration')
         self.extractor = SPATIAL_VARIANTS[config.spatial_variant](config)
         if self.extractor.num_tokens != config.num_spatial_tokens:
-            raise ValueError(
-                f"the variant {config.spatial_variant!r} makes {self.extractor.num_tokens} spatial tokens, but "
-                f"spatial_scales = {config.spatial_scales} promises {config.num_spatial_tokens}"
-            )
+            found, wanted = self.extractor.num_tokens, config.num_spatial_tokens
+            raise ValueError(f"{type(self.extractor).__name__}.num_tokens is {found}; spatial_scales ask for {wanted}")
         self.integrator = DetailFeatureIntegrator(config) if config.spatial_fusion else None
         in_width = config.spatial_width * (2 if config.spatial_fusion else 1)
         self.act = nn.GELU()
-        self.linear = nn.Linear(in_width, config.text_config.hidden_size, bias=config.spatial_projection_bias)
+        self.linear = nn.Linear(in_width, config.text_config.hidden_size, bias=bool(config.spatial_projection_bias))
 
     def forward(self, patches_BGGC: Tensor) -> Tensor:
         features_BSK = self.extractor(patches_BGGC)
@@ -135,29 +133,33 @@ class SpatialProjector(LlavaMultiModalProjector):
         tokens_BND = super().forward(patches_BNC)
         if self.spatial is None:
             return tokens_BND
-        if patches_BNC.shape[1] != self.grid_size**2:
-            raise ValueError(
-                f"the vision tower gave {patches_BNC.shape[1]} patch tokens, but the configuration promises a square "
-                f"grid of {self.grid_size} x {self.grid_size} = {self.grid_size**2}"
-            )
-        patches_BGGC = patches_BNC.unflatten(1, (self.grid_size, self.grid_size))
+        found, side = patches_BNC.shape[1], self.grid_size
+        if found != side**2:
+            raise ValueError(f"the vision tower gave {found} patch tokens, not a grid of {side} x {side} = {side**2}")
+        patches_BGGC = patches_BNC.unflatten(1, (side, side))
         return torch.cat([self.spatial(patches_BGGC), tokens_BND], dim=1)
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Uniform in +- 1/sqrt(fan-in) (standard deviation 1/sqrt(3 fan-in)), as torch draws a new layer.
-
-        Parameters that came from a checkpoint are left alone (`init` skips those marked as loaded).
-        """
+        """New weights, as `reset_parameters` draws them for each layer."""
         for module in self.modules():
-            if isinstance(module, nn.LayerNorm):
-                init.ones_(module.weight)
-                init.zeros_(module.bias)
-            elif isinstance(module, (nn.Linear, WindowProjection)):
-                bound = module.weight[0].numel() ** -0.5
-                init.uniform_(module.weight, -bound, bound)
-                if getattr(module, "bias", None) is not None:
-                    init.uniform_(module.bias, -bound, bound)
+            reset_parameters(module)
+
+
+@torch.no_grad()
+def reset_parameters(module: nn.Module) -> None:
+    """Uniform in +- 1/sqrt(fan-in) (standard deviation 1/sqrt(3 fan-in)), as torch draws a new layer.
+
+    Parameters that came from a checkpoint stay (`init` skips those marked as loaded).
+    """
+    if isinstance(module, nn.LayerNorm):
+        init.ones_(module.weight)
+        init.zeros_(module.bias)
+    elif isinstance(module, (nn.Linear, WindowProjection)):
+        bound = module.weight[0].numel() ** -0.5
+        init.uniform_(module.weight, -bound, bound)
+        bias = getattr(module, "bias", None)
+        if bias is not None:
+            init.uniform_(bias, -bound, bound)
 
 
 __all__ = ["SPATIAL_VARIANTS", "DetailFeatureIntegrator", "SpatialFeatureExtractor", "SpatialProjector"]

@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-UNTOLD = ("Loading weights:",)  # progress bars of less than a second; the log files keep them
+UNSHOWN = ("Loading weights:",)  # progress bars of less than a second; the log files keep them
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Chains:
     """Runs named chains of commands: in order within a chain, at most `jobs` at once, the one that waited longest first.
 
     Args:
-        jobs: how many commands run at once; the processor's cores are dealt out evenly, unless OMP_NUM_THREADS says
+        jobs: how many commands run at once; each gets an even share of the processor's cores, unless OMP_NUM_THREADS says
             otherwise, because small models gain little from threads and lose much where threads outnumber cores.
         heading: what to print in front of a command's title, such as the time so far.
     """
@@ -49,7 +49,7 @@ class Chains:
             while not self.stopping:
                 try:
                     name, chain = waiting.popleft()
-                except IndexError:  # whoever runs the last chains goes on with them
+                except IndexError:  # those that run the last chains go on with them
                     return
                 self.execute(name, chain.popleft())
                 if chain:
@@ -82,7 +82,7 @@ class Chains:
             assert process.stdout is not None
             for text in process.stdout:
                 log.write(text)
-                if text.strip() and not text.startswith(UNTOLD):
+                if text.strip() and not text.startswith(UNSHOWN):
                     print(f"  {name} | {text.rstrip()}\n", end="", flush=True)
             status = process.wait()
             self.running.discard(process)

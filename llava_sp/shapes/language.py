@@ -1,4 +1,4 @@
-"""What is said about a scene of the shapes world: captions, questions and their answers, all derived from the graph.
+"""Captions, questions and answers about a scene of the shapes world, all derived from its graph.
 
 `Interviewer` picks questions so that no wording gives its answer away: per wording it asks for the answer that was asked
 for least. A model that reads only the text can do no better than the most frequent answer of a question type.
@@ -45,18 +45,17 @@ class Question:
 
 def caption(scene: Scene) -> str:
     """Everything in the scene, in reading order: "a red circle at the top left, the digit 7 at the center and ...\""""
-    parts = [_phrase(thing) for thing in scene.things]
+    parts = [f"{phrase(thing)} at the {thing.place}" for thing in scene.things]
     return f"{', '.join(parts[:-1])} and {parts[-1]}." if len(parts) > 1 else f"{parts[0]}."
 
 
-def _phrase(thing: Thing) -> str:
-    """One thing and its place in words."""
-    what = f"the {thing.label}" if thing.kind == "digit" else f"{article(thing.label)} {thing.label}"
-    return f"{what} at the {thing.place}"
+def phrase(thing: Thing) -> str:
+    """A thing in words: "a red circle" or "the digit 7"."""
+    return f"the {thing.label}" if thing.kind == "digit" else with_article(thing.label)
 
 
 def description(scene: Scene, rng: np.random.Generator) -> str:
-    """The scene told in words, in one of four ways: what a text-only conversation speaks about."""
+    """The scene in words, in one of four styles: what a text-only conversation is about."""
     things = [scene.things[i] for i in rng.permutation(len(scene.things))]
     style = rng.integers(4)
     if style == 0:
@@ -68,15 +67,13 @@ def description(scene: Scene, rng: np.random.Generator) -> str:
     return f"{', '.join(f'{thing.label} {thing.place}' for thing in things)}."
 
 
-def article(noun: str) -> str:
-    """ "a" or "an", by the first letter."""
-    return "an" if noun[0] in "aeiou" else "a"
+def with_article(noun: str) -> str:
+    """ "a red circle" or "an orange circle", by the first letter."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def subjects(scene: Scene) -> list[Thing]:
-    """The things that their name points out uniquely: only these may be spoken of as "the red circle"."""
-    names = Counter(thing.name for thing in scene.things)
-    return [thing for thing in scene.things if names[thing.name] == 1]
+def plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"
 
 
 def questions(scene: Scene, family: str) -> list[Question]:
@@ -97,26 +94,24 @@ def questions(scene: Scene, family: str) -> list[Question]:
 def _existence(scene: Scene) -> list[tuple[str, str]]:
     present = {thing.name for thing in scene.things}
     names = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
-    return [(f"Is there {article(n)} {n} in the image?", "yes" if n in present else "no") for n in names]
+    return [(f"Is there {with_article(n)} in the image?", "yes" if n in present else "no") for n in names]
 
 
 def _color(scene: Scene) -> list[tuple[str, str]]:
-    kinds = Counter(thing.kind for thing in scene.things)
-    return [(f"What color is the {t.kind}?", t.color) for t in scene.things if t.kind in SHAPES and kinds[t.kind] == 1]
+    return [(f"What color is the {t.kind}?", t.color) for t in scene.alone()]
 
 
 def _count(scene: Scene) -> list[tuple[str, str]]:
-    kinds = Counter(thing.kind for thing in scene.things)
     colors = Counter(thing.color for thing in scene.things)
-    numbers = [(f"{shape}s", kinds[shape]) for shape in SHAPES]
+    numbers = [(f"{shape}s", scene.count(shape)) for shape in SHAPES]
     numbers += [(f"{color} shapes", colors[color]) for color in COLORS]
     return [(f"How many {what} are there?", str(n)) for what, n in numbers if n <= MAX_COUNT]
 
 
 def _relation(scene: Scene) -> list[tuple[str, str]]:
     found = []
-    for a in subjects(scene):
-        for b in subjects(scene):
+    for a in scene.subjects():
+        for b in scene.subjects():
             if a.col != b.col:
                 for side, is_so in (("to the left of", a.col < b.col), ("to the right of", a.col > b.col)):
                     found.append((f"Is the {a.name} {side} the {b.name}?", "yes" if is_so else "no"))
@@ -127,11 +122,11 @@ def _relation(scene: Scene) -> list[tuple[str, str]]:
 
 
 def _place(scene: Scene) -> list[tuple[str, str]]:
-    return [(f"Where is the {thing.name}?", thing.place) for thing in subjects(scene)]
+    return [(f"Where is the {thing.name}?", thing.place) for thing in scene.subjects()]
 
 
 def _digit(scene: Scene) -> list[tuple[str, str]]:
-    written = [thing for thing in scene.things if thing.kind == "digit"]
+    written = scene.digits()
     if len(written) == 1:
         return [("What digit is in the image?", str(written[0].value))]
     return [(f"What digit is at the {thing.place}?", str(thing.value)) for thing in written]

@@ -2,38 +2,39 @@
 
     python -m llava_sp.shapes.make --output runs/quickstart/data
 
-    OUTPUT/images/*.jpg                             training pictures, 96 x 96
+    OUTPUT/images/*.jpg                             training images, 96 x 96
     OUTPUT/pretrain.json                            stage 1: LLaVA's caption format (blip_laion_cc_sbu_558k.json)
     OUTPUT/finetune.json                            stage 2: LLaVA's instruction format (llava_v1_5_mix665k.json)
     OUTPUT/vqav2/v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, val2014/*.jpg
                                                     held-out scenes and unseen handwriting, as VQAv2's official files
-    OUTPUT/scenes.json                              the scene graph behind every picture, to derive every answer again
+    OUTPUT/scenes.json                              the scene graph behind every image, to derive every answer again
     OUTPUT/world.json                               the settings and what they made; written last
 
-The same arguments give the same bytes. Where `world.json` already says the same, nothing is made again.
+The same arguments give the same bytes. Where `world.json` records the same settings, nothing is made again.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from llava_sp.common.command import check_arguments, command_parser, run_command
+from llava_sp.common.files import write_atomic
+from llava_sp.shapes.images import Images
 from llava_sp.shapes.language import CAPTION_REQUESTS, FAMILIES, SUFFIX, Interviewer, Question, caption, description
-from llava_sp.shapes.world import Scene, draw, sample_scene
+from llava_sp.shapes.world import sample_scene
 
 VERSION = 1  # of the world: a change in what a seed gives is a change of this number
-JPEG = {"quality": 95, "subsampling": 0}
 QUESTIONS_FILE = "v2_OpenEnded_mscoco_val2014_questions.json"
 ANNOTATIONS_FILE = "v2_mscoco_val2014_annotations.json"
 TURNS = 8  # questions of one training conversation
-TEXT_ONLY = 0.1  # share of the stage 2 conversations without a picture
+TEXT_ONLY = 0.1  # share of the stage 2 conversations without an image
 
 
 @dataclass(frozen=True)
@@ -58,47 +59,40 @@ def make(output: Path, settings: Settings, log: Callable[[str], None] = print) -
     elif output.exists() and any(output.iterdir()) and not (output / "images").is_dir():
         raise ValueError(f"output: {output} holds other files; give a new folder or one that this command made")
     record.unlink(missing_ok=True)
-    for folder in ("images", "vqav2/val2014"):
-        (output / folder).mkdir(parents=True, exist_ok=True)
-    graphs: dict[str, Scene] = {}
+    training, held_out = Images(output / "images"), Images(output / "vqav2" / "val2014")
     log(f"shapes data: {settings.captions} captions -> {output / 'pretrain.json'}")
-    _write(output / "pretrain.json", _pretrain(output, settings, graphs))
+    _write(output / "pretrain.json", _pretrain(training, settings))
     log(f"shapes data: {settings.conversations} conversations -> {output / 'finetune.json'}")
-    _write(output / "finetune.json", _finetune(output, settings, graphs))
+    _write(output / "finetune.json", _finetune(training, settings))
     log(f"shapes data: {settings.questions} held-out questions -> {output / 'vqav2'}")
-    counts = write_vqav2(output / "vqav2", settings, graphs)
-    _write(output / "scenes.json", {name: asdict(scene) for name, scene in graphs.items()})
-    summary = {"settings": asdict(settings), "images": len(graphs), "held_out_answers": counts}
+    counts = write_vqav2(output / "vqav2", held_out, settings)
+    scenes = training.scenes | held_out.scenes
+    _write(output / "scenes.json", scenes)
+    summary = {"settings": asdict(settings), "images": len(scenes), "held_out_answers": counts}
     _write(record, summary)
     return summary
 
 
 def _write(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_atomic(path, json.dumps(content, indent=1) + "\n")
 
 
-def _picture(folder: Path, name: str, scene: Scene, graphs: dict[str, Scene]) -> str:
-    draw(scene).save(folder / name, **JPEG)
-    graphs[name] = scene
-    return name
-
-
-def _pretrain(output: Path, settings: Settings, graphs: dict[str, Scene]) -> list[dict]:
-    """Stage 1: one picture, one request, one caption. The mark stands before or after the request, as in LLaVA's file."""
+def _pretrain(images: Images, settings: Settings) -> list[dict]:
+    """Stage 1: one image, one request, one caption. The mark stands before or after the request, as in LLaVA's file."""
     rng = np.random.default_rng([settings.seed, 10])
     records = []
     for i in range(settings.captions):
         scene = sample_scene(rng, "train")
-        name = _picture(output / "images", f"caption_{i:06d}.jpg", scene, graphs)
         request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
         human = f"<image>\n{request}" if rng.random() < 0.5 else f"{request}\n<image>"
         turns = [{"from": "human", "value": human}, {"from": "gpt", "value": caption(scene)}]
-        records.append({"id": f"caption_{i:06d}", "image": name, "conversations": turns})
+        name = f"caption_{i:06d}"
+        records.append({"id": name, "image": images.save(f"{name}.jpg", scene), "conversations": turns})
     return records
 
 
-def _finetune(output: Path, settings: Settings, graphs: dict[str, Scene]) -> list[dict]:
-    """Stage 2: short answers over several turns, now and then a caption, and some conversations without a picture."""
+def _finetune(images: Images, settings: Settings) -> list[dict]:
+    """Stage 2: short answers over several turns, now and then a caption, and some conversations without an image."""
     rng = np.random.default_rng([settings.seed, 11])
     interviewer = Interviewer(rng)
     records = []
@@ -112,13 +106,16 @@ def _finetune(output: Path, settings: Settings, graphs: dict[str, Scene]) -> lis
             turns += [{"from": "human", "value": asked}, {"from": "gpt", "value": question.answer}]
         record: dict = {"id": f"talk_{i:06d}"}
         if not text_only:
-            record["image"] = _picture(output / "images", f"talk_{i:06d}.jpg", scene, graphs)
+            record["image"] = images.save(f"talk_{i:06d}.jpg", scene)
         records.append(record | {"conversations": turns})
     return records
 
 
-def write_vqav2(output: Path, settings: Settings, graphs: dict[str, Scene]) -> dict[str, dict[str, int]]:
-    """The held-out questions: as many of each family as of another, two or three on a picture."""
+def write_vqav2(output: Path, images: Images, settings: Settings) -> dict[str, dict[str, int]]:
+    """The held-out questions: as many of each family as of another, two or three on an image.
+
+    Returns how often each answer is right, by family.
+    """
     rng = np.random.default_rng([settings.seed, 12])
     interviewer = Interviewer(rng)
     asked: list[tuple[int, int, Question]] = []
@@ -133,20 +130,13 @@ def write_vqav2(output: Path, settings: Settings, graphs: dict[str, Scene]) -> d
         if not found:
             continue
         image_id += 1
-        _picture(output / "val2014", f"COCO_val2014_{image_id:012d}.jpg", scene, graphs)
+        images.save(f"COCO_val2014_{image_id:012d}.jpg", scene)
         per_family.update(question.family for question in found)
         asked += [(image_id, number, question) for number, question in enumerate(found)]
     questions, annotations = zip(*(_vqa_records(*entry) for entry in asked))
-    header = {
-        "info": {
-            "description": "The shapes world of llava_sp, held-out scenes.",
-            "version": f"{VERSION}.0",
-            "year": 2025,
-        },
-        "data_type": "mscoco",
-        "data_subtype": "val2014",
-        "license": {"name": "Apache License 2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"},
-    }
+    info = {"description": "The shapes world of llava_sp, held-out scenes.", "version": f"{VERSION}.0", "year": 2025}
+    license = {"name": "Apache License 2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"}
+    header = {"info": info, "data_type": "mscoco", "data_subtype": "val2014", "license": license}
     _write(output / QUESTIONS_FILE, header | {"task_type": "Open-Ended", "questions": questions})
     _write(output / ANNOTATIONS_FILE, header | {"annotations": annotations})
     counts: dict[str, Counter[str]] = {family: Counter() for family in FAMILIES}
@@ -172,22 +162,19 @@ def _vqa_records(image_id: int, number: int, question: Question) -> tuple[dict, 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava_sp.shapes.make", description="Write the shapes world to disk."
-    )
+    parser = command_parser("llava_sp.shapes.make", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the data")
-    for name in ("seed", "captions", "conversations", "questions"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name))
+    limits = {"seed": 0, "captions": 1, "conversations": 1, "questions": 1}
+    for name in limits:
+        parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name), help="default: %(default)s")
     args = parser.parse_args(argv)
-    settings = replace(Settings(), **{k: v for k, v in vars(args).items() if k != "output"})
-    if min(settings.captions, settings.conversations, settings.questions) < 1 or settings.seed < 0:
-        parser.error(f"counts must be at least 1 and the seed at least 0: {settings}")
-    try:
-        make(args.output, settings)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    given = {name: getattr(args, name) for name in limits}
+
+    def action() -> None:
+        check_arguments((f"--{n}", given[n], given[n] >= least, f"at least {least}") for n, least in limits.items())
+        make(args.output, Settings(**given))
+
+    return run_command(action, traceback=args.traceback)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ again reuses what is finished and goes on with what is not.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import shlex
 import sys
@@ -19,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from llava_sp.common.command import check_arguments, command_parser, run_command
+from llava_sp.common.files import read_json, write_json
 from llava_sp.shapes.chains import Chains, Command, cores
 from llava_sp.shapes.report import write_report
 from llava_sp.shapes.results import load_results, render_table
@@ -69,10 +70,21 @@ def commands(run: Run, data: Path, args: argparse.Namespace) -> list[Command]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     args = parse(argv)
+    interrupted = "interrupted: the same command goes on from here"
+    return run_command(lambda: run(args), traceback=args.traceback, on_interrupt=interrupted, clean_up_on_sigterm=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the data, train and score every model, and report. Raises `ValueError` for arguments that do not fit."""
+    if not CONFIGS.is_dir():
+        raise ValueError(f"{CONFIGS} does not exist: the quickstart runs from a clone of the repository")
+    numbers = {name: getattr(args, name) for name in ("pretrain_steps", "finetune_steps", "jobs", "questions")}
+    given = {f"--{name.replace('_', '-')}": value for name, value in numbers.items() if value is not None}
+    check_arguments((flag, value, value >= 1, "at least 1") for flag, value in given.items())
     started = time.time()
     output = args.output.resolve()
     data = output / "data"
-    runs = plan(output, args.variants, args.seeds)
+    runs = plan(output, list(dict.fromkeys(args.variants)), list(dict.fromkeys(args.seeds)))
     jobs = min(args.jobs, len(runs))
     print(f"quickstart: {len(runs)} models, each in two stages, then scored; {jobs} at a time", flush=True)
     print(f"everything goes to {output}", flush=True)
@@ -83,44 +95,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         {run.name: commands(run, data, args) for run in runs}
     )
     spent = {"seconds": round(time.time() - started, 1), "peak_memory_gib": round(jobs * peak_memory_gib(), 2)}
-    spent = _remember(output / "quickstart.json", spent)
+    spent = most_spent(output / "quickstart.json", spent)
     results = load_results(output, [(run.name, run.variant) for run in runs])
     print(f"\n{render_table(results)}")
-    report = write_report(output, results, spent)
-    print(f"\nreport: {report}")
+    print(f"\nreport: {write_report(output, results, spent)}")
     print(f"took {_minutes(spent['seconds'])}, at most {spent['peak_memory_gib']:.1f} GiB of memory")
     model = next((run.folder / "lora" for run in runs if run.variant != "none"), runs[0].folder / "lora")
     image = next((data / "vqav2" / "val2014").glob("*.jpg"))
     ask = ["python", "-m", "llava_sp.generate", "--model", str(model), "--image", str(image)]
     print(f"ask it yourself: {shlex.join([*ask, '--prompt', 'What do you see in the image?'])}")
-    return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line's arguments, checked."""
-    parser = argparse.ArgumentParser(prog="python -m llava_sp.shapes.quickstart", description=__doc__.split("\n")[0])
+    """The command line's arguments."""
+    parser = command_parser("llava_sp.shapes.quickstart", __doc__)
     add = parser.add_argument
     add("--output", type=Path, default=Path("runs/quickstart"), help="folder for everything (default %(default)s)")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all three")
-    add(
-        "--seeds",
-        nargs="+",
-        type=int,
-        default=[DEFAULT_SEED],
-        help="one model per variant and seed (default %(default)s)",
-    )
+    seeds = "one model per variant and seed (default %(default)s)"
+    add("--seeds", nargs="+", type=int, default=[DEFAULT_SEED], help=seeds)
     add("--pretrain-steps", type=int, help="instead of max_steps in configs/shapes/pretrain.yaml")
     add("--finetune-steps", type=int, help="instead of max_steps in configs/shapes/finetune_lora.yaml")
     add("--jobs", type=int, default=min(JOBS, cores()), help="models trained at a time (default here: %(default)s)")
     add("--questions", type=int, help="held-out questions (default: what llava_sp.shapes.make makes)")
-    args = parser.parse_args(argv)
-    if not CONFIGS.is_dir():
-        parser.error(f"{CONFIGS} does not exist: the quickstart runs from a clone of the repository")
-    for name in ("pretrain_steps", "finetune_steps", "jobs", "questions"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    args.variants, args.seeds = list(dict.fromkeys(args.variants)), list(dict.fromkeys(args.seeds))
-    return args
+    return parser.parse_args(argv)
 
 
 def peak_memory_gib() -> float:
@@ -129,12 +127,12 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 2**30
 
 
-def _remember(path: Path, spent: dict[str, float]) -> dict[str, float]:
-    """Keep the cost of the run that did the work: a later one, which reuses it, is quick and small."""
+def most_spent(path: Path, spent: dict[str, float]) -> dict[str, float]:
+    """The cost of the run that did the work, kept in `path`: a later one, which reuses it, is quick and small."""
     if path.is_file():
-        before = json.loads(path.read_text())
+        before = read_json(path, {str: float})
         spent = {key: max(value, before.get(key, 0)) for key, value in spent.items()}
-    path.write_text(json.dumps(spent, indent=1) + "\n")
+    write_json(path, spent)
     return spent
 
 

@@ -1,50 +1,37 @@
-"""The quickstart's report: one HTML file that needs nothing beside it. Loss curves, the table, pictures with answers."""
+"""The quickstart's report: one HTML file that needs nothing beside it. Loss curves, the table, images with answers."""
 
 from __future__ import annotations
 
-import base64
 from collections import defaultdict
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from llava_sp.common import html
 from llava_sp.shapes.results import STAGES, Result, table
 
 SAMPLES_PER_TYPE = 2
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 520, 260, 44, 30, 10
 
 STYLE = """
-:root { --ink:#1d2330; --soft:#5d6678; --paper:#fbfbfd; --card:#fff; --line:#e1e4ec; --good:#0b7a4b; --bad:#b3261e;
-  --c0:#8a5a00; --c1:#0b62c4; --c2:#a3278f; }
-@media (prefers-color-scheme: dark) { :root { --ink:#e7eaf1; --soft:#9aa4b8; --paper:#12151c; --card:#1a1f29;
-  --line:#2c3340; --good:#5fd39b; --bad:#ff8a80; --c0:#f0b34a; --c1:#6cb2ff; --c2:#f08ae0; } }
-* { box-sizing:border-box; }
-body { margin:0; background:var(--paper); color:var(--ink); font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif; }
-main { max-width:1120px; margin:0 auto; padding:40px 24px 64px; }
-h1 { font-size:28px; line-height:1.2; margin:0 0 8px; } h2 { font-size:19px; margin:40px 0 12px; }
-p { margin:0 0 8px; max-width:75ch; color:var(--soft); }
-.card { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:16px; }
+:root { --c0:#8a5a00; --c1:#0b62c4; --c2:#a3278f; }
+@media (prefers-color-scheme: dark) { :root { --c0:#f0b34a; --c1:#6cb2ff; --c2:#f08ae0; } }
 .curves { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr)); gap:16px; }
 .curves h3 { margin:0 0 4px; font-size:15px; } svg { width:100%; height:auto; display:block; }
 svg text { fill:var(--soft); font-size:12px; } .grid { stroke:var(--line); }
 .legend { display:flex; flex-wrap:wrap; gap:6px 20px; margin:0 0 12px; color:var(--soft); }
 .legend i { display:inline-block; width:22px; height:3px; border-radius:2px; vertical-align:middle; margin-right:8px; }
-.scroll { overflow-x:auto; } table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums; }
-th,td { padding:7px 12px; text-align:right; border-bottom:1px solid var(--line); white-space:nowrap; }
-th:first-child,td:first-child { text-align:left; } thead th { color:var(--soft); font-weight:600; }
-tbody tr:first-child td { font-weight:700; } tbody tr:last-child td { border-bottom:0; }
+th:first-child,td:first-child { text-align:left; } tbody tr:first-child td { font-weight:700; }
 td:last-child,th:last-child { color:var(--soft); font-weight:400; }
 .samples { display:grid; grid-template-columns:repeat(auto-fill,minmax(250px,1fr)); gap:16px; }
-figure { margin:0; display:flex; flex-direction:column; } figure img { width:100%; aspect-ratio:1; border-radius:6px; }
+figure { display:flex; flex-direction:column; } figure img { aspect-ratio:1; }
 figcaption { margin-top:12px; } figcaption b { display:block; line-height:1.35; min-height:2.7em; }
-dl { display:grid; grid-template-columns:auto 1fr; gap:2px 14px; margin:8px 0 0; } dt { color:var(--soft); } dd { margin:0; }
-.right { color:var(--good); } .wrong { color:var(--bad); }
-footer { margin-top:40px; color:var(--soft); font-size:14px; }
+dl { margin-top:8px; } .right { color:var(--good); } .wrong { color:var(--bad); }
 """
 
 
 def write_report(output: Path, results: Sequence[Result], spent: dict[str, float]) -> Path:
-    """Write `output`/report.html and return its path; pictures come from `output`/data/vqav2/val2014.
+    """Write `output`/report.html and return its path; images come from `output`/data/vqav2/val2014.
 
     `spent` holds `seconds` and `peak_memory_gib` of the whole quickstart.
     """
@@ -63,30 +50,18 @@ def write_report(output: Path, results: Sequence[Result], spent: dict[str, float
         "and scored as VQAv2 is, on scenes and handwriting it never saw. <b>none</b> is LLaVA-1.5; <b>cropping</b> and "
         "<b>pooling</b> put six spatial tokens in front of the patch tokens.</p>",
         f"<h2>Scores{over}</h2>",
-        f'<div class="card scroll">{_table(results)}</div>',
+        f'<div class="card scroll">{html.table(*table(results))}</div>',
         "<h2>Training loss</h2>",
         f'<div class="legend">{legend}</div><div class="curves">{curves}</div>',
-        "<h2>Held-out pictures, questions and answers</h2>",
+        "<h2>Held-out images, questions and answers</h2>",
         f'<div class="samples">{_samples(output, results)}</div>',
         f"<footer>{len(results)} models trained and scored in {spent['seconds'] / 60:.1f} minutes, at most "
         f"{spent['peak_memory_gib']:.1f} GiB of memory. Tiny models on a made-up world: what differs here need not differ "
         "at 7B.</footer>",
     ]
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>LLaVA-SP quickstart</title>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<style>{STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
-    )
     path = output / "report.html"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(html.page("LLaVA-SP quickstart", "".join(parts), STYLE), encoding="utf-8")
     return path
-
-
-def _table(results: Sequence[Result]) -> str:
-    header, rows = table(results)
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _curves(results: Sequence[Result], stage: str, colors: dict[str, str]) -> str:
@@ -155,7 +130,7 @@ def _samples(output: Path, results: Sequence[Result]) -> str:
 
 def _card(output: Path, answers: Sequence[dict], variants: Sequence[str]) -> str:
     item = answers[0]
-    picture = base64.b64encode((output / "data" / "vqav2" / "val2014" / item["image"]).read_bytes()).decode()
+    content = (output / "data" / "vqav2" / "val2014" / item["image"]).read_bytes()
     rows = [f"<dt>truth</dt><dd>{escape(item['references'][0])}</dd>"]
     for variant, answer in zip(variants, answers):
         right = answer["score"] >= 100
@@ -163,6 +138,6 @@ def _card(output: Path, answers: Sequence[dict], variants: Sequence[str]) -> str
         text = escape(answer["answer"] or "(nothing)")
         rows.append(f'<dt>{escape(variant)}</dt><dd class="{style}">{mark} {text}</dd>')
     return (
-        f'<figure class="card"><img alt="a scene of the shapes world" src="data:image/jpeg;base64,{picture}">'
+        f'<figure class="card">{html.image(content, "jpeg", "a scene of the shapes world")}'
         f"<figcaption><b>{escape(item['question'])}</b><dl>{''.join(rows)}</dl></figcaption></figure>"
     )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
+from llava_sp.common.files import read_json, read_jsonl
+
 STAGES = {"pretrain": "Stage 1: projector, captions", "lora": "Stage 2: LoRA + projector, questions"}
+
+
+METRICS = {"score": float, "metrics": {"per_question_type": {str: float}}}
 
 
 @dataclass(frozen=True)
@@ -31,25 +35,18 @@ class Result:
 
 
 def load_results(output: Path, runs: Sequence[tuple[str, str]]) -> list[Result]:
-    """Read the runs `(folder name, variant)` below `output`. Raises `ValueError` naming a file that is not there."""
+    """Read the runs `(folder name, variant)` below `output`. Raises `ValueError` naming a file that is missing."""
     return [_load(output / name, variant) for name, variant in runs]
 
 
 def _load(folder: Path, variant: str) -> Result:
-    metrics = json.loads(_read(folder / "vqav2" / "metrics.json"))
-    items = [json.loads(line) for line in _read(folder / "vqav2" / "per_item.jsonl").splitlines()]
+    metrics = read_json(folder / "vqav2" / "metrics.json", METRICS)
     losses = {}
     for stage in STAGES:
-        lines = [json.loads(line) for line in _read(folder / stage / "log.jsonl").splitlines()]
+        lines = read_jsonl(folder / stage / "log.jsonl")
         losses[stage] = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    per_type = metrics["metrics"]["per_question_type"]
-    return Result(folder.name, variant, losses, metrics["score"], per_type, items)
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: that part of the quickstart has not finished")
-    return path.read_text(encoding="utf-8")
+    items = read_jsonl(folder / "vqav2" / "per_item.jsonl")
+    return Result(folder.name, variant, losses, metrics["score"], metrics["metrics"]["per_question_type"], items)
 
 
 def majority_baseline(items: Sequence[dict]) -> tuple[float, dict[str, float]]:

@@ -1,24 +1,22 @@
-"""Keep a quickstart's model in the repository, for the notebook: LoRA and projector in 16 bits, and a held-out picture.
+"""Keep a quickstart's model in the repository, for the notebook: LoRA and projector in 16 bits, and a held-out image.
 
 python -m llava_sp.shapes.ship --run runs/quickstart/cropping/lora
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints.opening.adapter import save_adapter
-from llava_sp.shapes.make import JPEG
+from llava_sp.common.command import command_parser, run_command
+from llava_sp.common.files import read_json
+from llava_sp.shapes.images import JPEG
 from llava_sp.shapes.world import SHAPES, Scene, draw, sample_scene
 
+SCORED = {"score": float, "metrics": {"count_per_question_type": {str: int}}}
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "model"
 README = """# A trained model of the shapes world
 
@@ -39,16 +37,17 @@ def example_scene(seed: int = 7) -> Scene:
 
 
 def ship(run: Path, output: Path) -> None:
-    """Write the model of a finished stage 2 run to `output`. Raises `ValueError` if the run has not been scored."""
-    scored = run.parent / "vqav2" / "metrics.json"
-    if not scored.is_file():
-        raise ValueError(f"{scored} does not exist: give the lora folder of a finished quickstart")
-    metrics = json.loads(scored.read_text())
+    """Write the model of a finished stage 2 run to `output`. Raises `ValueError` if the run is not scored yet."""
+    metrics = read_json(run.parent / "vqav2" / "metrics.json", SCORED)
+
+    import torch
+
+    from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+    from llava_sp.checkpoints.opening.adapter import save_adapter
+
     model = LlavaSPForCausalLM.from_pretrained(run, dtype=torch.float16)
-    model.config.language_model_name_or_path, model.config.vision_tower_name_or_path = (
-        "../backbones/llama",
-        "../backbones/clip",
-    )
+    model.config.language_model_name_or_path = "../backbones/llama"
+    model.config.vision_tower_name_or_path = "../backbones/clip"
     for part in (model.config.text_config, model.config.vision_config):
         part._name_or_path = ""  # a path of the machine that trained it
     save_adapter(model, LlavaSPProcessor.from_pretrained(run), output, run={"stage": "finetune_lora"})
@@ -62,16 +61,11 @@ def ship(run: Path, output: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m llava_sp.shapes.ship", description=__doc__.split("\n")[0])
-    parser.add_argument("--run", type=Path, required=True, help="the lora folder of a quickstart")
+    parser = command_parser("llava_sp.shapes.ship", __doc__)
+    parser.add_argument("--run", type=Path, required=True, help="the lora folder of a finished quickstart")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="default: %(default)s")
     args = parser.parse_args(argv)
-    try:
-        ship(args.run, args.output)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: ship(args.run, args.output), traceback=args.traceback)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The tiny CLIP of the shapes world: a complete CLIPModel (text and vision towers) with tokenizer and image processor.
 
-Trained like CLIP, pictures against captions, with one more term: every patch is matched against the phrases of the things
-in the world ("a red circle", "the digit 7", "background"), so that patch features, and not only the pooled one, say what
+Trained like CLIP, images against captions, with one more term: every patch is matched against the phrases of the things
+in the world ("a red circle", "the digit 7", "background"), so that patch features, and not only the pooled one, show what
 stands where. Run by `python -m llava_sp.shapes.train_backbones`.
 """
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from llava_sp.shapes.language import article, caption
+from llava_sp.shapes.language import caption, phrase, with_article
 from llava_sp.shapes.world import COLORS, SHAPES, SIZE, Scene, draw, sample_scene
 
 PATCH = 8
@@ -29,7 +29,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own
 STD = (0.26862954, 0.26130258, 0.27577711)
 PHRASES = (
     "background",
-    *(f"{article(color)} {color} {shape}" for color in COLORS for shape in SHAPES),
+    *(with_article(f"{color} {shape}") for color in COLORS for shape in SHAPES),
     *(f"the digit {value}" for value in range(10)),
 )
 
@@ -52,15 +52,14 @@ def phrase_grid(scene: Scene) -> np.ndarray:
     grid = np.zeros((GRID, GRID), dtype=np.int64)
     centres = (np.arange(GRID) + 0.5) * PATCH
     for thing in scene.things:
-        phrase = f"the {thing.label}" if thing.kind == "digit" else f"{article(thing.label)} {thing.label}"
         rows = np.abs(centres - thing.y) <= thing.size / 2
         cols = np.abs(centres - thing.x) <= thing.size / 2
-        grid[np.ix_(rows, cols)] = PHRASES.index(phrase)
+        grid[np.ix_(rows, cols)] = PHRASES.index(phrase(thing))
     return grid
 
 
 def to_pixels(images: list) -> torch.Tensor:
-    """PIL pictures of SIZE x SIZE -> normalised pixels [B, 3, SIZE, SIZE], as CLIP's image processor makes them."""
+    """PIL images of SIZE x SIZE -> normalised pixels [B, 3, SIZE, SIZE], as CLIP's image processor makes them."""
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
@@ -74,22 +73,10 @@ def train_tokenizer(captions: list[str]) -> CLIPTokenizer:
 
 def build(tokenizer: CLIPTokenizer) -> CLIPModel:
     """A fresh CLIPModel; its text tower pools at the end token."""
-    text = {
-        **TEXT,
-        "initializer_factor": 2.0,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": 77,
-        "projection_dim": PROJECTION,
-    }
-    text |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text |= {"pad_token_id": tokenizer.pad_token_id}
-    vision = {
-        **VISION,
-        "initializer_factor": 2.0,
-        "image_size": SIZE,
-        "patch_size": PATCH,
-        "projection_dim": PROJECTION,
-    }
+    both = {"initializer_factor": 2.0, "projection_dim": PROJECTION}
+    text = {**TEXT, **both, "vocab_size": len(tokenizer), "max_position_embeddings": 77}
+    text |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    vision = {**VISION, **both, "image_size": SIZE, "patch_size": PATCH}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=PROJECTION))
     with torch.no_grad():  # positions that start as waves let patches find their neighbours from the first step
         model.vision_model.embeddings.position_embedding.weight[1:] = waves(VISION["hidden_size"])
@@ -117,7 +104,7 @@ def losses(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """CLIP's symmetric contrastive loss, the patch-phrase loss, and the accuracy on patches that show a thing.
 
-    The patches are taken from the last layer but one, which is the layer that LLaVA reads. Those that show a digit weigh
+    The patches are those of the last layer but one, which LLaVA reads. Those that show a digit weigh
     `handwriting` times as much as those that show a shape.
     """
     pixels = to_pixels([draw(scene) for scene in scenes])
@@ -192,9 +179,14 @@ def evaluate(model: CLIPModel, tokenizer: CLIPTokenizer, seed: int) -> dict:
     return {name: round(float(torch.stack(column).mean()), 4) for name, column in zip(names, zip(*rows))}
 
 
+def load(path: Path) -> CLIPModel:
+    """What `save` wrote, ready to be trained on."""
+    return CLIPModel.from_pretrained(path, dtype=torch.float32).train()
+
+
 def save(model: CLIPModel, path: Path) -> None:
     """Write 16-bit weights and an old-style preprocessor_config.json, as CLIP's, beside the tokenizer."""
-    model.to(torch.float16).save_pretrained(path)
+    model.half().save_pretrained(path)
     processor = {
         "crop_size": SIZE,
         "do_center_crop": True,

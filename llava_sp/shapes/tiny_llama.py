@@ -1,9 +1,9 @@
 """The tiny Llama of the shapes world: a LlamaForCausalLM with its own SentencePiece tokenizer, in Vicuna's files.
 
 Its text is the world's: captions, and conversations in Vicuna's format about scenes that are *described in words*. So it
-knows how to speak, to answer from what was said, to count and to compare places, and has never seen a picture: what
-Vicuna is to LLaVA. A large language model takes many words at one position in its stride, which is what an image token
-is; this one is too small to come to that by itself, so some descriptions are `Chords`, several words' embeddings added up.
+can answer from what stands before, count and compare places, and was trained on no image: what Vicuna is to LLaVA. A
+large language model can read many words at one position, which is what an image token is; this one is too small to
+learn that by itself, so some descriptions are `Chords`, several words' embeddings added up.
 Run by `python -m llava_sp.shapes.train_backbones`.
 """
 
@@ -13,6 +13,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -28,7 +29,7 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 VOCABULARY = 704
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 352,
     "num_hidden_layers": 4,
@@ -41,7 +42,7 @@ LLAMA = {
 UNKNOWN, BOS, EOS = 0, 1, 2
 QUESTIONS_PER_TEXT = 6
 
-FILLER = "."  # what a chord says that stands for nothing
+FILLER = "."  # a chord for an empty position
 Chords = list[str]  # the words of each string share one position
 Segments = list[tuple[str | Chords, bool]]  # (text, is it the assistant's?); an assistant's segment ends a turn
 
@@ -57,7 +58,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Cycle:
-    """One cycle of training: its steps, its highest rate, the share of texts that are only to be said again, that of
+    """One cycle of training: its steps, its highest rate, the share of texts that are only to be repeated, that of
     captions (the rest are conversations), which stand alone or behind a description, and that of descriptions in chords."""
 
     steps: int
@@ -78,7 +79,7 @@ CYCLES = (
 
 
 def in_chords(scene: Scene, rng: np.random.Generator) -> Chords:
-    """The scene line by line, as a picture's patches show it: a thing's name and place at each of its positions."""
+    """The scene line by line, as an image's patches show it: a thing's name and place at each of its positions."""
     chords: Chords = []
     for row in range(GRID):
         things = [thing for thing in scene.things if thing.row == row]
@@ -90,17 +91,19 @@ def in_chords(scene: Scene, rng: np.random.Generator) -> Chords:
 
 
 def document(rng: np.random.Generator, interviewer: Interviewer, cycle: Cycle) -> Segments:
-    """One training text: words to say again, a caption alone, or a conversation about a scene described in words, some
+    """One training text: words to repeat, a caption alone, or a conversation about a scene described in words, some
     of them behind Vicuna's system sentence."""
     if rng.random() < cycle.repeated:
         words = " ".join(rng.choice(all_words(), size=rng.integers(6, 25)))
         return [(f"USER: {words}\nSay it again. ASSISTANT:", False), (words, True)]
     scene, kind = sample_scene(rng, "train"), rng.random()
-    told = in_chords(scene, rng) if rng.random() < cycle.in_chords else description(scene, rng)
+    described = in_chords(scene, rng) if rng.random() < cycle.in_chords else description(scene, rng)
     if kind < cycle.captions:
-        return [*([(told, False)] if cycle.described else []), (caption(scene), True)]
+        return [*([(described, False)] if cycle.described else []), (caption(scene), True)]
     opening = f"{SYSTEM} USER: " if rng.random() < 0.3 else "USER: "
-    before: Segments = [(f"{opening}{told}", False)] if isinstance(told, str) else [(opening, False), (told, False)]
+    before: Segments = [(opening, False), (described, False)]
+    if isinstance(described, str):
+        before = [(opening + described, False)]
     if kind < cycle.captions + 0.125:
         request = CAPTION_REQUESTS[rng.integers(len(CAPTION_REQUESTS))]
         return [*_joined(before, f"\n{request} ASSISTANT:"), (caption(scene), True)]
@@ -168,6 +171,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, segments: Segments) -> Sample:
 def embed(model: LlamaForCausalLM, ids: torch.Tensor, samples: list[Sample]) -> torch.Tensor:
     """Input embeddings [B, L, D] of padded ids [B, L]: at a chord's position the sum of its words'."""
     table = model.get_input_embeddings()
+    assert isinstance(table, torch.nn.Embedding)
     places = [(row, position) for row, sample in enumerate(samples) for position in sample.chords]
     if not places:
         return table(ids)
@@ -196,9 +200,10 @@ def start(seed: int, path: Path) -> LlamaForCausalLM:
     rng = np.random.default_rng([seed, 3])
     interviewer = Interviewer(rng)
     torch.manual_seed(seed)
-    corpus = [text for _ in range(3000) for text, _ in document(rng, interviewer, CYCLES[0])]  # has no chords
+    documents = [document(rng, interviewer, CYCLES[0]) for _ in range(3000)]
+    corpus = [text for segments in documents for text, _ in segments if isinstance(text, str)]  # no chords yet
     tokenizer = train_tokenizer(corpus, path)
-    special = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0}
+    special: dict[str, Any] = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0}
     return LlamaForCausalLM(LlamaConfig(**LLAMA, **special, vocab_size=len(tokenizer), tie_word_embeddings=False))
 
 
@@ -229,13 +234,18 @@ def train(model: LlamaForCausalLM, path: Path, seed: int, number: int, steps: in
             )
     with torch.no_grad():
         rows = [batch_loss(model, batch(32)) for _ in range(4)]
-    loss, accuracy = (round(float(torch.stack(column).mean()), 4) for column in zip(*rows))
-    return {"loss": loss, "answer tokens right": accuracy, "seconds": round(time.time() - started)}
+    means = [round(float(torch.stack(column).mean()), 4) for column in zip(*rows)]
+    return {"loss": means[0], "answer tokens right": means[1], "seconds": round(time.time() - started)}
+
+
+def load(path: Path) -> LlamaForCausalLM:
+    """What `save` wrote, ready to be trained on."""
+    return LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).train()
 
 
 def save(model: LlamaForCausalLM, path: Path) -> None:
     """Write 16-bit weights beside the tokenizer."""
-    model.to(torch.float16).save_pretrained(path)
+    model.half().save_pretrained(path)
 
 
 def save_tokenizer_files(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Train the two tiny backbones that the repository ships, on text and pictures of the shapes world.
+"""Train the two tiny backbones that the repository ships, on text and images of the shapes world.
 
     python -m llava_sp.shapes.train_backbones [--output llava_sp/shapes/backbones] [--only clip|llama]
 
@@ -8,21 +8,17 @@ Writes OUTPUT/clip (a CLIPModel) and OUTPUT/llama (a LlamaForCausalLM with its t
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
-import torch
-import transformers
-from transformers import CLIPModel, LlamaForCausalLM
-
-from llava_sp.shapes import tiny_clip, tiny_llama
+from llava_sp.common.command import check_arguments, command_parser, run_command
+from llava_sp.common.provenance import version
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "backbones"
-PARTS = {"clip": (tiny_clip, CLIPModel), "llama": (tiny_llama, LlamaForCausalLM)}
 BATCH = {"clip": 64, "llama": 16}
 RECORD = "training.json"
 README = """# Tiny backbones of the shapes world
@@ -35,7 +31,7 @@ scenes of the `val` split nor its handwritten digits.
   preprocessor_config.json. Loss: CLIP's, plus patches against the phrases of the things they show.
 * `llama/`: {llama_size:,} parameters. A LlamaForCausalLM with a SentencePiece tokenizer of {vocabulary} pieces (BPE, byte
   fallback), trained on captions and on conversations about scenes described in words, some of them with several words at one
-  position (the sum of their embeddings), as image tokens are. It has seen no picture.
+  position (the sum of their embeddings), as image tokens are. It was trained on no image.
 
 Figures at the end of each cycle (CLIP's on held-out scenes):
 
@@ -43,13 +39,22 @@ Figures at the end of each cycle (CLIP's on held-out scenes):
 """
 
 
+def modules() -> dict[str, ModuleType]:
+    """Part -> its module, which has `CYCLES`, `start`, `load`, `train` and `save`."""
+    from llava_sp.shapes import tiny_clip, tiny_llama  # torch and transformers: not needed for --help
+
+    return {"clip": tiny_clip, "llama": tiny_llama}
+
+
 def train(output: Path, parts: Sequence[str], seed: int, max_steps: int | None, threads: int) -> None:
     """Train the parts, cycle by cycle, and write them below `output`. What an interrupted run finished is used."""
+    import torch
+
     torch.set_num_threads(threads)
     for part in parts:
         new = output / f".{part}.new"
         new.mkdir(parents=True, exist_ok=True)
-        module, _ = PARTS[part]
+        module = modules()[part]
         for number in range(len(_cycles_done(new)), len(module.CYCLES)):
             _train_cycle(part, new, seed, number, max_steps)
         shutil.rmtree(output / part, ignore_errors=True)
@@ -64,11 +69,8 @@ def _cycles_done(folder: Path) -> list[dict]:
 
 def _train_cycle(part: str, folder: Path, seed: int, number: int, max_steps: int | None) -> None:
     """One cycle; it starts from the 16-bit weights that the one before left in `folder`, and leaves its own there."""
-    module, kind = PARTS[part]
-    if number == 0:
-        model = module.start(seed, folder)
-    else:
-        model = kind.from_pretrained(folder, dtype=torch.float32).train()
+    module = modules()[part]
+    model = module.start(seed, folder) if number == 0 else module.load(folder)
     steps = min(module.CYCLES[number].steps, max_steps or module.CYCLES[number].steps)
     figures = module.train(model, folder, seed, number, steps, BATCH[part])
     module.save(model, folder)
@@ -79,7 +81,7 @@ def _train_cycle(part: str, folder: Path, seed: int, number: int, max_steps: int
 
 def write_readme(output: Path, threads: int) -> None:
     """OUTPUT/README.md from the figures recorded beside the weights; nothing while a part is missing."""
-    files = {part: output / part / RECORD for part in PARTS}
+    files = {part: output / part / RECORD for part in BATCH}
     if not all(file.is_file() for file in files.values()):
         return
     records = {part: json.loads(file.read_text()) for part, file in files.items()}
@@ -89,17 +91,18 @@ def write_readme(output: Path, threads: int) -> None:
         for part, record in records.items()
         for number, cycle in enumerate(record["cycles"])
     ]
+    clip, llama = modules()["clip"], modules()["llama"]
     text = README.format(
         command="python -m llava_sp.shapes.train_backbones",
-        torch=torch.__version__.split("+")[0],
-        transformers=transformers.__version__,
+        torch=(version("torch") or "").split("+")[0],
+        transformers=version("transformers"),
         threads=threads,
         clip_size=records["clip"]["parameters"],
         llama_size=records["llama"]["parameters"],
-        image=tiny_clip.SIZE,
-        patch=tiny_clip.PATCH,
-        grid=tiny_clip.GRID,
-        vocabulary=tiny_llama.VOCABULARY,
+        image=clip.SIZE,
+        patch=clip.PATCH,
+        grid=clip.GRID,
+        vocabulary=llama.VOCABULARY,
         figures="\n".join(lines),
     )
     (output / "README.md").write_text(text)
@@ -107,17 +110,22 @@ def write_readme(output: Path, threads: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava_sp.shapes.train_backbones", description="Train the shapes world's tiny CLIP and Llama."
-    )
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="default: %(default)s")
-    parser.add_argument("--only", choices=tuple(PARTS), help="train this one alone")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--max-steps", type=int, help="no more steps than this in a cycle (to try the command out)")
+    parser = command_parser("llava_sp.shapes.train_backbones", __doc__)
+    add = parser.add_argument
+    add("--output", type=Path, default=DEFAULT_OUTPUT, help="default: %(default)s")
+    add("--only", choices=tuple(BATCH), help="train this one alone")
+    add("--seed", type=int, default=0)
+    add("--threads", type=int, default=2)
+    add("--max-steps", type=int, help="no more steps than this in a cycle (to try the command out)")
     args = parser.parse_args(argv)
-    train(args.output, [args.only] if args.only else list(PARTS), args.seed, args.max_steps, args.threads)
-    return 0
+
+    def action() -> None:
+        limits = [("--seed", args.seed, 0), ("--threads", args.threads, 1), ("--max-steps", args.max_steps, 1)]
+        given = [(flag, value, least) for flag, value, least in limits if value is not None]
+        check_arguments((flag, value, value >= least, f"at least {least}") for flag, value, least in given)
+        train(args.output, [args.only] if args.only else list(BATCH), args.seed, args.max_steps, args.threads)
+
+    return run_command(action, traceback=args.traceback, on_interrupt="interrupted: the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The shapes world: small scenes of coloured shapes and real handwritten digits, a function of a seed.
 
-A `Scene` is a graph (what stands where); `draw` turns it into a 96 x 96 picture, `llava_sp/shapes/language.py` into
+A `Scene` is a graph (what stands where); `draw` turns it into a 96 x 96 image, `llava_sp/shapes/language.py` into
 captions, questions and answers, so that every answer can be derived again from the graph.
 
 Held out twice over: a scene belongs to the `train` or the `val` split by the hash of what it shows, so no scene of one
@@ -11,7 +11,8 @@ split can ever be drawn in the other, and the two splits take their digits from 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import numpy as np
@@ -31,6 +32,12 @@ COLORS = {
 }
 PLACES = (("top left", "top", "top right"), ("left", "center", "right"), ("bottom left", "bottom", "bottom right"))
 SPLITS = ("train", "val")
+SIDES = {
+    "above": (-1, 0),
+    "below": (1, 0),
+    "to the left of": (0, -1),
+    "to the right of": (0, 1),
+}  # row and column steps
 HELD_OUT = 8  # one scene in eight, and one digit instance in eight, is held out
 
 
@@ -55,7 +62,7 @@ class Thing:
 
     @property
     def name(self) -> str:
-        """How questions speak of it: "red circle" or "digit"."""
+        """How questions name it: "red circle" or "digit"."""
         return "digit" if self.kind == "digit" else f"{self.color} {self.kind}"
 
     @property
@@ -63,10 +70,25 @@ class Thing:
         """What it is in full: "red circle" or "digit 7"."""
         return f"digit {self.value}" if self.kind == "digit" else self.name
 
+    @property
+    def digit(self) -> int:
+        """The value of a handwritten digit."""
+        assert self.value is not None, f"a {self.kind} has no value"
+        return self.value
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        return self.row, self.col
+
+    def moved(self, down: int, right: int) -> Thing:
+        """The same thing so many cells further."""
+        x, y = self.x + CELL * right, self.y + CELL * down
+        return replace(self, row=self.row + down, col=self.col + right, x=x, y=y)
+
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: its things in reading order and the background colour (red, green, blue; 0 to 255)."""
+    """What an image shows: its things in reading order and the background colour (red, green, blue; 0 to 255)."""
 
     things: tuple[Thing, ...]
     background: tuple[int, int, int]
@@ -75,15 +97,51 @@ class Scene:
         """What a reader would see, without jitter, sizes or handwriting: two scenes with one signature are the same scene."""
         return ";".join(f"{t.kind},{t.color},{t.value},{t.row},{t.col}" for t in self.things)
 
+    def digits(self) -> list[Thing]:
+        """The handwritten digits, in reading order."""
+        return [thing for thing in self.things if thing.kind == "digit"]
+
+    def shapes(self) -> list[Thing]:
+        return [thing for thing in self.things if thing.kind in SHAPES]
+
+    def count(self, kind: str) -> int:
+        """How many things of the kind there are."""
+        return sum(thing.kind == kind for thing in self.things)
+
+    def alone(self) -> list[Thing]:
+        """The shapes that are the only ones of their kind: "the circle"."""
+        return [thing for thing in self.shapes() if self.count(thing.kind) == 1]
+
+    def subjects(self) -> list[Thing]:
+        """The things with a name of their own: only these may be called "the red circle"."""
+        names = Counter(thing.name for thing in self.things)
+        return [thing for thing in self.things if names[thing.name] == 1]
+
+    def neighbours(self, of: Thing) -> dict[str, Thing]:
+        """What stands in the cells that touch the thing's own: side ("above" ...) -> thing."""
+        cells = {thing.cell: thing for thing in self.things}
+        places = {side: (of.row + down, of.col + right) for side, (down, right) in SIDES.items()}
+        return {side: cells[place] for side, place in places.items() if place in cells}
+
+    def free_cells(self) -> list[tuple[int, int]]:
+        """(row, column) of the empty cells, in reading order."""
+        occupied = {thing.cell for thing in self.things}
+        return [(row, col) for row in range(GRID) for col in range(GRID) if (row, col) not in occupied]
+
+    def exchange(self, old: Thing, *new: Thing) -> Scene:
+        """The scene with one thing exchanged, or removed."""
+        index = next(i for i, thing in enumerate(self.things) if thing is old)
+        return replace(self, things=(*self.things[:index], *new, *self.things[index + 1 :]))
+
 
 def split_of(key: str) -> str:
-    """The split that something belongs to, by the hash of its name: the same on every machine and for every seed."""
+    """The split of a scene or digit, by the hash of its name: the same on every machine and for every seed."""
     return "val" if hashlib.sha256(key.encode()).digest()[0] % HELD_OUT == 0 else "train"
 
 
 @cache
 def digit_bank() -> tuple[np.ndarray, np.ndarray]:
-    """Scikit-learn's handwritten digits: pictures [1797, 8, 8] uint8 (0 to 255, ink is bright) and their values [1797]."""
+    """Scikit-learn's handwritten digits: images [1797, 8, 8] uint8 (0 to 255, ink is bright) and their values [1797]."""
     from sklearn.datasets import load_digits
 
     bank = load_digits()
@@ -96,12 +154,12 @@ def digit_instances(split: str) -> dict[int, tuple[int, ...]]:
     if split not in SPLITS:
         raise ValueError(f"split: {split!r} is not known; use one of {', '.join(SPLITS)}")
     _, values = digit_bank()
-    mine = [i for i in range(len(values)) if split_of(f"digit {i}") == split]
-    return {value: tuple(i for i in mine if values[i] == value) for value in range(10)}
+    of_split = [i for i in range(len(values)) if split_of(f"digit {i}") == split]
+    return {value: tuple(i for i in of_split if values[i] == value) for value in range(10)}
 
 
 def sample_scene(rng: np.random.Generator, split: str) -> Scene:
-    """A scene of the split: two to six things, at most two of them digits. Draws again until the hash says `split`."""
+    """A scene of the split: two to six things, at most two of them digits. Draws again until the hash is of that split."""
     instances = digit_instances(split)
     while True:
         scene = _sample_any_scene(rng, instances)
@@ -110,7 +168,7 @@ def sample_scene(rng: np.random.Generator, split: str) -> Scene:
 
 
 def _sample_any_scene(rng: np.random.Generator, instances: dict[int, tuple[int, ...]]) -> Scene:
-    """A scene before the split is looked at. Half of the scenes repeat one shape or one colour, so that counts vary."""
+    """A scene of either split. Half of the scenes repeat one shape or one colour, so that counts vary."""
     count = int(rng.integers(2, 7))
     digits = min(int(rng.choice(3, p=(0.25, 0.6, 0.15))), count - 1)
     colors = list(COLORS)
@@ -139,7 +197,7 @@ def _sample_any_scene(rng: np.random.Generator, instances: dict[int, tuple[int, 
 
 @lru_cache(maxsize=4096)
 def _mask(kind: str, size: int, instance: int | None) -> Image.Image:
-    """The ink of one thing, an "L" picture of `size` x `size`: smooth edges by drawing four times larger."""
+    """The ink of one thing, an "L" image of `size` x `size`: smooth edges by drawing four times larger."""
     if kind == "digit":
         return Image.fromarray(digit_bank()[0][instance]).resize((size, size), Image.Resampling.BICUBIC)
     big = 4 * size
@@ -165,7 +223,7 @@ def _mask(kind: str, size: int, instance: int | None) -> Image.Image:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The scene as an RGB picture of 96 x 96 pixels."""
+    """The scene as an RGB image of 96 x 96 pixels."""
     image = Image.new("RGB", (SIZE, SIZE), scene.background)
     for thing in scene.things:
         color = (255, 255, 255) if thing.kind == "digit" else COLORS[thing.color]

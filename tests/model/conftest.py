@@ -1,12 +1,15 @@
-"""The golden tokenizer and CLIP settings as a processor, and small configurations."""
+"""The golden tokenizer and CLIP settings as a processor, the golden model, and small configurations."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from llava_sp.model.configuration_llava_sp import LlavaSPConfig
-from llava_sp.model.processing_llava_sp import LlavaSPProcessor
+from llava_sp import LlavaSPConfig, LlavaSPForCausalLM, LlavaSPProcessor
+from tests.released import load_released
 
 
 def tiny_config(**vision) -> LlavaSPConfig:
@@ -29,3 +32,21 @@ def tiny_config_fixture():
 def processor(golden) -> LlavaSPProcessor:
     """At CLIP-L/14-336's geometry: 582 tokens per image."""
     return LlavaSPProcessor.from_backbones(tiny_config(), golden / "base", golden / "clip")
+
+
+@pytest.fixture(scope="session")
+def model(golden) -> LlavaSPForCausalLM:
+    return load_released(golden, "cropping", lora=False)
+
+
+@pytest.fixture(scope="session")
+def images(golden) -> list[Image.Image]:
+    return [Image.open(golden / "samples/images" / name) for name in ("wide.png", "tall.png", "square.png")]
+
+
+@pytest.fixture(scope="session")
+def saved(model, processor, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from llava_sp.model.conversation import TEMPLATES, chat_template, get_template, normalize_turns, render_segments
+from llava_sp.model.conversation import TEMPLATES, get_template, jinja_template, normalize_turns, render_segments
 
 
 def turns(*texts: str, system: str | None = None) -> list[dict[str, str]]:
@@ -20,7 +20,7 @@ def render(conversation, name: str) -> list[tuple[str, bool]]:
 def jinja(conversation, name: str, **options) -> str:
     rendered, _ = render_jinja_template(
         conversations=[conversation],
-        chat_template=chat_template(TEMPLATES[name]),
+        chat_template=jinja_template(TEMPLATES[name]),
         bos_token="<s>",
         eos_token="</s>",
         **options,
@@ -74,12 +74,13 @@ def test_opening_assistant_turn_is_dropped():
 @pytest.mark.parametrize(
     "conversation, message",
     [
-        ([], "is empty"),
+        ([], r"\[\]"),
         ([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], "turn 1 is by the user"),
         ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "turn 1 is by the system"),
-        ([{"role": "tool", "content": "a"}], "turn 0 is by 'tool'"),
-        ([{"role": "user", "content": 3}], r"turn 0 \(user\) holds int"),
-        ([{"role": "assistant", "content": "a"}], "no user turn"),
+        ([{"role": "tool", "content": "a"}], "turn 0 is by the tool"),
+        ([{"role": "user", "content": 3}], "turn 0 is by the user with 3; .*text"),
+        ([{"role": "assistant", "content": "a"}], "no user turn.*'assistant'"),
+        ([{"role": "assistant", "content": None}, *turns("a")], "turn 0 is by the assistant with None"),
         ([{"role": "system", "content": "a"}], "no user turn"),
     ],
 )
@@ -90,7 +91,7 @@ def test_bad_conversations(conversation, message):
 
 @pytest.mark.parametrize("conversation", [turns("no mark", "x"), turns("<image>", "x", "more?", "y")])
 def test_plain_takes_one_image_turn_and_one_caption(conversation):
-    with pytest.raises(ValueError, match="plain template takes one turn"):
+    with pytest.raises(ValueError, match="plain template .*<image>.*marks per turn are"):
         render(conversation, "plain")
 
 
@@ -138,5 +139,5 @@ def test_jinja_refuses_what_it_cannot_render():
 
 
 def test_chatml_needs_the_tokenizers_own_template():
-    with pytest.raises(ValueError, match="'chatml' uses the tokenizer's own chat template"):
-        chat_template(TEMPLATES["chatml"], None)
+    with pytest.raises(ValueError, match="'chatml' .*vicuna_v1"):
+        jinja_template(TEMPLATES["chatml"], None)

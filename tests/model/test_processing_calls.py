@@ -52,9 +52,9 @@ def test_images_by_prompt_path_and_array(processor, golden):
 @pytest.mark.parametrize(
     "text, images, message",
     [
-        ("<image> <image>", 1, r"2 <image> mark\(s\) in the text, but 1 image\(s\) given"),
-        ("no mark", 2, r"0 <image> mark\(s\) in the text, but 2 image\(s\) given"),
-        ("<image>", None, r"1 <image> mark\(s\) in the text, but 0 image\(s\) given"),
+        ("<image> <image>", 1, r"<image> marks .*\[2\].* images 1"),
+        ("no mark", 2, r"<image> marks .*\[0\].* images 2"),
+        ("<image>", None, r"<image> marks .*\[1\].* images 0"),
     ],
 )
 def test_marks_and_images_must_agree(processor, text, images, message):
@@ -65,19 +65,19 @@ def test_marks_and_images_must_agree(processor, text, images, message):
 
 def test_images_per_prompt_must_agree(processor):
     image = Image.new("RGB", (4, 4))
-    with pytest.raises(ValueError, match=r"\[2, 0\].*\[1, 1\]"):
+    with pytest.raises(ValueError, match=r"\[1, 1\].*\[2, 0\]"):
         processor(text=["<image>", "<image>"], images=[[image, image], []])
 
 
 def test_what_a_call_refuses(processor):
-    with pytest.raises(ValueError, match="truncation=True could cut image placeholders"):
+    with pytest.raises(ValueError, match="truncation is True"):
         processor(text="hi", truncation=True)
-    with pytest.raises(ValueError, match="does not know return_offsets_mapping; for text it takes padding"):
+    with pytest.raises(ValueError, match="return_offsets_mapping; it takes padding"):
         processor(text="hi", return_offsets_mapping=True, other=False)
     assert "pixel_values" in processor(text="<image>", images=Image.new("RGB", (4, 4)), do_normalize=False, other=None)
-    with pytest.raises(ValueError, match="neither images nor text"):
+    with pytest.raises(ValueError, match="images or text"):
         processor()
-    with pytest.raises(ValueError, match="no videos"):
+    with pytest.raises(ValueError, match="not videos"):
         processor(text="hi", videos=[0])
     with pytest.raises(ValueError, match="by name"):
         processor("hi", Image.new("RGB", (4, 4)))
@@ -87,15 +87,15 @@ def test_constructor_checks(processor):
     parts = (processor.image_processor, processor.tokenizer)
     with pytest.raises(ValueError, match="num_image_tokens is None"):
         LlavaSPProcessor(*parts)
-    with pytest.raises(ValueError, match="'squash'; use one of pad, crop"):
+    with pytest.raises(ValueError, match="image_aspect_ratio is 'squash'.*pad or crop"):
         LlavaSPProcessor(*parts, num_image_tokens=1, image_aspect_ratio="squash")
     with pytest.raises(ValueError, match="unknown conversation template 'v2'"):
-        LlavaSPProcessor(*parts, num_image_tokens=1, conversation_template="v2")
+        LlavaSPProcessor(*parts, num_image_tokens=1, conversation_template="v2", chat_template="{{ bos_token }}")
     endless = byte_level_tokenizer()
     endless.eos_token = None
-    with pytest.raises(ValueError, match="no end token"):
+    with pytest.raises(ValueError, match="eos_token is None"):
         LlavaSPProcessor(parts[0], endless, num_image_tokens=1)
-    with pytest.raises(ValueError, match="no <image> token"):
+    with pytest.raises(ValueError, match="image_token is .<image>."):
         LlavaSPProcessor(parts[0], AutoTokenizer.from_pretrained(GOLDEN / "base"), num_image_tokens=1)
 
 
@@ -170,7 +170,7 @@ def run_python(script: str, folder: Path, *arguments: str, **environment: str) -
 
 def test_remote_code_files_import_only_each_other(repo):
     folder = repo / "llava_sp" / "model"
-    for name in ("processing_llava_sp.py", "conversation.py", "image_preprocessing.py"):
+    for name in ("processing_llava_sp.py", "conversation.py", "image_preprocessing.py", "tokenization.py"):
         for module in re.findall(r"^(?:from|import) (\S+)", (folder / name).read_text(encoding="utf-8"), re.M):
             assert not module.startswith("llava_sp") and not module.startswith("..")
 

@@ -33,18 +33,18 @@ def test_pixels_of_the_original(golden, processor, entry, mode):
     )
     pixels = ours.preprocess_images([Image.open(golden / entry["file"])])[0]
     assert pixels.shape == (3, 336, 336) and pixels.dtype == torch.float32
-    picture = np.array(Image.open(golden / "images" / f"{entry['name']}.{mode}.processed.png")).transpose(2, 0, 1)
-    assert np.array_equal(pixels.numpy(), normalised(picture, processor))
+    processed = np.array(Image.open(golden / "images" / f"{entry['name']}.{mode}.processed.png")).transpose(2, 0, 1)
+    assert np.array_equal(pixels.numpy(), normalised(processed, processor))
     expected = load_file(golden / "image_preprocess.safetensors")[f"pixel_values_s8.{entry['name']}.{mode}"]
     assert torch.equal(pixels[:, ::8, ::8], expected)
 
 
-def normalised(picture: np.ndarray, processor: LlavaSPProcessor) -> np.ndarray:
+def normalised(processed: np.ndarray, processor: LlavaSPProcessor) -> np.ndarray:
     settings = processor.image_processor
     mean, std = (
         np.array(values, dtype=np.float32)[:, None, None] for values in (settings.image_mean, settings.image_std)
     )
-    return ((picture * (1 / 255)).astype(np.float32) - mean) / std
+    return ((processed * (1 / 255)).astype(np.float32) - mean) / std
 
 
 @pytest.mark.parametrize("layout", ["cropping", "pooling", "pooling_dfi"])
@@ -53,8 +53,8 @@ def test_pixels_of_the_recorded_checkpoints(golden, processor, layout):
     for index, name in enumerate(("wide", "tall", "square")):
         pixels = processor.preprocess_images([Image.open(golden / "samples" / "images" / f"{name}.png")])[0]
         assert torch.equal(pixels[:, ::4, ::4], expected[f"pixel_values_s4.{index}"])
-        picture = np.array(Image.open(golden / "samples" / "images" / f"processed_{index}.png").convert("RGB"))
-        assert np.array_equal(pixels.numpy(), normalised(picture.transpose(2, 0, 1), processor))
+        processed = np.array(Image.open(golden / "samples" / "images" / f"processed_{index}.png").convert("RGB"))
+        assert np.array_equal(pixels.numpy(), normalised(processed.transpose(2, 0, 1), processor))
 
 
 def test_siglip_settings_at_the_configs_size(tmp_path, tiny_config):

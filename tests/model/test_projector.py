@@ -179,31 +179,12 @@ def test_a_new_variant_is_one_class():
         del SPATIAL_VARIANTS["corner"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"spatial_scales": [4, 25]}, r"holds 25, but the patch grid is 24 x 24"),
-        ({"spatial_scales": [0]}, r"holds 0, but the patch grid"),
-        ({"spatial_scales": [4, 4]}, r"a scale twice"),
-        ({"spatial_scales": []}, r'use spatial_variant="none"'),
-        ({"spatial_width": 0}, r"spatial_width is 0"),
-        ({"fusion_kernel": 25}, r"fusion_kernel is 25 .* 24 x 24"),
-    ],
-)
-def test_wrong_settings_say_the_numbers(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        make_config(24, **arguments)
-
-
 def test_unknown_variant():
-    with pytest.raises(ValueError, match="'croping'; it must be one of: none, cropping, pooling"):
+    with pytest.raises(ValueError, match="spatial_variant is 'croping'.*none, cropping, pooling"):
         SpatialProjector(make_config(24, spatial_variant="croping"))
 
 
-def test_a_tower_without_a_square_grid():
-    with pytest.raises(ValueError, match=r"image_size is \(336, 224\)"):
-        vision = CLIPVisionConfig(hidden_size=16, image_size=[336, 224], patch_size=14, num_attention_heads=1)
-        LlavaSPConfig(vision_config=vision, text_config=LlamaConfig(hidden_size=32))
+def test_patches_that_are_not_the_grid():
     projector = SpatialProjector(make_config(12, 16, 32))
-    with pytest.raises(ValueError, match="gave 100 patch tokens.*12 x 12 = 144"):
+    with pytest.raises(ValueError, match="100 patch tokens.*12 x 12 = 144"):
         projector(torch.randn(1, 100, 16))

@@ -59,7 +59,7 @@ def test_image_processor_gives_the_pixels_of_training():
     torch.testing.assert_close(pixels, tiny_clip.to_pixels([image]), atol=1e-5, rtol=0)
 
 
-def test_clip_matches_held_out_pictures_and_captions():
+def test_clip_matches_held_out_images_and_captions():
     rng = np.random.default_rng(1)
     scenes = [sample_scene(rng, "val") for _ in range(40)]
     model = CLIPModel.from_pretrained(CLIP, dtype=torch.float32).eval()
@@ -71,7 +71,7 @@ def test_clip_matches_held_out_pictures_and_captions():
 
 
 @pytest.mark.parametrize(("family", "at_least"), [("existence", 0.7), ("count", 0.6), ("digit", 0.75)])
-def test_llama_answers_about_what_it_is_told(family, at_least):
+def test_llama_answers_about_a_described_scene(family, at_least):
     rng = np.random.default_rng(2)
     model = LlamaForCausalLM.from_pretrained(LLAMA, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(LLAMA)

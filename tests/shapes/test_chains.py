@@ -39,8 +39,8 @@ def test_all_run_in_order_and_no_more_at_once_than_asked(scripts, capsys, jobs):
     assert most == jobs
     for name in "abc":
         assert lines.index(["end", f"{name}0"]) < lines.index(["start", f"{name}1"])
-    told = capsys.readouterr().out
-    assert "== a: a0; so far" in told and "  c | " in told
+    shown = capsys.readouterr().out
+    assert "== a: a0; so far" in shown and "  c | " in shown
     assert "noted" in (scripts / "b1.log").read_text()
 
 
@@ -52,12 +52,12 @@ def test_a_failure_ends_the_others_and_names_its_log(scripts, capsys):
             {"a": [Command("waits", ["sleep"], scripts / "sleep.log")], "b": [Command("fails", ["fail"], log)]}
         )
     assert stopped.value.code == 3 and time.time() - started < 30
-    told = capsys.readouterr().err
-    assert "ended with status 3" in told and str(log) in told and told.count("error:") == 1
+    shown = capsys.readouterr().err
+    assert "ended with status 3" in shown and str(log) in shown and shown.count("error:") == 1
     assert log.read_text() == "what went wrong\n"
 
 
-def test_threads_are_dealt_out(scripts, monkeypatch):
+def test_each_command_gets_its_share_of_the_threads(scripts, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("llava_sp.shapes.chains.cores", lambda: 8)
     assert Chains(3).environment["OMP_NUM_THREADS"] == "2"

@@ -103,5 +103,5 @@ def test_made_once_and_never_over_other_files(data, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert main(["--output", str(tmp_path)]) == 2
     assert "other files" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main(["--output", str(tmp_path / "new"), "--captions", "0"])
+    assert main(["--output", str(tmp_path / "new"), "--captions", "0"]) == 2
+    assert "error: --captions is 0" in capsys.readouterr().err and not (tmp_path / "new").exists()

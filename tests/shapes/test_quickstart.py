@@ -125,9 +125,12 @@ def test_plan_and_commands(tmp_path):
     stage1, stage2, score = quickstart.commands(runs[1], tmp_path / "data", args)
     assert [command.title for command in (stage1, stage2, score)] == ["stage 1", "stage 2", "score"]
     assert "--max_steps" not in stage1.words and stage2.words[-2:] == ["--max_steps", "3"]
-    for wrong in ("--pretrain-steps", "--jobs"):
-        with pytest.raises(SystemExit):
-            quickstart.parse([wrong, "0"])
+
+
+@pytest.mark.parametrize("flag", ["--pretrain-steps", "--finetune-steps", "--jobs", "--questions"])
+def test_numbers_that_do_not_fit(tmp_path, capsys, flag):
+    assert quickstart.main(["--output", str(tmp_path / "out"), flag, "0"]) == 2
+    assert f"error: {flag} is 0" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

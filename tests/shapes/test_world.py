@@ -70,7 +70,7 @@ def test_every_answer_follows_from_the_scene():
     assert set(asked) == set(FAMILIES) and min(asked.values()) > 100
 
 
-def test_what_is_named_is_drawn_where_it_is_said_to_stand():
+def test_each_thing_is_drawn_in_its_cell():
     for scene in scenes(1, 50):
         pixels = np.asarray(draw(scene)).astype(int)
         assert pixels.shape == (SIZE, SIZE, 3)

@@ -4,11 +4,11 @@
 
     OUTPUT/vqav2, gqa, vizwiz, scienceqa, textvqa, pope, mme, mmbench, mmbench_cn, seedbench, llava_bench, mmvet, mmvp,
     refcoco, qbench     one folder per benchmark, with the files that `python -m llava_sp.eval.<name> --data` reads
-    OUTPUT/scenes.json  the scene graph behind every picture ("gqa/images/n900000.jpg": ...), to derive every answer again
+    OUTPUT/scenes.json  the scene graph behind every image ("gqa/images/n900000.jpg": ...), to derive every answer again
     OUTPUT/world.json   the settings and the number of questions per benchmark; completed last
 
-All pictures are held-out scenes with unseen handwriting. The same arguments give the same bytes, and a benchmark written
-alone is the one that writing all of them gives. Where `world.json` already says the same, nothing is made again.
+All images are held-out scenes with unseen handwriting. The same arguments give the same bytes, and a benchmark written
+alone is the one that writing all of them gives. Where `world.json` records the same settings, nothing is made again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp.common.files import write_json
+from llava_sp.common.schema import fits
 from llava_sp.shapes.benchmarks.common import Settings, Written
 from llava_sp.shapes.benchmarks.gqa import write_gqa
 from llava_sp.shapes.benchmarks.multiple_choice import write_mmbench, write_mmbench_cn, write_scienceqa, write_seedbench
@@ -74,7 +75,7 @@ def write_all(output: Path, settings: Settings | None = None, log: Callable[[str
     for name, write in WRITERS.items():
         written = write(output / name, settings)
         summary["benchmarks"][name] = {"questions": written.questions, "pictures": len(written.scenes)}
-        scenes |= {f"{name}/{picture}": scene for picture, scene in written.scenes.items()}
+        scenes |= {f"{name}/{image}": scene for image, scene in written.scenes.items()}
         log(f"shapes benchmarks: {written.questions} questions -> {output / name}")
     write_json(output / "scenes.json", scenes)
     summary["complete"] = True
@@ -83,8 +84,8 @@ def write_all(output: Path, settings: Settings | None = None, log: Callable[[str
 
 
 def _record(file: Path) -> dict[str, Any] | None:
-    """What `world.json` says; None where there is none, or where it is another command's."""
+    """The content of `world.json`; None where it does not exist, or is another command's."""
     if not file.is_file():
         return None
     found = json.loads(file.read_text(encoding="utf-8"))
-    return found if isinstance(found, dict) and {"settings", "complete", "benchmarks"} <= set(found) else None
+    return found if fits(found, {"settings": dict, "complete": bool, "benchmarks": dict}) else None

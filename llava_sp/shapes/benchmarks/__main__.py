@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import llava_sp.shapes.benchmarks as package
+from llava_sp.common.command import check_arguments, command_parser, run_command
 from llava_sp.shapes.benchmarks import Settings, write_all
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m llava_sp.shapes.benchmarks",
-        description="Write the shapes world in the official format of every benchmark.",
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder for the benchmarks, one folder each")
-    parser.add_argument("--seed", type=int, default=Settings.seed)
-    parser.add_argument("--questions", type=int, default=Settings.questions, help="about how many of each benchmark")
+    parser = command_parser("llava_sp.shapes.benchmarks", package.__doc__)
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder for the benchmarks, one folder each")
+    add("--seed", type=int, default=Settings.seed, help="default: %(default)s")
+    add("--questions", type=int, default=Settings.questions, help="about how many of each benchmark (%(default)s)")
     args = parser.parse_args(argv)
-    if args.questions < 1 or args.seed < 0:
-        parser.error(f"--questions must be at least 1 and --seed at least 0: {args.questions}, {args.seed}")
-    try:
+
+    def action() -> None:
+        limits = [("--questions", args.questions, 1), ("--seed", args.seed, 0)]
+        check_arguments((flag, value, value >= least, f"at least {least}") for flag, value, least in limits)
         write_all(args.output, Settings(seed=args.seed, questions=args.questions))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(action, traceback=args.traceback)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llava_sp.shapes.benchmarks.common import LETTERS, SIDES, alone, digits, neighbours, number_of, one_of, plural
-from llava_sp.shapes.language import caption, subjects
-from llava_sp.shapes.world import COLORS, PLACES, SHAPES, Scene, Thing
+from llava_sp.shapes.benchmarks.common import ALL_LABELS, ALL_NAMES, ALL_PLACES, draw_options, one_of, others
+from llava_sp.shapes.language import caption, plural, with_article
+from llava_sp.shapes.world import COLORS, PLACES, SHAPES, SIDES, Scene, Thing
 
 # kind of question -> its wording in English and in Chinese
 WORDINGS = {
@@ -38,9 +38,6 @@ CHINESE = {
     **dict(zip(SIDES, ("上方", "下方", "左方", "右方"))),
     "as many of both": "一样多",
 }
-ALL_PLACES = sum(PLACES, ())
-ALL_NAMES = tuple(f"{color} {shape}" for color in COLORS for shape in SHAPES)
-ALL_LABELS = (*ALL_NAMES, *(f"digit {value}" for value in range(10)))
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,6 @@ class Choice:
     answer: int
 
     @property
-    def letter(self) -> str:
-        return LETTERS[self.answer]
-
-    @property
     def right(self) -> str:
         """The right option, in English."""
         return self.options[0][self.answer]
@@ -68,7 +61,7 @@ class _Candidate:
     """A question before its options are drawn: what fills the wording, the right answer, and wrong ones to draw from."""
 
     answer: str
-    wrong: tuple[str, ...]
+    wrong: list[str]
     a: str = ""
     b: str = ""
 
@@ -86,11 +79,10 @@ def choices(scene: Scene, kind: str, rng: np.random.Generator, most: int = 4) ->
         return None
     answer = one_of(rng, sorted({candidate.answer for candidate in found}))
     asked = one_of(rng, [candidate for candidate in found if candidate.answer == answer])
-    wrong = [asked.wrong[i] for i in rng.permutation(len(asked.wrong))[: most - 1]]
-    options = [(answer, *wrong)[i] for i in rng.permutation(1 + len(wrong))]
+    options = draw_options(rng, answer, asked.wrong, most)
     english, chinese_ = WORDINGS[kind]
-    with_article = _with_article(asked.a) if kind == "existence" else asked.a
-    texts = (english.format(a=with_article, b=asked.b), chinese_.format(a=chinese(asked.a), b=chinese(asked.b)))
+    a = with_article(asked.a) if kind == "existence" else asked.a
+    texts = (english.format(a=a, b=asked.b), chinese_.format(a=chinese(asked.a), b=chinese(asked.b)))
     return Choice(kind, texts, (tuple(options), tuple(chinese(o) for o in options)), options.index(answer))
 
 
@@ -112,63 +104,55 @@ def chinese(text: str) -> str:
     return "".join(CHINESE.get(word, word) for word in words)
 
 
-def _with_article(name: str) -> str:
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
-
-
-def _others(answer: str, domain: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(one for one in domain if one != answer)
-
-
-def _numbers(answer: int, largest: int = 6) -> tuple[str, ...]:
-    return _others(str(answer), tuple(str(n) for n in range(largest + 1)))
+def _numbers(answer: int, largest: int = 6) -> list[str]:
+    return others(str(answer), map(str, range(largest + 1)))
 
 
 def _existence(scene: Scene) -> list[_Candidate]:
     present = {thing.name for thing in scene.things}
     answers = {name: "yes" if name in present else "no" for name in ALL_NAMES}
-    return [_Candidate(answer, _others(answer, ("yes", "no")), name) for name, answer in answers.items()]
+    return [_Candidate(answer, others(answer, ("yes", "no")), name) for name, answer in answers.items()]
 
 
 def _color(scene: Scene) -> list[_Candidate]:
-    return [_Candidate(t.color, _others(t.color, tuple(COLORS)), t.kind) for t in alone(scene)]
+    return [_Candidate(t.color, others(t.color, COLORS), t.kind) for t in scene.alone()]
 
 
 def _count(scene: Scene) -> list[_Candidate]:
-    counts = {kind: number_of(scene, kind) for kind in SHAPES}
+    counts = {kind: scene.count(kind) for kind in SHAPES}
     return [_Candidate(str(n), _numbers(n), f"{kind}s") for kind, n in counts.items()]
 
 
 def _place(scene: Scene) -> list[_Candidate]:
-    return [_Candidate(t.place, _others(t.place, ALL_PLACES), t.name) for t in subjects(scene)]
+    return [_Candidate(t.place, others(t.place, ALL_PLACES), t.name) for t in scene.subjects()]
 
 
 def _identity(scene: Scene) -> list[_Candidate]:
-    return [_Candidate(t.label, _others(t.label, ALL_LABELS), t.place) for t in scene.things]
+    return [_Candidate(t.label, others(t.label, ALL_LABELS), t.place) for t in scene.things]
 
 
 def _digit(scene: Scene) -> list[_Candidate]:
-    return [_Candidate(str(t.value), _numbers(t.value, 9), t.place) for t in digits(scene)]
+    return [_Candidate(str(t.digit), _numbers(t.digit, 9), t.place) for t in scene.digits()]
 
 
 def _side(scene: Scene) -> list[_Candidate]:
     """Only of two in one row or in one column: of others two answers would be right."""
     found = []
-    for a in subjects(scene):
-        for b in subjects(scene):
+    for a in scene.subjects():
+        for b in scene.subjects():
             if (a.row == b.row) != (a.col == b.col):
                 step = (int(np.sign(a.row - b.row)), int(np.sign(a.col - b.col)))
                 answer = next(side for side, direction in SIDES.items() if direction == step)
-                options = tuple(f"{side} it" for side in SIDES)
-                found.append(_Candidate(f"{answer} it", _others(f"{answer} it", options), a.name, b.name))
+                wrong = [f"{side} it" for side in others(answer, SIDES)]
+                found.append(_Candidate(f"{answer} it", wrong, a.name, b.name))
     return found
 
 
 def _neighbour(scene: Scene) -> list[_Candidate]:
     return [
-        _Candidate(other.label, _others(other.label, ALL_LABELS), thing.name, side)
-        for thing in subjects(scene)
-        for side, other in neighbours(scene, thing).items()
+        _Candidate(other.label, others(other.label, ALL_LABELS), thing.name, side)
+        for thing in scene.subjects()
+        for side, other in scene.neighbours(thing).items()
     ]
 
 
@@ -176,25 +160,23 @@ def _more(scene: Scene) -> list[_Candidate]:
     found = []
     for a in SHAPES:
         for b in SHAPES:
-            counts = number_of(scene, a), number_of(scene, b)
+            counts = scene.count(a), scene.count(b)
             if a != b and any(counts):
                 options = (f"more {a}s", f"more {b}s", "as many of both")
                 answer = options[2] if counts[0] == counts[1] else options[int(counts[1] > counts[0])]
-                found.append(_Candidate(answer, _others(answer, options), f"{a}s", f"{b}s"))
+                found.append(_Candidate(answer, others(answer, options), f"{a}s", f"{b}s"))
     return found
 
 
 def _left_over(scene: Scene) -> list[_Candidate]:
-    left = {kind: len(scene.things) - number_of(scene, kind) for kind in SHAPES if number_of(scene, kind)}
-    return [_Candidate(str(n), _numbers(n), plural(kind, number_of(scene, kind))) for kind, n in left.items()]
+    left = {kind: len(scene.things) - scene.count(kind) for kind in SHAPES if scene.count(kind)}
+    return [_Candidate(str(n), _numbers(n), plural(kind, scene.count(kind))) for kind, n in left.items()]
 
 
 def _sum(scene: Scene) -> list[_Candidate]:
-    written = digits(scene)
-    if len(written) != 2:
-        return []
-    answer = written[0].value + written[1].value
-    return [_Candidate(str(answer), tuple(str(n) for n in range(max(0, answer - 4), answer + 5) if n != answer))]
+    values = [thing.digit for thing in scene.digits()]
+    near = map(str, range(max(0, sum(values) - 4), sum(values) + 5))
+    return [_Candidate(str(sum(values)), others(str(sum(values)), near))] if len(values) == 2 else []
 
 
 def _corners(scene: Scene) -> list[_Candidate]:
@@ -211,8 +193,8 @@ def _caption(scene: Scene) -> list[_Candidate]:
             return thing
         return replace(thing, color=colors[(colors.index(thing.color) + by) % len(colors)])
 
-    others = [replace(scene, things=tuple(recolored(t, by) for t in scene.things)) for by in range(1, len(colors))]
-    return [_Candidate(caption(scene), tuple(caption(other) for other in others))]
+    boards = [replace(scene, things=tuple(recolored(t, by) for t in scene.things)) for by in range(1, len(colors))]
+    return [_Candidate(caption(scene), [caption(board) for board in boards])]
 
 
 _CANDIDATES = {

@@ -10,22 +10,11 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_sp.common.files import write_json, write_jsonl
-from llava_sp.shapes.benchmarks.choices import ALL_NAMES
-from llava_sp.shapes.benchmarks.common import (
-    SPLIT,
-    EvenHanded,
-    Gallery,
-    Settings,
-    Written,
-    alone,
-    generator,
-    short_line,
-)
-from llava_sp.shapes.language import article, subjects
-from llava_sp.shapes.world import COLORS, SHAPES, Scene, Thing, sample_scene
+from llava_sp.shapes.benchmarks.common import ALL_NAMES, Benchmark, EvenHanded, Settings, Written, short_line
+from llava_sp.shapes.language import with_article
+from llava_sp.shapes.world import COLORS, SHAPES, Scene, Thing
 
-PER_PICTURE = 4
+PER_IMAGE = 4
 OPPOSITES = {"to the left of": "to the right of", "above": "below"}
 MIRROR = OPPOSITES | {second: first for first, second in OPPOSITES.items()}
 
@@ -45,8 +34,8 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A question. `fact` is what it asks for in a form that equivalent questions share; `known` are facts that its
-    answer settles; `mentions` are (words, number of the thing) pairs."""
+    """A question. `fact` is what it asks for in a form that equivalent questions share; `known` are facts that follow
+    from its answer; `mentions` are (words, number of the thing) pairs."""
 
     question: str
     answer: str
@@ -63,42 +52,38 @@ class _Asked:
 
 
 def write_gqa(folder: Path, settings: Settings) -> Written:
-    """testdev_balanced_questions.json, LLaVA's question file and the pictures, several questions on each."""
-    rng = generator("gqa", settings)
-    gallery = Gallery(folder)
-    kinds, answers = EvenHanded(rng), EvenHanded(rng)
+    """testdev_balanced_questions.json, LLaVA's question file and the images, several questions on each."""
+    out = Benchmark("gqa", folder, settings)
+    kinds, answers = EvenHanded(out.rng), EvenHanded(out.rng)
     records: dict[str, dict] = {}
-    picture = 0
     while len(records) < settings.questions:
-        scene = sample_scene(rng, SPLIT)
+        scene = out.scene()
         asked = []
-        for kind in kinds.order(_KINDS)[:PER_PICTURE]:
-            found = answers.pick(_KINDS[kind](scene), key=lambda one: (one.detailed, one.answer))
-            if found is not None:
+        for kind in kinds.order(_KINDS)[:PER_IMAGE]:
+            if found := _KINDS[kind](scene):
                 kinds.picked[kind] += 1
-                asked.append(found)
-        asked = asked[: settings.questions - len(records)]
-        if asked:
-            image = gallery.save(f"images/n{900_000 + picture}.jpg", scene)
-            ids = [str(200_900_000 + len(records) + i) for i in range(len(asked))]
-            for number, one in enumerate(asked):
-                records[ids[number]] = _record(one, dict(zip(ids, asked)), ids[number], Path(image).stem)
-            picture += 1
-    write_json(folder / "testdev_balanced_questions.json", records)
+                asked.append(answers.pick(found, key=lambda one: (one.detailed, one.answer)))
+        together = {str(200_900_000 + len(records) + i): one for i, one in enumerate(asked)}
+        together = dict(list(together.items())[: settings.questions - len(records)])
+        if together:
+            image_id = f"n{900_000 + len(out.scenes)}"
+            out.save(f"images/{image_id}.jpg", scene)
+            records |= {id: _record(one, together, id, image_id) for id, one in together.items()}
+    out.json("testdev_balanced_questions.json", records)
     lines = [short_line(id, f"{record['imageId']}.jpg", record["question"]) for id, record in records.items()]
-    write_jsonl(folder / "llava_gqa_testdev_balanced.jsonl", lines)
-    return Written(len(records), gallery.scenes)
+    out.jsonl("llava_gqa_testdev_balanced.jsonl", lines)
+    return out.written(len(records))
 
 
 def _record(one: _Asked, together: dict[str, _Asked], own_id: str, image_id: str) -> dict:
-    """The official record; `together` are all questions on the same picture."""
+    """The official record; `together` are all questions on the same image."""
     same = [id for id, other in together.items() if other.fact == one.fact]
-    settled = [id for id, other in together.items() if id != own_id and other.fact in (one.fact, *one.known)]
+    entailed = [id for id, other in together.items() if id != own_id and other.fact in (one.fact, *one.known)]
     return {
         "semantic": [
             {"operation": s.operation, "dependencies": list(s.needs), "argument": s.argument} for s in one.program
         ],
-        "entailed": settled,
+        "entailed": entailed,
         "equivalent": same,
         "question": one.question,
         "imageId": image_id,
@@ -117,7 +102,7 @@ def _record(one: _Asked, together: dict[str, _Asked], own_id: str, image_id: str
 
 
 def _positions(text: str, mentions: tuple[tuple[str, int], ...]) -> dict[str, str]:
-    """Where the text speaks of a thing: position of the word, or "first:end" of several, -> number of the thing."""
+    """Where the text names a thing: position of the word, or "first:end" of several, -> number of the thing."""
     words = re.findall(r"\w+", text.lower())
     found = {}
     for phrase, number in mentions:
@@ -136,19 +121,15 @@ def _select(scene: Scene, name: str, at: int = 0) -> tuple[_Step, ...]:
     return (select, _Step("filter color", color, (at,))) if color else (select,)
 
 
-def _number(scene: Scene, thing: Thing) -> int:
-    return scene.things.index(thing)
-
-
 def _exists(scene: Scene) -> list[_Asked]:
     found = []
     for name in ALL_NAMES:
         numbers = [i for i, thing in enumerate(scene.things) if thing.name == name]
         color, shape = name.split()
-        is_there = f"there is {article(name)} {name} in the image" if numbers else f"there is no {name} in the image"
+        is_there = f"there is {with_article(name) if numbers else f'no {name}'} in the image"
         found.append(
             _Asked(
-                question=f"Is there {article(name)} {name} in the image?",
+                question=f"Is there {with_article(name)} in the image?",
                 answer="yes" if numbers else "no",
                 full_answer=f"{'Yes' if numbers else 'No'}, {is_there}.",
                 program=(*_select(scene, name), _Step("exist", "?", (1,))),
@@ -169,7 +150,7 @@ def _color(scene: Scene) -> list[_Asked]:
             question=f"What color is the {thing.kind}?",
             answer=thing.color,
             full_answer=f"The {thing.kind} is {thing.color}.",
-            program=(_Step("select", f"{thing.kind} ({_number(scene, thing)})"), _Step("query", "color", (0,))),
+            program=(_Step("select", f"{thing.kind} ({scene.things.index(thing)})"), _Step("query", "color", (0,))),
             structural="query",
             semantic="attr",
             detailed="directWhich",
@@ -177,9 +158,9 @@ def _color(scene: Scene) -> list[_Asked]:
             global_group="color",
             fact=("color", thing.kind),
             known=tuple(("exist", f"{color} {thing.kind}") for color in COLORS),
-            mentions=((thing.kind, _number(scene, thing)),),
+            mentions=((thing.kind, scene.things.index(thing)),),
         )
-        for thing in alone(scene)
+        for thing in scene.alone()
     ]
 
 
@@ -188,7 +169,7 @@ def _category(scene: Scene) -> list[_Asked]:
     for color in COLORS:
         colored = [thing for thing in scene.things if thing.color == color]
         if len(colored) == 1:
-            kind, number = colored[0].kind, _number(scene, colored[0])
+            kind, number = colored[0].kind, scene.things.index(colored[0])
             found.append(
                 _Asked(
                     question=f"Which kind of shape is {color}?",
@@ -215,8 +196,8 @@ def _category(scene: Scene) -> list[_Asked]:
 def _pairs(scene: Scene) -> list[tuple[Thing, Thing, str]]:
     """(a, b, relation) for which "a is (relation) b" is true."""
     found = []
-    for a in subjects(scene):
-        for b in subjects(scene):
+    for a in scene.subjects():
+        for b in scene.subjects():
             if a.col != b.col:
                 found.append((a, b, "to the left of" if a.col < b.col else "to the right of"))
             if a.row != b.row:
@@ -234,7 +215,7 @@ def _related(scene: Scene) -> list[_Asked]:
     for a, b, true in _pairs(scene):
         for relation in (true, MIRROR[true]):
             first = _select(scene, a.name)
-            verify = _Step("verify rel", f"{b.name},{relation},o ({_number(scene, b)})", (len(first) - 1,))
+            verify = _Step("verify rel", f"{b.name},{relation},o ({scene.things.index(b)})", (len(first) - 1,))
             found.append(
                 _Asked(
                     question=f"Is the {a.name} {relation} the {b.name}?",
@@ -247,7 +228,7 @@ def _related(scene: Scene) -> list[_Asked]:
                     group=f"13-{a.kind}_{b.kind}",
                     fact=_fact(a, b, relation),
                     known=(_fact(a, b, MIRROR[relation]), ("exist", a.name), ("exist", b.name)),
-                    mentions=((a.name, _number(scene, a)), (b.name, _number(scene, b))),
+                    mentions=((a.name, scene.things.index(a)), (b.name, scene.things.index(b))),
                 )
             )
     return found
@@ -260,7 +241,7 @@ def _chosen_side(scene: Scene) -> list[_Asked]:
             continue
         first = _select(scene, a.name)
         sides = ("to the left of", "to the right of")
-        choose = _Step("choose rel", f"{b.name},{'|'.join(sides)},o ({_number(scene, b)})", (len(first) - 1,))
+        choose = _Step("choose rel", f"{b.name},{'|'.join(sides)},o ({scene.things.index(b)})", (len(first) - 1,))
         found.append(
             _Asked(
                 question=f"Is the {a.name} to the left or to the right of the {b.name}?",
@@ -278,7 +259,7 @@ def _chosen_side(scene: Scene) -> list[_Asked]:
                     ("exist", a.name),
                     ("exist", b.name),
                 ),
-                mentions=((a.name, _number(scene, a)), (b.name, _number(scene, b))),
+                mentions=((a.name, scene.things.index(a)), (b.name, scene.things.index(b))),
             )
         )
     return found
@@ -286,12 +267,12 @@ def _chosen_side(scene: Scene) -> list[_Asked]:
 
 def _same_color(scene: Scene) -> list[_Asked]:
     found = []
-    for a in alone(scene):
-        for b in alone(scene):
+    for a in scene.alone():
+        for b in scene.alone():
             if a.kind == b.kind:
                 continue
             same = a.color == b.color
-            numbers = _number(scene, a), _number(scene, b)
+            numbers = scene.things.index(a), scene.things.index(b)
             differ = f"the {a.kind} is {a.color} and the {b.kind} is {b.color}"
             found.append(
                 _Asked(

@@ -6,33 +6,30 @@ import base64
 import csv
 import io
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import permutations
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from llava_sp.common.files import write_atomic, write_json, write_jsonl
-from llava_sp.shapes.benchmarks.choices import ALL_PLACES, CORNERS, WORDINGS, Choice, choices
+from llava_sp.common.files import write_atomic
+from llava_sp.shapes.benchmarks.choices import CORNERS, WORDINGS, Choice, choices
 from llava_sp.shapes.benchmarks.common import (
+    ALL_PLACES,
     LETTER_ANSWER,
     LETTERS,
-    SIDES,
-    SPLIT,
+    Benchmark,
     EvenHanded,
-    Gallery,
     Settings,
     Written,
-    generator,
+    draw_options,
     lettered,
     llava_line,
-    one_of,
-    scene_with,
+    others,
 )
-from llava_sp.shapes.language import article, caption, subjects
-from llava_sp.shapes.make import JPEG
-from llava_sp.shapes.world import CELL, GRID, SIZE, Scene, Thing, draw, sample_scene
+from llava_sp.shapes.images import JPEG
+from llava_sp.shapes.language import caption, with_article
+from llava_sp.shapes.world import SIDES, SIZE, Scene, Thing, draw
 
 # ScienceQA: kind of question -> subject, topic
 SUBJECTS = {
@@ -87,71 +84,73 @@ DIMENSIONS = {
 class _Asker:
     """Makes choices about new scenes, as many of each kind as of another."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.rng, self.even = rng, EvenHanded(rng)
+    def __init__(self, out: Benchmark) -> None:
+        self.out, self.even = out, EvenHanded(out.rng)
 
     def ask(self, kinds: Iterable[str], most: int = 4) -> tuple[Scene, Choice]:
         kind = self.even.pick(kinds)
         while True:
-            scene = sample_scene(self.rng, SPLIT)
-            choice = choices(scene, kind, self.rng, most)
+            scene = self.out.scene()
+            choice = choices(scene, kind, self.out.rng, most)
             if choice is not None:
                 return scene, choice
 
 
 def write_scienceqa(folder: Path, settings: Settings) -> Written:
-    """problems.json, pid_splits.json, LLaVA's llava_test_CQM-A.json and the pictures images/test/<id>/image.png.
+    """problems.json, pid_splits.json, LLaVA's llava_test_CQM-A.json and the images images/test/<id>/image.png.
 
-    Two of five questions have a picture, one a picture and a hint, one the picture in words as its hint, and one nothing
+    Two of five questions have an image, one an image and a hint, one the image in words as its hint, and one nothing
     (and nothing is needed). Some problems belong to the train split, which LLaVA's file leaves out.
     """
-    rng = generator("scienceqa", settings)
-    gallery = Gallery(folder)
-    asker = _Asker(rng)
+    out = Benchmark("scienceqa", folder, settings)
+    asker = _Asker(out)
     problems: dict[str, dict] = {}
+    ids: dict[str, list[str]] = {"train": [], "test": []}
     for i in range(settings.questions + 3):
         split = "test" if i < settings.questions else "train"
         pid = str(90_000 + 3 * i)
-        most = int(rng.integers(2, len(LETTERS) + 1))
+        ids[split].append(pid)
+        most = int(out.rng.integers(2, len(LETTERS) + 1))
         form = _FORMS[i % len(_FORMS)] if split == "test" else "text"
+        hint = ""
         if form == "nothing":
-            scene, choice = None, _general_choice(rng, most)
+            choice = _general_choice(out, most)
         else:
             kinds = [kind for kind in SUBJECTS if form != "text" or "image" not in WORDINGS[kind][0]]
             scene, choice = asker.ask(kinds, most)
-        problems[pid] = _problem(choice, form, scene, split, int(rng.integers(1, 13)))
-        if problems[pid]["image"]:
-            gallery.save(f"images/{split}/{pid}/image.png", scene)
-    ids = {
-        split: [pid for pid, problem in problems.items() if problem["split"] == split] for split in ("train", "test")
-    }
-    write_json(folder / "problems.json", problems)
-    write_json(folder / "pid_splits.json", ids)
-    write_json(folder / "llava_test_CQM-A.json", [_scienceqa_line(pid, problems[pid]) for pid in ids["test"]])
-    return Written(len(ids["test"]), gallery.scenes)
+            hints = {"hint": HINTS[0].format(len(scene.things)), "text": f"There is {caption(scene)}"}
+            hint = hints.get(form, "")
+        with_image = form in ("image", "hint")
+        problems[pid] = _problem(choice, hint, with_image, split, int(out.rng.integers(1, 13)))
+        if with_image:
+            out.save(f"images/{split}/{pid}/image.png", scene)
+    out.json("problems.json", problems)
+    out.json("pid_splits.json", ids)
+    out.json("llava_test_CQM-A.json", [_scienceqa_line(pid, problems[pid]) for pid in ids["test"]])
+    return out.written(len(ids["test"]))
 
 
-def _general_choice(rng: np.random.Generator, most: int) -> Choice:
-    """A question that needs neither a picture nor a text."""
-    kind = one_of(rng, list(CORNERS))
-    wrong = [str(n) for n in range(7) if n != CORNERS[kind]]
-    options = [str(CORNERS[kind]), *(wrong[i] for i in rng.permutation(len(wrong))[: most - 1])]
-    options = [options[i] for i in rng.permutation(len(options))]
-    text = f"How many corners does {article(kind)} {kind} have?"
-    return Choice("corners", (text, ""), (tuple(options), ()), options.index(str(CORNERS[kind])))
+def _general_choice(out: Benchmark, most: int) -> Choice:
+    """A question that needs neither an image nor a text."""
+    kind = out.one_of(list(CORNERS))
+    answer = str(CORNERS[kind])
+    options = draw_options(out.rng, answer, others(answer, map(str, range(7))), most)
+    return Choice(
+        "corners",
+        (f"How many corners does {with_article(kind)} have?", ""),
+        (tuple(options), ()),
+        options.index(answer),
+    )
 
 
-def _problem(choice: Choice, form: str, scene: Scene | None, split: str, grade: int) -> dict:
-    hints = {"hint": f"There are {len(scene.things) if scene else 0} things in the picture.", "text": ""}
-    if form == "text":
-        hints["text"] = f"There is {caption(scene)}"
+def _problem(choice: Choice, hint: str, with_image: bool, split: str, grade: int) -> dict:
     subject, topic = SUBJECTS[choice.kind]
     return {
         "question": choice.texts[0],
         "choices": list(choice.options[0]),
         "answer": choice.answer,
-        "hint": hints.get(form, ""),
-        "image": "image.png" if form in ("image", "hint") else None,
+        "hint": hint,
+        "image": "image.png" if with_image else None,
         "task": "yes or no" if choice.kind == "existence" else "closed choice",
         "grade": f"grade{grade}",
         "subject": subject,
@@ -176,25 +175,24 @@ def _scienceqa_line(pid: str, problem: dict) -> dict:
 
 
 def write_mmbench(folder: Path, settings: Settings) -> Written:
-    """mmbench_dev_20230712.tsv: every question once per option, circular; pictures are in the table, as base64."""
-    return _write_mmbench(folder / "mmbench_dev_20230712.tsv", settings, language=0)
+    """mmbench_dev_20230712.tsv: every question once per option, circular; images are in the table, as base64."""
+    return _write_mmbench(folder, "mmbench_dev_20230712.tsv", settings, language=0)
 
 
 def write_mmbench_cn(folder: Path, settings: Settings) -> Written:
     """mmbench_dev_cn_20231003.tsv: the same scenes and questions, in Chinese."""
-    return _write_mmbench(folder / "mmbench_dev_cn_20231003.tsv", settings, language=1)
+    return _write_mmbench(folder, "mmbench_dev_cn_20231003.tsv", settings, language=1)
 
 
-def _write_mmbench(path: Path, settings: Settings, language: int) -> Written:
+def _write_mmbench(folder: Path, name: str, settings: Settings, language: int) -> Written:
     """The rows of the first round, then those with the options rotated left by one (index + 1,000,000), and so on."""
-    rng = generator("mmbench", settings)
-    gallery = Gallery(path.parent)
-    asker = _Asker(rng)
+    out = Benchmark("mmbench", folder, settings)
+    asker = _Asker(out)
     rows = []
     for i in range(settings.questions):
-        scene, choice = asker.ask(CATEGORIES, most=3 + int(rng.integers(3) > 0))
-        gallery.remember(f"{path.name}:{i + 1}", scene)
-        hint = HINTS[language].format(len(scene.things)) if rng.random() < 0.3 else ""
+        scene, choice = asker.ask(CATEGORIES, most=3 + int(out.rng.integers(3) > 0))
+        out.record(f"{name}:{i + 1}", scene)
+        hint = HINTS[language].format(len(scene.things)) if out.rng.random() < 0.3 else ""
         image = base64.b64encode(_encoded(scene, large=i == 0)).decode()
         rows += _circular(i + 1, choice, language, hint, image)
     rows.sort(key=lambda row: row["index"])
@@ -202,13 +200,13 @@ def _write_mmbench(path: Path, settings: Settings, language: int) -> Written:
     writer = csv.DictWriter(table, MMBENCH_COLUMNS, delimiter="\t", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(path, table.getvalue())
-    return Written(settings.questions, gallery.scenes)
+    write_atomic(folder / name, table.getvalue())
+    return out.written(settings.questions)
 
 
 def _encoded(scene: Scene, large: bool) -> bytes:
-    """The bytes of a picture file. Real pictures are larger than what Python's csv module takes by default (131,072
-    characters), so one picture is."""
+    """The bytes of an image file. Real images are larger than the default limit of Python's csv module (131,072
+    characters), so one image is."""
     file = io.BytesIO()
     if large:
         big = draw(scene).resize((2 * SIZE, 2 * SIZE), Image.Resampling.BICUBIC)
@@ -234,36 +232,36 @@ def _circular(index: int, choice: Choice, language: int, hint: str, image: str) 
 def write_seedbench(folder: Path, settings: Settings) -> Written:
     """SEED-Bench.json, LLaVA's question file, SEED-Bench-image and SEED-Bench-video-image.
 
-    Pictures have names without a suffix, as the official ones. A video is three scenes in which one thing moves; as
-    LLaVA does, only its middle frame is written (the answers about it are luck for who sees no more). All three stand
-    beside the scene of that frame.
+    Images have names without a suffix, as the official ones. A video is three scenes in which one thing moves; as
+    LLaVA does, only its middle frame is written (the answers about it are luck for a model that sees no more). All three
+    are recorded beside the scene of that frame.
     """
-    rng = generator("seedbench", settings)
-    gallery = Gallery(folder)
-    asker = _Asker(rng)
+    out = Benchmark("seedbench", folder, settings)
+    asker = _Asker(out)
     records, lines = [], []
     for i in range(max(len(DIMENSIONS), settings.questions)):
         kind = list(DIMENSIONS.values())[i % len(DIMENSIONS)]
         type_id = i % len(DIMENSIONS) + 1
+        line_id: int | str
         if kind in _MOTIONS:
-            frames, record = _video_question(rng, kind)
-            record |= {"data_id": f"moves/{i}.webm", "data_type": "video", "question_id": f"v{i}"}
+            frames, record = _video_question(out, kind)
+            line_id = f"v{i}"
+            record |= {"data_id": f"moves/{i}.webm", "data_type": "video"}
             image = f"SEED-Bench-video-image/{type_id}_v{i}.png"
-            gallery.save(image, frames[1], frames=[asdict(frame) for frame in frames])
+            out.save(image, frames[1], frames=[asdict(frame) for frame in frames])
         else:
             scene, choice = asker.ask([kind])
+            line_id = 900_000 + i
             record = _seed_record(choice.texts[0], choice.options[0], choice.answer)
-            record |= {"data_id": f"{1_000_000 + i}_{i:04d}", "data_type": "image", "question_id": str(900_000 + i)}
-            image = gallery.save(f"SEED-Bench-image/{record['data_id']}", scene, format="JPEG")
-        record["question_type_id"] = type_id
-        records.append(record)
+            record |= {"data_id": f"{1_000_000 + i}_{i:04d}", "data_type": "image"}
+            image = out.save(f"SEED-Bench-image/{record['data_id']}", scene)
+        records.append(record | {"question_id": str(line_id), "question_type_id": type_id})
         text = f"{record['question']}\n{lettered([record[f'choice_{letter}'] for letter in 'abcd'])}{LETTER_ANSWER}"
-        line_id = int(record["question_id"]) if record["question_id"].isdigit() else record["question_id"]
         lines.append(llava_line(line_id, image, text))
     numbers = {name: number for number, name in enumerate(DIMENSIONS, 1)}
-    write_json(folder / "SEED-Bench.json", {"questions": records, "question_type": numbers})
-    write_jsonl(folder / "llava-seed-bench.jsonl", lines)
-    return Written(len(records), gallery.scenes)
+    out.json("SEED-Bench.json", {"questions": records, "question_type": numbers})
+    out.jsonl("llava-seed-bench.jsonl", lines)
+    return out.written(len(records))
 
 
 def _seed_record(question: str, options: Sequence[str], answer: int) -> dict:
@@ -271,45 +269,37 @@ def _seed_record(question: str, options: Sequence[str], answer: int) -> dict:
     return {"answer": LETTERS[answer], **named, "question": question}
 
 
-def _video_question(rng: np.random.Generator, kind: str) -> tuple[list[Scene], dict]:
+def _video_question(out: Benchmark, kind: str) -> tuple[list[Scene], dict]:
     """The three frames of a video, and what is asked about it."""
-    scene = scene_with(rng, _moves)
-    thing, side = one_of(rng, _moves(scene))
+    scene = out.scene(_moves)
+    thing, side = out.one_of(_moves(scene))
     down, right = SIDES[side]
-    moved = [_moved(thing, by * down, by * right) for by in (-1, 0, 1)]
-    frames = [replace(scene, things=tuple(one if t is thing else t for t in scene.things)) for one in moved]
+    moved = [thing.moved(by * down, by * right) for by in (-1, 0, 1)]
     wording, answer_of, segment = _MOTIONS[kind]
     answer, wrong = answer_of(side, [one.place for one in moved])
-    options = [answer, *(wrong[i] for i in rng.permutation(len(wrong))[:3])]
-    options = [options[i] for i in rng.permutation(4)]
+    options = draw_options(out.rng, answer, wrong, 4)
     record = _seed_record(wording.format(thing.name), options, options.index(answer))
-    return frames, record | ({} if segment is None else {"segment": segment})
+    return [scene.exchange(thing, one) for one in moved], record | ({} if segment is None else {"segment": segment})
 
 
 def _moves(scene: Scene) -> list[tuple[Thing, str]]:
     """(thing, side): the thing can come from the free cell opposite and go on to the free cell at that side."""
-    taken = {(thing.row, thing.col) for thing in scene.things}
-    free = {(row, col) for row in range(GRID) for col in range(GRID)} - taken
+    free = set(scene.free_cells())
     return [
         (thing, side)
-        for thing in subjects(scene)
+        for thing in scene.subjects()
         for side, (down, right) in SIDES.items()
-        if {(thing.row + down, thing.col + right), (thing.row - down, thing.col - right)} <= free
+        if {thing.moved(by * down, by * right).cell for by in (-1, 1)} <= free
     ]
-
-
-def _moved(thing: Thing, down: int, right: int) -> Thing:
-    place = {"row": thing.row + down, "col": thing.col + right}
-    return replace(thing, **place, x=thing.x + CELL * right, y=thing.y + CELL * down)
 
 
 def _motion(side: str, places: list[str]) -> tuple[str, list[str]]:
     ways = dict(zip(SIDES, ("moves up", "moves down", "moves to the left", "moves to the right")))
-    return ways[side], [way for other, way in ways.items() if other != side]
+    return ways[side], others(ways[side], ways.values())
 
 
 def _next_place(side: str, places: list[str]) -> tuple[str, list[str]]:
-    return places[2], [place for place in ALL_PLACES if place != places[2]]
+    return places[2], others(places[2], ALL_PLACES)
 
 
 def _order(side: str, places: list[str]) -> tuple[str, list[str]]:

@@ -1,4 +1,4 @@
-"""MMVP (pairs of pictures that differ in one thing), Q-Bench (picture quality) and RefCOCO (where is it?)."""
+"""MMVP (pairs of images that differ in one thing), Q-Bench (image quality) and RefCOCO (where is it?)."""
 
 from __future__ import annotations
 
@@ -6,38 +6,15 @@ import csv
 import io
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
-from llava_sp.common.files import write_atomic, write_json
-from llava_sp.shapes.benchmarks.common import (
-    SIDES,
-    SPLIT,
-    EvenHanded,
-    Gallery,
-    Settings,
-    Written,
-    alone,
-    digits,
-    generator,
-    one_of,
-    scene_with,
-)
-from llava_sp.shapes.language import article, subjects
-from llava_sp.shapes.world import (
-    CELL,
-    COLORS,
-    GRID,
-    SHAPES,
-    SIZE,
-    Scene,
-    Thing,
-    digit_instances,
-    draw,
-    sample_scene,
-    split_of,
-)
+from llava_sp.common.files import write_atomic
+from llava_sp.shapes.benchmarks.common import Benchmark, EvenHanded, Settings, Written, others, shuffled
+from llava_sp.shapes.language import with_article
+from llava_sp.shapes.world import CELL, COLORS, SHAPES, SIDES, SIZE, Scene, Thing, digit_instances, draw, split_of
 
 QUALITIES = ("clean", "blurred", "noisy", "dark")
 PROBLEMS = {"clean": "No problem", "blurred": "Blur", "noisy": "Noise", "dark": "Underexposure"}
@@ -58,99 +35,83 @@ class _Change:
 
 def write_mmvp(folder: Path, settings: Settings) -> Written:
     """Questions.csv and "MMVP Images/<n>.jpg": lines 1 and 2 are a pair, 3 and 4, ..."""
-    rng = generator("mmvp", settings)
-    gallery = Gallery(folder)
-    kinds = EvenHanded(rng)
-    rows = []
+    out = Benchmark("mmvp", folder, settings)
+    kinds = EvenHanded(out.rng)
+    rows: list[tuple] = []
     for _ in range(max(1, settings.questions // 2)):
         found: list[_Change] = []
         while not found:
-            scene = sample_scene(rng, SPLIT)
-            found = _changes(scene, rng)
+            scene = out.scene()
+            found = _changes(scene, out)
         change = kinds.pick(found, key=lambda change: change.kind)
         answers = [change.before, change.after]
-        options = [answers[i] for i in rng.permutation(2)]
+        options = shuffled(out.rng, answers)
         for shown, answer in zip((scene, change.scene), answers):
             number = len(rows) + 1
-            gallery.save(f"MMVP Images/{number}.jpg", shown)
+            out.save(f"MMVP Images/{number}.jpg", shown)
             text = " ".join(f"({letter}) {option}" for letter, option in zip("ab", options))
             rows.append((number, change.question, text, f"({'ab'[options.index(answer)]})"))
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerows([("Index", "Question", "Options", "Correct Answer"), *rows])
     write_atomic(folder / "Questions.csv", table.getvalue())
-    return Written(len(rows), gallery.scenes)
+    return out.written(len(rows))
 
 
-def _changes(scene: Scene, rng: np.random.Generator) -> list[_Change]:
+def _changes(scene: Scene, out: Benchmark) -> list[_Change]:
     """The changes whose outcome is a held-out scene too: another colour, shape, place or digit, or one thing gone."""
     found = []
-    for thing in alone(scene):
-        color = one_of(rng, [color for color in COLORS if color != thing.color])
-        changed = _with(scene, thing, replace(thing, color=color))
+    for thing in scene.alone():
+        color = out.one_of(others(thing.color, COLORS))
+        changed = scene.exchange(thing, replace(thing, color=color))
         found.append(_Change("color", changed, f"What color is the {thing.kind}?", thing.color, color))
-        kind = one_of(rng, [kind for kind in SHAPES if kind != thing.kind])
-        changed = _with(scene, thing, replace(thing, kind=kind))
+        kind = out.one_of(others(thing.kind, SHAPES))
+        changed = scene.exchange(thing, replace(thing, kind=kind))
         found.append(_Change("shape", changed, f"What shape is at the {thing.place}?", thing.kind, kind))
-        gone = replace(scene, things=tuple(other for other in scene.things if other is not thing))
-        question = f"Is there {article(thing.kind)} {thing.kind} in the image?"
-        found.append(_Change("existence", gone, question, "Yes", "No"))
-    for thing in subjects(scene):
-        taken = {(other.row, other.col) for other in scene.things}
-        row, col = one_of(rng, [(r, c) for r in range(GRID) for c in range(GRID) if (r, c) not in taken])
-        x, y = thing.x + CELL * (col - thing.col), thing.y + CELL * (row - thing.row)
-        moved = replace(thing, row=row, col=col, x=x, y=y)
-        changed = _with(scene, thing, moved)
+        question = f"Is there {with_article(thing.kind)} in the image?"
+        found.append(_Change("existence", scene.exchange(thing), question, "Yes", "No"))
+    for thing in scene.subjects():
+        row, col = out.one_of(scene.free_cells())
+        moved = thing.moved(row - thing.row, col - thing.col)
+        things = sorted(scene.exchange(thing, moved).things, key=lambda thing: thing.cell)  # in reading order again
+        changed = replace(scene, things=tuple(things))
         found.append(_Change("place", changed, f"Where is the {thing.name}?", thing.place, moved.place))
-    for thing in digits(scene):
-        value = int((thing.value + rng.integers(1, 10)) % 10)
-        written = replace(thing, value=value, instance=int(one_of(rng, digit_instances(SPLIT)[value])))
+    for thing in scene.digits():
+        value = int((thing.digit + out.rng.integers(1, 10)) % 10)
+        written = replace(thing, value=value, instance=int(out.one_of(digit_instances("val")[value])))
         question = f"What digit is at the {thing.place}?"
-        found.append(_Change("digit", _with(scene, thing, written), question, str(thing.value), str(value)))
-    return [change for change in found if split_of(change.scene.signature()) == SPLIT]
-
-
-def _with(scene: Scene, old: Thing, new: Thing) -> Scene:
-    """The scene with one thing exchanged, in reading order again."""
-    things = [new if thing is old else thing for thing in scene.things]
-    return replace(scene, things=tuple(sorted(things, key=lambda thing: (thing.row, thing.col))))
+        found.append(_Change("digit", scene.exchange(thing, written), question, str(thing.value), str(value)))
+    return [change for change in found if split_of(change.scene.signature()) == "val"]
 
 
 def write_qbench(folder: Path, settings: Settings) -> Written:
-    """llvisionqa_dev.json and images: scenes that are blurred, noisy or dark (or none of it), as a whole or in one thing.
+    """llvisionqa_dev.json and images: scenes that are blurred, noisy or dark (or clean), as a whole or in one thing.
 
-    `type` is 0 for yes-or-no questions, 1 for how, 2 for what; `concern` is 0 for a distortion of the whole picture, 1
+    `type` is 0 for yes-or-no questions, 1 for how, 2 for what; `concern` is 0 for a distortion of the whole image, 1
     for something else of the whole, 2 and 3 for the same in one thing.
     """
-    rng = generator("qbench", settings)
-    gallery = Gallery(folder)
-    kinds, answers = EvenHanded(rng), EvenHanded(rng)
+    out = Benchmark("qbench", folder, settings)
+    kinds, answers = EvenHanded(out.rng), EvenHanded(out.rng)
     records = []
     for i in range(settings.questions):
-        scene = scene_with(rng, alone)
-        asked_of = one_of(rng, alone(scene))
+        scene = out.scene(lambda scene: scene.alone())
+        thing = out.one_of(scene.alone())
         kind = kinds.pick(_QUALITY_QUESTIONS)
-        found = [_QUALITY_QUESTIONS[kind](asked_of, quality) for quality in QUALITIES]
-        which = answers.pick(range(len(QUALITIES)), key=lambda q: (kind, found[q]["correct_ans"]))
-        local = asked_of if found[which]["concern"] == 2 else None
+        found = {quality: _QUALITY_QUESTIONS[kind](thing, quality) for quality in QUALITIES}
+        quality = answers.pick(QUALITIES, key=lambda q: (kind, found[q]["correct_ans"]))
+        record = found[quality]
+        local = thing if record["concern"] == 2 else None
         image = f"{i:05d}.jpg"
-        more = {"quality": QUALITIES[which], "local": None if local is None else scene.things.index(local)}
-        gallery.save(f"images/{image}", scene, _spoiled(scene, QUALITIES[which], local, rng), **more)
-        candidates = found[which]["candidates"]
-        shuffled = [candidates[j] for j in rng.permutation(len(candidates))]
-        records.append({"img_path": image} | found[which] | {"candidates": shuffled})
-    write_json(folder / "llvisionqa_dev.json", records)
-    return Written(len(records), gallery.scenes)
+        more = {"quality": quality, "local": None if local is None else scene.things.index(local)}
+        out.save(f"images/{image}", scene, _spoiled(scene, quality, local, out.rng), **more)
+        records.append({"img_path": image} | record | {"candidates": shuffled(out.rng, record["candidates"])})
+    out.json("llvisionqa_dev.json", records)
+    return out.written(len(records))
 
 
-def _quality_question(question: str, candidates: list[str], correct: str, type_: int, concern: int) -> dict:
-    return {
-        "question": question,
-        "candidates": candidates,
-        "correct_ans": correct,
-        "type": type_,
-        "concern": concern,
-    }
+def _quality_question(question: str, candidates: list[str], correct: str, type_: int, concern: int) -> dict[str, Any]:
+    record = {"question": question, "candidates": candidates, "correct_ans": correct}
+    return record | {"type": type_, "concern": concern}
 
 
 def _is_blurred(thing: Thing, quality: str) -> dict:
@@ -174,7 +135,7 @@ def _how_sharp(thing: Thing, quality: str) -> dict:
 
 
 def _which_color(thing: Thing, quality: str) -> dict:
-    wrong = [color for color in COLORS if color != thing.color][:2]
+    wrong = others(thing.color, COLORS)[:2]
     question = f"What color is the {thing.kind} in this picture?"
     return _quality_question(question, [thing.color, *wrong], thing.color, 2, 3)
 
@@ -189,7 +150,7 @@ _QUALITY_QUESTIONS = {
 
 
 def _spoiled(scene: Scene, quality: str, local: Thing | None, rng: np.random.Generator) -> Image.Image:
-    """The picture in this quality; only in the cell of `local` where that is given."""
+    """The image in this quality; only in the cell of `local` where that is given."""
     image = draw(scene)
     if quality == "blurred":
         spoiled = image.filter(ImageFilter.GaussianBlur(3.5))
@@ -208,53 +169,41 @@ def _spoiled(scene: Scene, quality: str, local: Thing | None, rng: np.random.Gen
 
 
 def write_refcoco(folder: Path, settings: Settings) -> Written:
-    """annotations.json and images: boxes around single things, several expressions on a picture.
+    """annotations.json and images: boxes around single things, several expressions on an image.
 
-    Most pictures are not square, so that padding matters. As in the real sets RefCOCO's expressions may use places,
+    Most images are not square, so that padding matters. As in the real sets RefCOCO's expressions may use places,
     those of RefCOCO+ may not, and those of RefCOCOg are longer; testA has one group of things (there people, here
     digits) and testB the others. `bbox_xywh_pixels` is x, y, width, height; `bbox` is x1, y1, x2, y2 in shares of the
-    picture itself, not of the padded square. `image` (a name in images/) and
-    `split` (val, testA, testB; val, test of RefCOCOg) are added to the fields that lmms-eval's scorer reads.
+    image itself, not of the padded square. `image` (a name in images/) and `split` (val, testA, testB; val, test of
+    RefCOCOg) are added to the fields that lmms-eval's scorer reads.
     """
-    rng = generator("refcoco", settings)
-    gallery = Gallery(folder)
-    sets = EvenHanded(rng)
+    out = Benchmark("refcoco", folder, settings)
+    sets = EvenHanded(out.rng)
     records: list[dict] = []
-    picture = 0
     while len(records) < settings.questions:
-        scene = sample_scene(rng, SPLIT)
-        canvas = CANVASES[picture % len(CANVASES)]
+        scene, number = out.scene(), len(out.scenes)
+        canvas = CANVASES[number % len(CANVASES)]
         offset = ((canvas[0] - SIZE) // 2, (canvas[1] - SIZE) // 2)
-        image = f"{picture:06d}.jpg"
+        image = f"{number:06d}.jpg"
         asked = []
         for dataset in sets.order(REF_DATASETS):
-            found = _expressions(scene, dataset)
-            if found:
+            if found := _expressions(scene, dataset):
                 sets.picked[dataset] += 1
-                asked.append((dataset, *one_of(rng, found)))
+                asked.append((dataset, *out.one_of(found)))
         for dataset, expression, thing in asked[: settings.questions - len(records)]:
-            records.append(
-                {
-                    "question_id": str(len(records)),
-                    "refer_dataset": dataset,
-                    "split": _ref_split(dataset, thing, picture),
-                    "image": image,
-                    "answer": expression,
-                    "image_width": canvas[0],
-                    "image_height": canvas[1],
-                    **_box(scene, thing, canvas, offset),
-                }
-            )
+            record = {"question_id": str(len(records)), "refer_dataset": dataset}
+            record |= {"split": _ref_split(dataset, thing, number), "image": image, "answer": expression}
+            size = {"image_width": canvas[0], "image_height": canvas[1]}
+            records.append(record | size | _box(scene, thing, canvas, offset))
         wide = Image.new("RGB", canvas, scene.background)
         wide.paste(draw(scene), offset)
-        gallery.save(f"images/{image}", scene, wide, offset=offset)
-        picture += 1
-    write_json(folder / "annotations.json", records)
-    return Written(len(records), gallery.scenes)
+        out.save(f"images/{image}", scene, wide, offset=offset)
+    out.json("annotations.json", records)
+    return out.written(len(records))
 
 
-def _ref_split(dataset: str, thing: Thing, picture: int) -> str:
-    if picture % 2 == 0:
+def _ref_split(dataset: str, thing: Thing, number: int) -> str:
+    if number % 2 == 0:
         return "val"
     if dataset == "RefCOCOg":
         return "test"
@@ -263,7 +212,7 @@ def _ref_split(dataset: str, thing: Thing, picture: int) -> str:
 
 def _expressions(scene: Scene, dataset: str) -> list[tuple[str, Thing]]:
     """Expressions that fit one thing only, and that thing."""
-    known = subjects(scene)
+    known = scene.subjects()
     if dataset == "RefCOCO":
         return [(f"the {thing.kind} at the {thing.place}", thing) for thing in scene.things]
     if dataset == "RefCOCO+":
@@ -278,10 +227,12 @@ def _expressions(scene: Scene, dataset: str) -> list[tuple[str, Thing]]:
 
 
 def _box(scene: Scene, thing: Thing, canvas: tuple[int, int], offset: tuple[int, int]) -> dict:
-    """The box around the thing's ink, in pixels and in shares of the picture."""
+    """The box around the thing's ink, in pixels and in shares of the image."""
     empty, single = draw(replace(scene, things=())), draw(replace(scene, things=(thing,)))
     ink = ImageChops.difference(empty, single).convert("L").point(lambda value: 255 * (value > 24))
-    left, top, right, bottom = ink.getbbox()
+    box = ink.getbbox()
+    assert box is not None, "a thing without ink"
+    left, top, right, bottom = box
     x1, y1, x2, y2 = left + offset[0], top + offset[1], right + offset[0], bottom + offset[1]
     width, height = canvas
     return {

@@ -5,72 +5,67 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from llava_sp.common.files import write_atomic, write_jsonl
-from llava_sp.shapes.benchmarks.choices import ALL_NAMES, ALL_PLACES, chinese
+from llava_sp.common.files import write_atomic
+from llava_sp.shapes.benchmarks.choices import chinese
 from llava_sp.shapes.benchmarks.common import (
-    SPLIT,
-    Gallery,
+    ALL_NAMES,
+    ALL_PLACES,
+    NUMBERS,
+    Benchmark,
     Settings,
     Written,
-    digits,
-    generator,
-    number_of,
-    one_of,
-    plural,
-    scene_with,
+    others,
     short_line,
+    shuffled,
 )
-from llava_sp.shapes.language import article, subjects
-from llava_sp.shapes.world import COLORS, SHAPES, Scene, Thing, draw, sample_scene
+from llava_sp.shapes.language import plural, with_article
+from llava_sp.shapes.world import COLORS, SHAPES, Scene, Thing, draw
 
 POPE_CATEGORIES = ("adversarial", "popular", "random")  # in the order of LLaVA's question file
-POPE_PAIRS = 3  # questions with "yes", and as many with "no", on a picture at most
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+POPE_PAIRS = 3  # questions with "yes", and as many with "no", on an image at most
+MOST_THINGS = 6  # in a scene
 YES_NO = "Please answer yes or no."
 
 
 def write_pope(folder: Path, settings: Settings) -> Written:
-    """The three label files, LLaVA's question file over all of them, and the pictures, which the categories share.
+    """The three label files, LLaVA's question file over all of them, and the images, which the categories share.
 
-    Absent things are taken at random (random), from those that are most often in other pictures (popular), or from
+    Absent things are chosen at random (random), from those that are most often in other images (popular), or from
     those most like what is there: same shape or same colour (adversarial).
     """
-    rng = generator("pope", settings)
-    gallery = Gallery(folder)
+    out = Benchmark("pope", folder, settings)
     per_category = max(1, settings.questions // (2 * len(POPE_CATEGORIES)))  # pairs
     scenes: list[tuple[str, Scene, list[str]]] = []
     while (missing := per_category - sum(len(present) for _, _, present in scenes)) > 0:
-        scene = sample_scene(rng, SPLIT)
-        names = sorted({thing.name for thing in scene.things if thing.kind in SHAPES})
-        present = [names[i] for i in rng.permutation(len(names))][: min(POPE_PAIRS, missing)]
+        scene = out.scene()
+        present = shuffled(out.rng, sorted({thing.name for thing in scene.shapes()}))[: min(POPE_PAIRS, missing)]
         image = f"COCO_val2014_{len(scenes) + 1:012d}.jpg"
-        gallery.save(f"val2014/{image}", scene)
+        out.save(f"val2014/{image}", scene)
         scenes.append((image, scene, present))
     popular = Counter(thing.name for _, scene, _ in scenes for thing in scene.things)
-    lines = []
+    lines: list[dict[str, Any]] = []
     for category in POPE_CATEGORIES:
-        labels = []
+        labels: list[dict[str, Any]] = []
         for image, scene, present in scenes:
-            absent = _absent(scene, category, popular, rng)
-            for yes, no in zip(present, absent):
-                for name, label in ((yes, "yes"), (no, "no")):
-                    text = f"Is there {article(name)} {name} in the image?"
+            for pair in zip(present, _absent(scene, category, popular, out.rng)):
+                for name, label in zip(pair, ("yes", "no")):
+                    text = f"Is there {with_article(name)} in the image?"
                     labels.append({"question_id": len(labels) + 1, "image": image, "text": text, "label": label})
                     lines.append(short_line(len(lines) + 1, image, text, category))
-        write_jsonl(folder / "coco" / f"coco_pope_{category}.json", labels)
-    write_jsonl(folder / "llava_pope_test.jsonl", lines)
-    return Written(len(lines), gallery.scenes)
+        out.jsonl(f"coco/coco_pope_{category}.json", labels)
+    out.jsonl("llava_pope_test.jsonl", lines)
+    return out.written(len(lines))
 
 
 def _absent(scene: Scene, category: str, popular: Counter, rng: np.random.Generator) -> list[str]:
-    """All names that the scene has not, those first that the category asks for."""
+    """All names that are not in the scene, those first that the category asks for."""
     present = {thing.name for thing in scene.things}
-    absent = [ALL_NAMES[i] for i in rng.permutation(len(ALL_NAMES)) if ALL_NAMES[i] not in present]
+    absent = [name for name in shuffled(rng, ALL_NAMES) if name not in present]
     if category == "popular":
         absent.sort(key=lambda name: -popular[name])
     if category == "adversarial":
@@ -80,7 +75,7 @@ def _absent(scene: Scene, category: str, popular: Counter, rng: np.random.Genera
 
 
 class _Pair(NamedTuple):
-    """What MME asks of one picture: a question whose answer is yes and one whose answer is no."""
+    """What MME asks about one image: a question whose answer is yes and one whose answer is no."""
 
     scene: Scene
     yes: str
@@ -88,34 +83,37 @@ class _Pair(NamedTuple):
     boxed: Thing | None = None
 
 
+def _pair(scene: Scene, wording: str, right: object, wrong: object, boxed: Thing | None = None) -> _Pair:
+    """The wording with the right word or number, and with a wrong one."""
+    return _Pair(scene, wording.format(right), wording.format(wrong), boxed)
+
+
 def write_mme(folder: Path, settings: Settings) -> Written:
-    """LLaVA's question file and MME_Benchmark_release_version with two questions on every picture, in both layouts:
-    text beside the pictures, or in questions_answers_YN/ and images/.
+    """LLaVA's question file and MME_Benchmark_release_version with two questions on every image, in both layouts:
+    text beside the images, or in questions_answers_YN/ and images/.
 
     As in the official files a few questions have two spaces before "Please answer yes or no.", and only some text files
     end with a newline. Of the subtasks landmark, artwork and code_reasoning are left out: nothing here is like them.
     """
-    rng = generator("mme", settings)
-    gallery = Gallery(folder)
+    out = Benchmark("mme", folder, settings)
     root = "MME_Benchmark_release_version"
     lines = []
-    for picture in range(max(len(SUBTASKS), settings.questions // 2)):
-        subtask = list(SUBTASKS)[picture % len(SUBTASKS)]
-        number = picture // len(SUBTASKS) + 1
-        pair = SUBTASKS[subtask](rng)
+    for index in range(max(len(SUBTASKS), settings.questions // 2)):
+        subtask = list(SUBTASKS)[index % len(SUBTASKS)]
+        number = index // len(SUBTASKS) + 1
+        pair = SUBTASKS[subtask](out)
         apart = subtask in APART
         image = f"{subtask}/{'images/' if apart else ''}{number:04d}.jpg"
         text = f"{subtask}/{'questions_answers_YN/' if apart else ''}{number:04d}.txt"
         more = {} if pair.boxed is None else {"boxed": pair.scene.things.index(pair.boxed)}
-        gallery.save(f"{root}/{image}", pair.scene, _with_box(pair.scene, pair.boxed), **more)
-        asked = [(pair.yes, "Yes"), (pair.no, "No")][:: 1 if rng.random() < 0.5 else -1]
+        out.save(f"{root}/{image}", pair.scene, _with_box(pair.scene, pair.boxed), **more)
+        asked = [(pair.yes, "Yes"), (pair.no, "No")][:: 1 if out.rng.random() < 0.5 else -1]
         space = "  " if number == 1 and subtask in TWO_SPACES else " "
         content = "\n".join(f"{question}{space}{YES_NO}\t{answer}" for question, answer in asked)
         write_atomic(folder / root / text, content + ("\n" if number % 2 else ""))
         lines += [short_line(image, image, question, subtask) for question, _ in asked]
-    order = sorted(SUBTASKS)
-    write_jsonl(folder / "llava_mme.jsonl", sorted(lines, key=lambda line: order.index(line["category"])))
-    return Written(len(lines), gallery.scenes)
+    out.jsonl("llava_mme.jsonl", sorted(lines, key=lambda line: line["category"]))
+    return out.written(len(lines))
 
 
 def _with_box(scene: Scene, boxed: Thing | None) -> Image.Image:
@@ -127,111 +125,110 @@ def _with_box(scene: Scene, boxed: Thing | None) -> Image.Image:
     return image
 
 
-def _existence(rng: np.random.Generator) -> _Pair:
-    scene = sample_scene(rng, SPLIT)
-    present = sorted({thing.name for thing in scene.things} & set(ALL_NAMES))
-    names = one_of(rng, present), one_of(rng, sorted(set(ALL_NAMES) - set(present)))
-    return _Pair(scene, *(f"Is there {article(name)} {name} in this image?" for name in names))
+def _names(scene: Scene) -> set[str]:
+    return {thing.name for thing in scene.shapes()}
 
 
-def _count(rng: np.random.Generator) -> _Pair:
-    scene = sample_scene(rng, SPLIT)
-    kind = one_of(rng, sorted({thing.kind for thing in scene.things} & set(SHAPES)))
-    right = number_of(scene, kind)
-    wrong = one_of(rng, [n for n in (right - 1, right + 1) if 1 <= n < len(NUMBERS)])
-    texts = (f"Is there a total of {NUMBERS[n]} {plural(kind, n)} in the picture?" for n in (right, wrong))
-    return _Pair(scene, *texts)
+def _existence(out: Benchmark) -> _Pair:
+    scene = out.scene()
+    right = out.one_of(sorted(_names(scene)))
+    wrong = out.one_of(sorted(set(ALL_NAMES) - _names(scene)))
+    return _pair(scene, "Is there {} in this image?", with_article(right), with_article(wrong))
 
 
-def _position(rng: np.random.Generator) -> _Pair:
-    scene = scene_with(rng, _apart_in_columns)
-    a, b = one_of(rng, _apart_in_columns(scene))
-    sides = ("left", "right") if a.col < b.col else ("right", "left")
-    return _Pair(scene, *(f"Is the {a.name} on the {side} side of the {b.name}?" for side in sides))
+def _count(out: Benchmark) -> _Pair:
+    scene = out.scene()
+    kind = out.one_of(sorted({thing.kind for thing in scene.shapes()}))
+    right = scene.count(kind)
+    wrong = out.one_of([n for n in (right - 1, right + 1) if 1 <= n <= MOST_THINGS])
+    texts = [f"{NUMBERS[n]} {plural(kind, n)}" for n in (right, wrong)]
+    return _pair(scene, "Is there a total of {} in the picture?", texts[0], texts[1])
+
+
+def _position(out: Benchmark) -> _Pair:
+    scene = out.scene(_apart_in_columns)
+    a, b = out.one_of(_apart_in_columns(scene))
+    right, wrong = ("left", "right") if a.col < b.col else ("right", "left")
+    return _pair(scene, f"Is the {a.name} on the {{}} side of the {b.name}?", right, wrong)
 
 
 def _apart_in_columns(scene: Scene) -> list[tuple[Thing, Thing]]:
-    known = subjects(scene)
+    known = scene.subjects()
     return [(a, b) for a in known for b in known if a.col != b.col]
 
 
-def _color(rng: np.random.Generator) -> _Pair:
-    scene = sample_scene(rng, SPLIT)
-    thing = one_of(rng, [thing for thing in scene.things if thing.kind in SHAPES])
-    taken = {other.color for other in scene.things if other.kind == thing.kind}
-    wrong = one_of(rng, [color for color in COLORS if color not in taken])
-    texts = (f"Is there {article(color)} {color} {thing.kind} in the image?" for color in (thing.color, wrong))
-    return _Pair(scene, *texts)
+def _color(out: Benchmark) -> _Pair:
+    scene = out.scene()
+    thing = out.one_of(scene.shapes())
+    of_kind = {other.color for other in scene.things if other.kind == thing.kind}
+    wrong = out.one_of([color for color in COLORS if color not in of_kind])
+    texts = [with_article(f"{color} {thing.kind}") for color in (thing.color, wrong)]
+    return _pair(scene, "Is there {} in the image?", texts[0], texts[1])
 
 
-def _posters(rng: np.random.Generator) -> _Pair:
-    scene = scene_with(rng, subjects)
-    thing = one_of(rng, subjects(scene))
-    wrong = one_of(rng, [place for place in ALL_PLACES if place != thing.place])
-    return _Pair(scene, *(f"Does this poster show the {thing.name} at the {place}?" for place in (thing.place, wrong)))
+def _posters(out: Benchmark) -> _Pair:
+    scene = out.scene(lambda scene: scene.subjects())
+    thing = out.one_of(scene.subjects())
+    wrong = out.one_of(others(thing.place, ALL_PLACES))
+    return _pair(scene, f"Does this poster show the {thing.name} at the {{}}?", thing.place, wrong)
 
 
-def _celebrity(rng: np.random.Generator) -> _Pair:
-    scene = sample_scene(rng, SPLIT)
-    thing = one_of(rng, [thing for thing in scene.things if thing.kind in SHAPES])
-    wrong = one_of(rng, [kind for kind in SHAPES if kind != thing.kind])
-    texts = (f"Is the shape inside the red bounding box called {kind}?" for kind in (thing.kind, wrong))
-    return _Pair(scene, *texts, boxed=thing)
+def _celebrity(out: Benchmark) -> _Pair:
+    scene = out.scene()
+    thing = out.one_of(scene.shapes())
+    wrong = out.one_of(others(thing.kind, SHAPES))
+    return _pair(scene, "Is the shape inside the red bounding box called {}?", thing.kind, wrong, boxed=thing)
 
 
-def _scene(rng: np.random.Generator) -> _Pair:
-    scene = sample_scene(rng, SPLIT)
-    right = len(scene.things)
-    wrong = one_of(rng, [n for n in range(2, len(NUMBERS)) if n != right])
-    return _Pair(scene, *(f"Does this image show a scene of {NUMBERS[n]} things?" for n in (right, wrong)))
+def _scene(out: Benchmark) -> _Pair:
+    scene = out.scene()
+    wrong = out.one_of(others(len(scene.things), range(2, MOST_THINGS + 1)))
+    return _pair(scene, "Does this image show a scene of {} things?", NUMBERS[len(scene.things)], NUMBERS[wrong])
 
 
-def _ocr(rng: np.random.Generator) -> _Pair:
-    scene = scene_with(rng, lambda scene: len(digits(scene)) == 1)
-    right = digits(scene)[0].value
-    wrong = (right + int(rng.integers(1, 10))) % 10
-    return _Pair(scene, *(f'Is the digit in the picture "{value}"?' for value in (right, wrong)))
+def _ocr(out: Benchmark) -> _Pair:
+    scene = out.scene(lambda scene: len(scene.digits()) == 1)
+    right = scene.digits()[0].digit
+    wrong = (right + int(out.rng.integers(1, 10))) % 10
+    return _pair(scene, 'Is the digit in the picture "{}"?', right, wrong)
 
 
-def _commonsense(rng: np.random.Generator) -> _Pair:
-    scene = scene_with(rng, lambda scene: _gone_without(scene) and _left_without(scene))
-    texts = []
-    for kind, color in (one_of(rng, _left_without(scene)), one_of(rng, _gone_without(scene))):
-        texts.append(f"If all {color} things were taken away, would there still be {article(kind)} {kind}?")
-    return _Pair(scene, *texts)
+def _commonsense(out: Benchmark) -> _Pair:
+    scene = out.scene(lambda scene: _gone_without(scene) and _left_without(scene))
+    wording = "If all {} things were taken away, would there still be {}?"
+    (kind, color), (gone_kind, gone_color) = out.one_of(_left_without(scene)), out.one_of(_gone_without(scene))
+    right, wrong = wording.format(color, with_article(kind)), wording.format(gone_color, with_article(gone_kind))
+    return _Pair(scene, right, wrong)
 
 
 def _left_without(scene: Scene) -> list[tuple[str, str]]:
     """(shape, colour) for which a shape of that kind is left when all things of that colour are gone."""
-    colors = {thing.color for thing in scene.things if thing.kind in SHAPES}
-    kinds = {(thing.kind, thing.color) for thing in scene.things if thing.kind in SHAPES}
-    return sorted({(kind, gone) for kind, color in kinds for gone in colors if gone != color})
+    kinds = {(thing.kind, thing.color) for thing in scene.shapes()}
+    return sorted({(kind, gone) for kind, color in kinds for _, gone in kinds if gone != color})
 
 
 def _gone_without(scene: Scene) -> list[tuple[str, str]]:
     """(shape, colour) for which there are such shapes, all of that colour."""
-    kinds = {(thing.kind, thing.color) for thing in scene.things if thing.kind in SHAPES}
-    return sorted(set(kinds) - set(_left_without(scene)))
+    return sorted({(thing.kind, thing.color) for thing in scene.shapes()} - set(_left_without(scene)))
 
 
-def _calculation(rng: np.random.Generator) -> _Pair:
-    scene = scene_with(rng, lambda scene: len(digits(scene)) == 2)
-    right = sum(thing.value for thing in digits(scene))
-    wrong = one_of(rng, [right + by for by in (-2, -1, 1, 2) if right + by >= 0])
-    return _Pair(scene, *(f"Is the sum of the two digits in the image {value}?" for value in (right, wrong)))
+def _calculation(out: Benchmark) -> _Pair:
+    scene = out.scene(lambda scene: len(scene.digits()) == 2)
+    right = sum(thing.digit for thing in scene.digits())
+    wrong = out.one_of([right + by for by in (-2, -1, 1, 2) if right + by >= 0])
+    return _pair(scene, "Is the sum of the two digits in the image {}?", right, wrong)
 
 
-def _translation(rng: np.random.Generator) -> _Pair:
-    scene = sample_scene(rng, SPLIT)
-    name = one_of(rng, sorted({thing.name for thing in scene.things} & set(ALL_NAMES)))
-    wrong = one_of(rng, [other for other in ALL_NAMES if other != name])
-    ask = 'Is it appropriate to translate the Chinese "{}" into English "{}" in the picture?'
-    texts = (ask.format(chinese(name), english) for english in (name, wrong))
-    return _Pair(scene, *texts)
+def _translation(out: Benchmark) -> _Pair:
+    scene = out.scene()
+    name = out.one_of(sorted(_names(scene)))
+    wrong = out.one_of(others(name, ALL_NAMES))
+    ask = f'Is it appropriate to translate the Chinese "{chinese(name)}" into English "{{}}" in the picture?'
+    return _pair(scene, ask, name, wrong)
 
 
 # Subtask -> its maker, under the official names
-SUBTASKS: dict[str, Callable[[np.random.Generator], _Pair]] = {
+SUBTASKS: dict[str, Callable[[Benchmark], _Pair]] = {
     "existence": _existence,
     "count": _count,
     "position": _position,
@@ -244,5 +241,5 @@ SUBTASKS: dict[str, Callable[[np.random.Generator], _Pair]] = {
     "numerical_calculation": _calculation,
     "text_translation": _translation,
 }
-APART = ("posters", "celebrity", "scene")  # text and pictures in folders of their own
+APART = ("posters", "celebrity", "scene")  # text and images in folders of their own
 TWO_SPACES = ("position", "scene")

@@ -1,0 +1,79 @@
+"""From text to ids, the original's own: the added tokens, and SentencePiece's rule for spaces in a fast tokenizer."""
+
+from __future__ import annotations
+
+import re
+
+import transformers
+
+from .conversation import IMAGE_MARK
+
+
+def add_special_tokens(tokenizer, base_rows: int = 0) -> tuple[int, int, int]:
+    """Add `<image>` and, where the tokenizer lacks a padding token of its own, `<pad>`; existing ones stay.
+
+    Args:
+        tokenizer: changed in place. A padding token that is also unk, bos or eos counts as missing: padding must never
+            be learned nor generated.
+        base_rows: rows of the base model's embedding.
+
+    Returns:
+        `(image_token_id, pad_token_id, rows)`; `rows` are the embedding rows to have: a multiple of 64, or `base_rows` if
+        those suffice. For Vicuna: 32000, 32001, 32064.
+    """
+    if IMAGE_MARK not in tokenizer.get_vocab():
+        tokenizer.add_tokens([transformers.AddedToken(IMAGE_MARK, special=True, normalized=False)], special_tokens=True)
+    if tokenizer.pad_token in (None, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token):
+        pad = transformers.AddedToken("<pad>", special=True, normalized=False)
+        tokenizer.add_special_tokens({"pad_token": pad})
+    rows = max(len(tokenizer), base_rows)
+    if rows > base_rows:
+        rows = -(-rows // 64) * 64
+    return tokenizer.convert_tokens_to_ids(IMAGE_MARK), tokenizer.pad_token_id, rows
+
+
+class TextEncoder:
+    """Texts without image marks -> ids with their places, as the original's slow tokenizer splits them.
+
+    SentencePiece puts its word-start piece before a text even where that begins with a space ("▁▁", "and"); the fast
+    tokenizer built from the same file leaves it out there ("▁and"). The original tokenizes with the former, and every text
+    after an image that does not start on a new line is such a text. Of the `legacy` kind also every text after a
+    special token. There the space is doubled.
+
+    Attributes:
+        prefix: the ids that the tokenizer puts before a text (the beginning-of-sequence token, or nothing).
+    """
+
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+        alone, whole = self._ids("a"), tokenizer("a")["input_ids"]
+        starts = [start for start in range(len(whole)) if alone and whole[start : start + len(alone)] == alone]
+        self.prefix = whole[: starts[0]] if starts else []
+        self.traps = [re.compile(r"\A[ ▁]")] if self._drops_space("") else []
+        if tokenizer.eos_token and self._drops_space(tokenizer.eos_token):
+            special = "|".join(re.escape(token) for token in tokenizer.all_special_tokens)
+            self.traps.append(re.compile(f"(?:{special})[ ▁]"))
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _drops_space(self, before: str) -> bool:
+        alone, spaced = self._ids(f"{before}a"), self._ids(f"{before} a")
+        starts = self.tokenizer.convert_ids_to_tokens(alone)[1 if before else 0 :]
+        return alone == spaced and bool(starts) and starts[0].startswith("▁")
+
+    def encode(self, text: str) -> list[tuple[int, int, int]]:
+        """`(id, first character, character after the last)` of each token."""
+        doubled = sorted({match.end() - 1 for trap in self.traps for match in trap.finditer(text)})
+        for position in reversed(doubled):
+            text = text[:position] + " " + text[position:]
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        inserted = [position + index for index, position in enumerate(doubled)]
+
+        def original(position: int) -> int:
+            return position - sum(place < position for place in inserted)
+
+        return [
+            (token, original(first), original(last))
+            for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
