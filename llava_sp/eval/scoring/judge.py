@@ -1,7 +1,7 @@
 """Benchmarks whose answers a judge model grades (LLaVA-Bench, MM-Vet, MMVP).
 
     --judge MODEL             ask this model; by default OpenAI, with the key in OPENAI_API_KEY
-    --judge-url URL           any other server that speaks OpenAI's chat API (vLLM, SGLang, llama.cpp, a proxy): the part
+    --judge-url URL           any other server with OpenAI's chat API (vLLM, SGLang, llama.cpp, a proxy): the part
                               before /chat/completions, as http://localhost:8000/v1; needs no key unless the server does
     --judge-key-env NAME      the environment variable that holds the key; keys are neither written nor printed
     --judge-runs N            judge everything N times and average (default 1)
@@ -17,7 +17,7 @@ judge, settings, prompt and answer. A recorded reply is used only where this has
 so the same command again asks only for what is missing, whatever stopped it, and replies to other answers, by other judges
 or to other prompts may stay in the file and are never mixed in. The address of the server is not part of the hash.
 
-After rate limits, timeouts, lost connections, replies that are no JSON and errors of the server (5xx) the request is sent
+After rate limits, timeouts, lost connections, replies that are not JSON and errors of the server (5xx) the request is sent
 again, 8 times in all, after 1, 2, 4, ... 60 seconds or what the server's Retry-After says. A refused key, an unknown model or
 a quota that is used up ends the run at once. What was judged until then is kept.
 
@@ -27,7 +27,6 @@ A judge is part of the score: `metrics.json` names it, with date and prompt, and
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import threading
@@ -39,9 +38,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llava_sp.common.files import examples, parse_line, read_text, sha256
+from llava_sp.common.files import examples, sha256
+from llava_sp.common.schema import expect
 from llava_sp.eval.base import Benchmark, Item, Scores
-from llava_sp.eval.inputs.checks import compare_ids, expect
+from llava_sp.eval.inputs.answers_file import read_lines
+from llava_sp.eval.inputs.checks import compare_ids
 from llava_sp.eval.run.answer_log import AnswerLog
 from llava_sp.eval.scoring.judge_client import OPENAI_KEY, JudgeClient, JudgeOptions, Request, hash_text
 
@@ -55,21 +56,23 @@ _LINE = {
     "request_sha256": str,
     "answer_sha256": str,
     "reply": str,
+    "date?": (str, None),
+    "url?": (str, None),
+    "answered_by?": (str, None),
+    "usage?": ({"total_tokens?": (int, None)}, None),
 }
-_OPTIONAL = {"date": str, "url": str, "answered_by": str, "usage": dict}
 _CARRIED = ("split", "protocol", "rules", "judge_prompt", "grader_prompt")  # arguments that the later command needs too
 
 Run = dict[str, list[str]]  # item key -> the judge's replies to its answer, in the order of the attempts
 
 
 class JudgedBenchmark(Benchmark):
-    """A benchmark that sets `request`, and `score` from `self.judged`: the runs, None where nobody has judged."""
+    """A benchmark that defines `request`, and `score` from `self.judged`: the runs, None if there are none."""
 
-    wording = "llava_sp"  # whose prompt the judge gets; a file that is read instead is named by the instance
+    wording = "llava_sp"  # whose prompt the judge gets; the instance names a file that replaces it
     options = JudgeOptions()
     judged: Sequence[Run] | None = None
     about_judge: Mapping[str, Any] | None = None  # for metrics.json
-    data: Path | None = None  # set by `load`, for the command that judges later
     _args: argparse.Namespace | None = None
     _output: Path | None = None
 
@@ -83,7 +86,7 @@ class JudgedBenchmark(Benchmark):
         add("--judge-concurrency", metavar="N", type=int, default=8, help="requests at once (default %(default)s)")
         add("--judge-runs", metavar="N", type=int, help="judge N times and average (default 1)")
         add("--judge-timeout", metavar="SECONDS", type=float, default=300.0, help="of a request (default %(default)s)")
-        add("--judgements", metavar="FILE", type=Path, nargs="+", help="score these recorded replies; ask nobody")
+        add("--judgements", metavar="FILE", type=Path, nargs="+", help="score these recorded replies, without requests")
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> JudgedBenchmark:
@@ -94,7 +97,7 @@ class JudgedBenchmark(Benchmark):
 
     @abstractmethod
     def request(self, item: Item, answer: str, replies: Sequence[str]) -> Request | None:
-        """What to ask after these replies to the item's answer; None when they are enough."""
+        """The next request after these replies to the item's answer; None if they are enough."""
 
     def foreign_runs(self, file: Path, items: Sequence[Item]) -> tuple[list[Run], list[str]] | None:
         """Recorded runs and names of judges from a file as the official code writes it; None if it is not such a file."""
@@ -104,7 +107,7 @@ class JudgedBenchmark(Benchmark):
         """Sets `judged` and `about_judge`: asks, or reads recorded replies, or leaves both None.
 
         Raises:
-            ValueError: the judge cannot be asked, or recorded replies do not fit; the message says what to do.
+            ValueError: the judge gives no reply, or recorded replies do not fit; the message says what to do.
         """
         self._output = output
         pairs = list(zip(items, answers))
@@ -171,15 +174,12 @@ class JudgedBenchmark(Benchmark):
             raise ValueError(f"--judge-runs {self.options.runs}, but {examples(files)} hold {len(self.judged)}")
 
     def _only_judge(self, lines: Mapping[Path, Sequence[dict[str, Any]]]) -> str:
-        """The judge whose replies count: --judge, or the only one there is."""
+        """The judge whose replies count: that of --judge, or the only one there is."""
         names = sorted({line["judge"] for found in lines.values() for line in found})
-        where = examples(lines)
-        if self.options.model is None and len(names) != 1:
-            held = f"replies of {' and '.join(names)}; choose one with --judge NAME" if names else "no replies"
-            raise ValueError(f"{where} holds {held}")
-        judge = self.options.model or names[0]
+        judge = self.options.model or (names[0] if len(names) == 1 else None)
         if judge not in names:
-            raise ValueError(f"{where} holds no replies of {judge} (but of {', '.join(names) or 'nobody'})")
+            wanted = f"none of {judge}" if judge else "choose one with --judge NAME"
+            raise ValueError(f"{examples(lines)} holds replies of {' and '.join(names) or 'no judge'}; {wanted}")
         return judge
 
     def _recorded_chains(
@@ -275,27 +275,10 @@ def read_judgements(path: Path) -> list[dict[str, Any]]:
     """
     if path.is_file() and not path.stat().st_size:
         return []
-    *lines, last = read_text(path).split("\n")
-    try:
-        lines += [last] if json.loads(last or "0") else []
-    except json.JSONDecodeError:
-        print(f"note: {path}, line {len(lines) + 1} is cut off and was left out", file=sys.stderr)
-    records = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            records.append(parse_line(line, where))
-            expect(records[-1], _LINE, where)
-            _check_optional(records[-1], where)
-    return records
-
-
-def _check_optional(record: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError if what need not be there is of another kind; null is as good as absent."""
-    given = {name: record[name] for name in _OPTIONAL if record.get(name) is not None}
-    expect(given, {name: _OPTIONAL[name] for name in given}, where)
-    if given.get("usage", {}).get("total_tokens") is not None:
-        expect(given["usage"], {"total_tokens": int}, f"{where}: usage")
+    lines, note = read_lines(path)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
+    return [expect(line, _LINE, f"{path}, line {line.number}") for line in lines]
 
 
 def check_foreign_ids(file: Path, found: Iterable[int | str], items: Sequence[Item]) -> None:
@@ -322,8 +305,7 @@ def _all(
         try:
             for future in tqdm(as_completed(futures), total=len(futures), desc=title, unit="answer"):
                 future.result()
-        except BaseException:
+        finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)  # requests under way come back and are kept
-            raise
         return [future.result() for future in futures]

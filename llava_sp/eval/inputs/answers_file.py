@@ -1,0 +1,97 @@
+"""A finished answers file as LLaVA writes it: one JSON object per line, `{"question_id", "prompt", "text", ...}`."""
+
+from __future__ import annotations
+
+import json
+from codecs import BOM_UTF8
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from llava_sp.common.files import decode, parse_lines, read_bytes
+from llava_sp.common.schema import expect
+from llava_sp.eval.inputs.checks import compare_ids
+
+
+class Question(Protocol):
+    @property
+    def id(self) -> int | str: ...
+
+
+def read_answers(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """Reads a finished answers file.
+
+    Returns: the lines, and a note if a half-written last line had to be left out (the file itself is not changed).
+
+    Raises:
+        ValueError: naming the line, for broken JSON anywhere else or a line without `question_id` and text.
+    """
+    if read_bytes(path).removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+        raise ValueError(
+            f"{path} is a JSON list (a submission file?); expected LLaVA's answers file, one object per line"
+        )
+    records, note = read_lines(path)
+    for record in records:
+        expect(record, {"question_id": (int, str), "text": str}, f"{path}, line {record.number}")
+    return records, note
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """The lines of a file that a process may have been killed while writing, and a note if the last one is cut off."""
+    content, note = read_bytes(path), None
+    end = content.rfind(b"\n") + 1
+    try:
+        json.loads(content[end:].decode("utf-8-sig") or "0")
+    except ValueError as error:  # cut off, maybe within a character; of another encoding `decode` names the position
+        if not isinstance(error, UnicodeDecodeError) or error.reason == "unexpected end of data":
+            number, shown = content.count(b"\n") + 1, content[end:].decode("utf-8-sig", errors="replace")[:60]
+            note = f"{path}, line {number} is cut off and was left out: {shown!r}"
+            content = content[:end]
+    return parse_lines(decode(content, path), path), note
+
+
+def check_questions(items: Sequence[Question], questions: Sequence[str], records: Sequence[dict[str, Any]]) -> None:
+    """Raises ValueError if an answer's line records a prompt that does not hold the question its id has here.
+
+    Ids of different splits and languages can be the same numbers. Case and spaces do not count; lines without `prompt` and
+    questions without words are passed over.
+    """
+    asked = {str(item.id): _plain(question) for item, question in zip(items, questions)}
+    wrong = []
+    for record in records:
+        prompt, question = record.get("prompt"), asked.get(str(record["question_id"]), "")
+        if isinstance(prompt, str) and prompt.strip() and question not in _plain(prompt):
+            wrong.append((record, question))
+    if wrong:
+        record, question = wrong[0]
+        raise ValueError(
+            f"{len(wrong)} of {len(records)} answers are to other questions than their ids have here (another split, language "
+            f"or version?): line {getattr(record, 'number', '?')}, question {record['question_id']} was asked as "
+            f"{' '.join(record['prompt'].split())[:80]!r}, here it is {question[:80]!r}"
+        )
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def match_by_question_id(items: Sequence[Question], records: Sequence[dict[str, Any]], what: str) -> list[str]:
+    """The answers in the order of the items.
+
+    Raises:
+        ValueError: for ids that occur twice, that the data do not have (answers of another split), or that are
+            missing, each with count and examples.
+    """
+    ids = [str(record["question_id"]) for record in records]
+    trouble = compare_ids(ids, [str(item.id) for item in items])
+    if trouble:
+        lines: dict[str, list[Any]] = {}
+        for i, record in zip(ids, records):
+            lines.setdefault(i, []).append(getattr(record, "number", "?"))
+        twice = [f". {i} is on lines {n[0]} and {n[1]}" for i, n in lines.items() if len(n) > 1]
+        raise ValueError(
+            f"the {len(records)} answers do not fit the {len(items)} questions of {what} (answers of another split or data "
+            f"set?): {trouble}{''.join(twice[:1])}"
+        )
+    texts = {i: record["text"] for i, record in zip(ids, records)}
+    return [texts[str(item.id)] for item in items]
