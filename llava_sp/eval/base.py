@@ -164,17 +164,19 @@ class Benchmark(ABC):
         return cls(split=args.split, protocol=args.protocol, images=args.images)
 
     def read_json(self, path: Path, spec: Spec = Any) -> Any:
+        """The content of a JSON file that fits `spec` (see `llava_sp.common.schema`)."""
         self.files.append(path)
         return read_json(path, spec)
 
-    def read_jsonl(self, path: Path) -> list[dict[str, Any]]:
+    def read_jsonl(self, path: Path, spec: Spec = dict) -> list[Line]:
+        """The lines of a JSONL file, each of which fits `spec`; at least one."""
         self.files.append(path)
-        return read_jsonl(path)
+        return read_jsonl(path, spec)
 
-    def read_table(self, path: Path, delimiter: str) -> list[Line]:
-        """The rows of a CSV or TSV file with a header, {column: text}."""
+    def read_table(self, path: Path, delimiter: str, spec: Spec = dict) -> list[Line]:
+        """The rows of a CSV or TSV file with a header, {column: text}, each of which fits `spec`; at least one."""
         self.files.append(path)
-        return read_table(path, delimiter)
+        return read_table(path, delimiter, spec)
 
     def under(self, protocol: str) -> Benchmark:
         """The same benchmark, with what was loaded, under another protocol's rule for scores."""

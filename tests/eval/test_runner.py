@@ -97,9 +97,9 @@ def test_answers_of_other_settings_are_refused(tmp_path):
         )
 
     assert (run("a"), run("a")) == (4, 0)
-    with pytest.raises(ValueError, match="rank-00000.jsonl, line 1 is an answer of a run with other settings"):
+    with pytest.raises(ValueError, match="rank-00000.jsonl, line 1 was answered with other settings"):
         run("b")
-    with pytest.raises(ValueError, match="line 1 is an answer of a run with other settings"):
+    with pytest.raises(ValueError, match="line 1 was answered with other settings"):
         merge(fake.Fake(), items, tmp_path, model_id="fake", settings_id="b")
     log.write_text('{"text": "no key"}\n')
     with pytest.raises(ValueError, match="rank-00000.jsonl, line 1 has no key; it has text"):

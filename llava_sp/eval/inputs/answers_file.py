@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from llava_sp.common.files import decode, parse_lines, read_bytes
-from llava_sp.common.schema import expect
+from llava_sp.common.files import Line, decode, parse_lines, read_bytes
+from llava_sp.common.schema import Spec
 from llava_sp.eval.inputs.checks import compare_ids
 
 
@@ -18,7 +18,7 @@ class Question(Protocol):
     def id(self) -> int | str: ...
 
 
-def read_answers(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+def read_answers(path: Path) -> tuple[list[Line], str | None]:
     """Reads a finished answers file.
 
     Returns: the lines, and a note if a half-written last line had to be left out (the file itself is not changed).
@@ -30,14 +30,11 @@ def read_answers(path: Path) -> tuple[list[dict[str, Any]], str | None]:
         raise ValueError(
             f"{path} is a JSON list (a submission file?); expected LLaVA's answers file, one object per line"
         )
-    records, note = read_lines(path)
-    for record in records:
-        expect(record, {"question_id": (int, str), "text": str}, f"{path}, line {record.number}")
-    return records, note
+    return read_lines(path, {"question_id": (int, str), "text": str})
 
 
-def read_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """The lines of a file that a process may have been killed while writing, and a note if the last one is cut off."""
+def read_lines(path: Path, spec: Spec) -> tuple[list[Line], str | None]:
+    """The lines of a file whose last one may be cut off, by SIGKILL while it was written; then a note says so."""
     content, note = read_bytes(path), None
     end = content.rfind(b"\n") + 1
     try:
@@ -47,7 +44,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], str | None]:
             number, shown = content.count(b"\n") + 1, content[end:].decode("utf-8-sig", errors="replace")[:60]
             note = f"{path}, line {number} is cut off and was left out: {shown!r}"
             content = content[:end]
-    return parse_lines(decode(content, path), path), note
+    return parse_lines(decode(content, path), path, spec), note
 
 
 def check_questions(items: Sequence[Question], questions: Sequence[str], records: Sequence[dict[str, Any]]) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp.common.files import decode, lock, parse_lines
-from llava_sp.common.schema import expect
 
 
 class AnswerLog:
@@ -62,10 +61,10 @@ def read_logs(folder: Path, settings: str | None = None) -> dict[str, dict[str, 
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("rank-*.jsonl")):
         content = path.read_bytes()
-        for record in parse_lines(decode(content[: content.rfind(b"\n") + 1], path), path):
-            where = f"{path}, line {record.number}"
-            expect(record, {"key": str, "text": str}, where)
+        for record in parse_lines(decode(content[: content.rfind(b"\n") + 1], path), path, {"key": str, "text": str}):
             if settings is not None and record.get("settings", settings) != settings:
-                raise ValueError(f"{where} is an answer of a run with other settings: give another --output")
+                raise ValueError(
+                    f"{path}, line {record.number} was answered with other settings: give another --output"
+                )
             found.setdefault(record["key"], record)
     return found

@@ -38,8 +38,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llava_sp.common.files import examples, sha256
-from llava_sp.common.schema import expect
+from llava_sp.common.files import Line, examples, sha256
 from llava_sp.eval.base import Benchmark, Item, Scores
 from llava_sp.eval.inputs.answers_file import read_lines
 from llava_sp.eval.inputs.checks import compare_ids
@@ -268,17 +267,17 @@ class JudgedBenchmark(Benchmark):
         return [*super().summary(scores), f"judge: {about['model']}{date}, {runs}, prompt: {about['prompt']}"]
 
 
-def read_judgements(path: Path) -> list[dict[str, Any]]:
+def read_judgements(path: Path) -> list[Line]:
     """The lines of a file of judgements; a half-written last line is left out, as are empty ones.
 
     Raises ValueError naming the line, for broken JSON or missing fields anywhere else.
     """
     if path.is_file() and not path.stat().st_size:
         return []
-    lines, note = read_lines(path)
+    lines, note = read_lines(path, _LINE)
     if note:
         print(f"note: {note}", file=sys.stderr)
-    return [expect(line, _LINE, f"{path}, line {line.number}") for line in lines]
+    return lines
 
 
 def check_foreign_ids(file: Path, found: Iterable[int | str], items: Sequence[Item]) -> None:
