@@ -95,7 +95,7 @@ class Source:
     def model(self, dtype: str, device: torch.device) -> Any:
         """The model in evaluation mode, LoRA merged. Raises ValueError for a backbone of the wrong kind, naming the argument."""
         try:
-            model = LlavaSPForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, dtype), **self.overrides)
+            model: Any = LlavaSPForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, dtype), **self.overrides)
         except ValueError as error:
             raise ValueError(self._explained(str(error))) from error
         return merge_lora(model.to(device).eval())

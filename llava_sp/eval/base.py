@@ -40,7 +40,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from llava_sp.common.files import Line, read_json, read_jsonl, read_table
 from llava_sp.common.schema import Spec
@@ -119,6 +119,9 @@ class Scores:
     counted: str = "questions"
 
 
+B = TypeVar("B", bound="Benchmark")
+
+
 class Benchmark(ABC):
     """Base class; see the module's docstring for a whole example."""
 
@@ -132,7 +135,7 @@ class Benchmark(ABC):
     published_on: str = ""  # of what, where a local score is not comparable: "test-dev, from the server"
     folders: ClassVar[tuple[str, ...]] = ()  # other names of the data folder than `name`, as in LLaVA's layout
     submission_label: ClassVar[str] = "to submit"  # what the file of `submission` is for
-    unscored: ClassVar[str] = "only the server can score them"
+    unscored: str = "only the server can score them"
     conversation_template: str | None = None  # None is the checkpoint's own
     image_aspect_ratio: str | None = None  # "pad" or "crop"; None is the checkpoint's own
 
@@ -160,7 +163,7 @@ class Benchmark(ABC):
         """Adds the benchmark's own command-line arguments, for `from_arguments` to use."""
 
     @classmethod
-    def from_arguments(cls, args: argparse.Namespace) -> Benchmark:
+    def from_arguments(cls: type[B], args: argparse.Namespace) -> B:
         return cls(split=args.split, protocol=args.protocol, images=args.images)
 
     def read_json(self, path: Path, spec: Spec = Any) -> Any:
@@ -178,7 +181,7 @@ class Benchmark(ABC):
         self.files.append(path)
         return read_table(path, delimiter, spec)
 
-    def under(self, protocol: str) -> Benchmark:
+    def under(self: B, protocol: str) -> B:
         """The same benchmark, with what was loaded, under another protocol's rule for scores."""
         other = copy.copy(self)
         other.protocol = protocol
@@ -201,7 +204,7 @@ class Benchmark(ABC):
         """The fields of the item's answer line that do not depend on the answer."""
         return {"question_id": item.id, "prompt": self.prompt(item)}
 
-    def read_answers(self, path: Path) -> tuple[list[dict[str, Any]], str | None]:
+    def read_answers(self, path: Path) -> tuple[Sequence[dict[str, Any]], str | None]:
         """The lines of a finished answers file, and a note if one had to be left out; see `answers_file.read_answers`."""
         return read_answers(path)
 

@@ -48,7 +48,7 @@ class Run:
     score: float
     protocol: str
     split: str | None
-    items: list[dict[str, Any]]
+    items: Sequence[dict[str, Any]]
     judge: str | None = None
     questions: str | None = None  # hash of ids, prompts and images, where the run recorded it
 
@@ -150,8 +150,8 @@ def bootstrap(
     members = list(units.values())
     rng = np.random.default_rng(seed)
     draws = (rng.integers(len(members), size=len(members)) for _ in range(resamples))
-    means = (Benchmark.headline.__func__, AccuracyBenchmark.headline.__func__)
-    if benchmark.headline.__func__ in means:  # sums of units are enough
+    rule = next(vars(cls)["headline"] for cls in benchmark.__mro__ if "headline" in vars(cls))
+    if rule in (vars(Benchmark)["headline"], vars(AccuracyBenchmark)["headline"]):  # means: sums of units are enough
         gains = np.array([sum(b[i]["score"] - a[i]["score"] for i in unit) for unit in members])
         sizes = np.array([len(unit) for unit in members])
         return np.array([gains[draw].sum() / sizes[draw].sum() for draw in draws])

@@ -63,7 +63,7 @@ def test_example_has_no_submissions_to_validate(colour_qa, data, capsys):
 @pytest.mark.parametrize(
     "ids, message",
     [
-        (["q", "q", 1, "1"], r"keys of colourqa that several questions have: 2 \(q, 1\)"),
+        (["q", "q", 1, "1"], r"2 keys of colourqa occur more than once \(q, 1\)"),
         ([], "holds no questions of colourqa"),
     ],
 )

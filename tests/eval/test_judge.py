@@ -327,7 +327,7 @@ def test_recorded_replies_are_scored_without_a_judge(tmp_path, data, capsys):
     status, out, _ = run(capsys, data, "--judgements", log, "--judge-runs", 1)
     assert json.loads(out)["metrics"]["judge"]["runs"] == 1
     status, _, err = run(capsys, data, "--judgements", log, "--judge-runs", 3)
-    assert status == 2 and "--judge-runs 3, but" in err and "hold 2" in err
+    assert status == 2 and "--judge-runs is 3, but" in err and "hold 2" in err
     lines = read_judgements(log)
     write_lines(tmp_path / "a.jsonl", [line for line in lines if line["run"] == 0])
     write_lines(tmp_path / "b.jsonl", [line for line in lines if line["run"] == 1])
@@ -355,7 +355,7 @@ def test_recorded_replies_that_do_not_fit(tmp_path, data, capsys):
     other = [{**line, "request_sha256": "0" * 64} for line in lines[:2]]
     err = refused([*other, *lines[2:]])
     assert "2 questions were judged by another prompt or setting, or not to the end (1, 2)" in err
-    assert "line 2: run is 'x', not a whole number" in refused([lines[0], {**lines[1], "run": "x"}])
+    assert "line 2: run is 'x'; expected a whole number" in refused([lines[0], {**lines[1], "run": "x"}])
     assert "line 1 has no reply" in refused([{key: value for key, value in lines[0].items() if key != "reply"}])
     assert "40 questions have other answers than were judged (1, 2, 3, ...)" in refused(lines, text="something else")
 

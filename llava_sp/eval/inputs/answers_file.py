@@ -27,9 +27,7 @@ def read_answers(path: Path) -> tuple[list[Line], str | None]:
         ValueError: naming the line, for broken JSON anywhere else or a line without `question_id` and text.
     """
     if read_bytes(path).removeprefix(BOM_UTF8).lstrip().startswith(b"["):
-        raise ValueError(
-            f"{path} is a JSON list (a submission file?); expected LLaVA's answers file, one object per line"
-        )
+        raise ValueError(f"{path} is a JSON list (a submission file?); expected an answers file, one object per line")
     return read_lines(path, {"question_id": (int, str), "text": str})
 
 
@@ -48,28 +46,22 @@ def read_lines(path: Path, spec: Spec) -> tuple[list[Line], str | None]:
 
 
 def check_questions(items: Sequence[Question], questions: Sequence[str], records: Sequence[dict[str, Any]]) -> None:
-    """Raises ValueError if an answer's line records a prompt that does not hold the question its id has here.
-
-    Ids of different splits and languages can be the same numbers. Case and spaces do not count; lines without `prompt` and
-    questions without words are passed over.
-    """
+    """Raises ValueError if the prompt on an answer's line, where there is one, does not hold the question its id has here: ids
+    of different splits and languages can be the same numbers. Case and spaces do not count."""
     asked = {str(item.id): _plain(question) for item, question in zip(items, questions)}
-    wrong = []
-    for record in records:
-        prompt, question = record.get("prompt"), asked.get(str(record["question_id"]), "")
-        if isinstance(prompt, str) and prompt.strip() and question not in _plain(prompt):
-            wrong.append((record, question))
+    pairs = [(record, asked.get(str(record["question_id"]), "")) for record in records if _plain(record.get("prompt"))]
+    wrong = [(record, question) for record, question in pairs if question not in _plain(record["prompt"])]
     if wrong:
         record, question = wrong[0]
         raise ValueError(
             f"{len(wrong)} of {len(records)} answers are to other questions than their ids have here (another split, language "
             f"or version?): line {getattr(record, 'number', '?')}, question {record['question_id']} was asked as "
-            f"{' '.join(record['prompt'].split())[:80]!r}, here it is {question[:80]!r}"
+            f"{record['prompt'][:80]!r}, here it is {question[:80]!r}"
         )
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.lower().split())
+def _plain(text: Any) -> str:
+    return " ".join(text.lower().split()) if isinstance(text, str) else ""
 
 
 def match_by_question_id(items: Sequence[Question], records: Sequence[dict[str, Any]], what: str) -> list[str]:
@@ -86,9 +78,7 @@ def match_by_question_id(items: Sequence[Question], records: Sequence[dict[str, 
         for i, record in zip(ids, records):
             lines.setdefault(i, []).append(getattr(record, "number", "?"))
         twice = [f". {i} is on lines {n[0]} and {n[1]}" for i, n in lines.items() if len(n) > 1]
-        raise ValueError(
-            f"the {len(records)} answers do not fit the {len(items)} questions of {what} (answers of another split or data "
-            f"set?): {trouble}{''.join(twice[:1])}"
-        )
+        counts = f"the {len(records)} answers do not fit the {len(items)} questions of {what}"
+        raise ValueError(f"{counts} (answers of another split or data set?): {trouble}{''.join(twice[:1])}")
     texts = {i: record["text"] for i, record in zip(ids, records)}
     return [texts[str(item.id)] for item in items]

@@ -117,9 +117,7 @@ class LlavaSP(lmms):
         super().__init__()
         if unknown:
             takes = [name for name in inspect.signature(LlavaSP).parameters if name not in ("batch_size", "unknown")]
-            raise ValueError(
-                f"--model llava_sp does not know {', '.join(unknown)}; --model_args takes {', '.join(takes)}"
-            )
+            raise ValueError(f"--model_args holds {', '.join(unknown)}, but takes {', '.join(takes)}")
         expect(given, _ARGUMENTS, "--model llava_sp")
         if conversation_template is not None:
             get_template(conversation_template)
@@ -171,10 +169,8 @@ class LlavaSP(lmms):
                     previous_round_info=notes[index],
                 )
                 if not isinstance(step, tuple) or len(step) != 5:
-                    expected = "not (visuals, text, finished, answers, notes)"
-                    raise ValueError(
-                        f"{queries[index].where}: doc_to_text gave {step!r} for round {round_index}, {expected}"
-                    )
+                    where = f"{queries[index].where}: doc_to_text gave {step!r} for round {round_index}"
+                    raise ValueError(f"{where}, not (visuals, text, finished, answers, notes)")
                 visuals, text, finished, answers, notes[index] = step
                 outputs[index] = outputs[index] if answers is None else list(answers)
                 if finished:
@@ -318,9 +314,7 @@ class LlavaSP(lmms):
         )
         unknown = {name: value for name, value in rest.items() if name not in _KNOWN}
         if unknown:
-            raise ValueError(
-                f"generation_kwargs holds {unknown}; --model llava_sp takes `until` and the arguments of GenerationConfig"
-            )
+            raise ValueError(f"generation_kwargs holds {unknown}, but takes `until` and GenerationConfig's arguments")
         return {**rest, **generation.arguments()}, stops
 
     def _progress(self, count: int) -> tqdm:

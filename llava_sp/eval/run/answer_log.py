@@ -47,9 +47,8 @@ class AnswerLog:
             while rest:
                 rest = rest[self._stream.write(rest) :]
         except OSError as error:
-            raise OSError(
-                f"cannot write {self.path}: {error.strerror}; the same command continues from here"
-            ) from error
+            advice = "the same command continues from here"
+            raise OSError(f"cannot write {self.path}: {error.strerror}; {advice}") from error
 
 
 def read_logs(folder: Path, settings: str | None = None) -> dict[str, dict[str, Any]]:
@@ -63,8 +62,7 @@ def read_logs(folder: Path, settings: str | None = None) -> dict[str, dict[str, 
         content = path.read_bytes()
         for record in parse_lines(decode(content[: content.rfind(b"\n") + 1], path), path, {"key": str, "text": str}):
             if settings is not None and record.get("settings", settings) != settings:
-                raise ValueError(
-                    f"{path}, line {record.number} was answered with other settings: give another --output"
-                )
+                where = f"{path}, line {record.number}"
+                raise ValueError(f"{where} was answered with other settings: give another --output")
             found.setdefault(record["key"], record)
     return found

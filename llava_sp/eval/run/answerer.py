@@ -68,7 +68,7 @@ class ModelAnswerer:
                     opened = open_image(image, f"question {item.id}")
                     pixels[image] = self.processor.preprocess_images([opened])[0]
         cuts = [self._head_length(row) for row in rows]
-        heads = {}  # (images, ids) -> number
+        heads: dict[tuple, int] = {}  # (images, ids) -> number
         head_of = [heads.setdefault((i.images, *row[:cut]), len(heads)) for i, row, cut in zip(items, rows, cuts)]
         if not self.share_images or len(heads) == len(items) or not all(cuts):
             return Batch(
@@ -115,7 +115,7 @@ class ModelAnswerer:
         pixels = {}
         if batch.pixel_values is not None:
             pixels["pixel_values"] = batch.pixel_values.to(device, self.model.dtype)
-        if batch.heads is None:
+        if batch.heads is None or batch.head_of is None:
             return inputs | pixels
         heads, head_of = batch.heads.to(device), batch.head_of.to(device)
         places = positions(heads["attention_mask"])

@@ -43,9 +43,7 @@ def load_items(benchmark: Benchmark, data: Path) -> list[Item]:
         raise ValueError(f"{data} holds no questions of {benchmark.name}")
     twice = [key for key, count in Counter(item.key for item in items).items() if count > 1]
     if twice:
-        raise ValueError(
-            f"{data}: keys of {benchmark.name} that several questions have: {len(twice)} ({examples(twice)})"
-        )
+        raise ValueError(f"{data}: {len(twice)} keys of {benchmark.name} occur more than once ({examples(twice)})")
     return items
 
 
@@ -66,25 +64,20 @@ def check_output(output: Path, settings: dict[str, Any], count: int) -> None:
     """Records `settings` in the output folder. Raises ValueError if it holds a run with others, results of unknown origin, or
     results of more than `count` questions, which would be replaced."""
     file, metrics = output / RUN_FILE, output / "metrics.json"
-    if not file.exists():
-        unknown = [name for name in _OUTPUTS if (output / name).exists()]
-        if unknown:
-            raise ValueError(f"{output} holds {', '.join(unknown)} but no {RUN_FILE}: give another --output")
+    changed, found = ["new"], ", ".join(name for name in _OUTPUTS if (output / name).exists())
+    problem = found and f"{found} but no {RUN_FILE}"
+    if file.exists():
+        changed = changed_settings(read_json(file, {"settings": dict})["settings"], settings)
+        held = read_json(metrics).get("provenance", {}).get("count", 0) if metrics.is_file() else 0
+        problem = f"results of {held} questions, and those of {count} would replace them" if held > count else ""
+        if changed and (
+            metrics.exists() or any(log.stat().st_size for log in (output / "answers").glob("rank-*.jsonl"))
+        ):
+            problem = f"a run with other settings: {'; '.join(changed)}"
+    if problem:
+        raise ValueError(f"{output} holds {problem}. Give another --output")
+    if changed:  # also those of an earlier attempt that failed before its first answer
         write_json(file, {"settings": settings, "started": now()})
-        return
-    changed = changed_settings(read_json(file, {"settings": dict})["settings"], settings)
-    holds_results = metrics.exists() or any(log.stat().st_size for log in (output / "answers").glob("rank-*.jsonl"))
-    if changed and holds_results:
-        raise ValueError(
-            f"{output} holds a run with other settings: {'; '.join(changed)}. Give another --output, or remove it"
-        )
-    if changed:  # an earlier attempt that failed before its first answer
-        write_json(file, {"settings": settings, "started": now()})
-    held = read_json(metrics).get("provenance", {}).get("count", 0) if metrics.is_file() else 0
-    if held > count:
-        raise ValueError(
-            f"{output} holds results of {held} questions, and those of {count} would replace them: give another --output"
-        )
 
 
 def changed_settings(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

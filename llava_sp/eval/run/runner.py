@@ -68,10 +68,8 @@ def generate_answers(
         for item in share:
             before = done.get(item.key, {}).get("image_bytes")
             if before is not None and before != image_bytes(item):
-                raise ValueError(
-                    f"question {item.id} was answered with images of {before} bytes, now they have {image_bytes(item)}: other images "
-                    "under the same names? Give another --output"
-                )
+                sizes = f"images of {before} bytes, now they have {image_bytes(item)}"
+                raise ValueError(f"question {item.id} was answered with {sizes}: give another --output")
         todo = in_order(benchmark, [item for item in share if item.key not in done])
         if not todo:
             return 0
@@ -131,9 +129,7 @@ def merge(
     logged = read_logs(output / LOGS, settings_id)
     missing = [item.key for item in items if item.key not in logged]
     if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(items)} items lack an answer ({examples(missing)}); run the command again"
-        )
+        raise ValueError(f"{len(missing)} of {len(items)} items lack an answer ({examples(missing)}): run it again")
     answers = [logged[item.key]["text"] for item in items]
     lines = []
     for item, text in zip(items, answers):

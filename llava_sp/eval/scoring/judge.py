@@ -34,7 +34,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -62,6 +62,7 @@ _LINE = {
 }
 _CARRIED = ("split", "protocol", "rules", "judge_prompt", "grader_prompt")  # arguments that the later command needs too
 
+J = TypeVar("J", bound="JudgedBenchmark")
 Run = dict[str, list[str]]  # item key -> the judge's replies to its answer, in the order of the attempts
 
 
@@ -70,10 +71,9 @@ class JudgedBenchmark(Benchmark):
 
     wording = "llava_sp"  # whose prompt the judge gets; the instance names a file that replaces it
     options = JudgeOptions()
-    judged: Sequence[Run] | None = None
-    about_judge: Mapping[str, Any] | None = None  # for metrics.json
-    _args: argparse.Namespace | None = None
-    _output: Path | None = None
+    judged: Sequence[Run] | None = None  # set by `judge`
+    about_judge: dict[str, Any] | None = None  # for metrics.json; set by `judge`
+    args: argparse.Namespace | None = None  # for the command that judges later
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -88,9 +88,9 @@ class JudgedBenchmark(Benchmark):
         add("--judgements", metavar="FILE", type=Path, nargs="+", help="score these recorded replies, without requests")
 
     @classmethod
-    def from_arguments(cls, args: argparse.Namespace) -> JudgedBenchmark:
+    def from_arguments(cls: type[J], args: argparse.Namespace) -> J:
         benchmark = super().from_arguments(args)
-        benchmark._args = args
+        benchmark.args = args
         benchmark.options = JudgeOptions.from_arguments(args)
         return benchmark
 
@@ -108,18 +108,19 @@ class JudgedBenchmark(Benchmark):
         Raises:
             ValueError: the judge gives no reply, or recorded replies do not fit; the message says what to do.
         """
-        self._output = output
         pairs = list(zip(items, answers))
         own = output / JUDGEMENTS if output else None
-        if self.options.asks:
-            self._ask(pairs, own)
+        if self.options.asks and own:
+            self.judged, self.about_judge = self._ask(pairs, own)
         elif self.options.recorded:
-            self._read(pairs, self.options.recorded)
+            self.judged, self.about_judge = self._read(pairs, self.options.recorded)
         elif own and own.is_file() and own.stat().st_size:
             print(f"note: scored by the replies in {own}", file=sys.stderr)
-            self._read(pairs, [own])
+            self.judged, self.about_judge = self._read(pairs, [own])
+        else:
+            self.unscored = self._how_to_judge_later(output or "DIR")
 
-    def _ask(self, pairs: Sequence[tuple[Item, str]], file: Path) -> None:
+    def _ask(self, pairs: Sequence[tuple[Item, str]], file: Path) -> tuple[list[Run], dict[str, Any]]:
         options, lock, stop = self.options, threading.Lock(), threading.Event()
         with AnswerLog(file) as log:
             found = _by_place(read_judgements(file))
@@ -128,7 +129,7 @@ class JudgedBenchmark(Benchmark):
 
             def work(run: int, item: Item, answer: str) -> list[dict[str, Any]]:
                 def line(attempt: int, request: Request) -> dict[str, Any]:
-                    digest = request.sha256(options.model)
+                    digest = request.sha256(options.model or "")
                     place = (item.key, run, attempt, digest)
                     if place not in found:
                         about = {"key": item.key, "question_id": item.id, "run": run, "attempt": attempt}
@@ -142,19 +143,19 @@ class JudgedBenchmark(Benchmark):
                 return self._chain(item, answer, line)
 
             lines = _all(work, tasks, options.concurrency, stop, f"judged by {options.model}")
-        self._set_runs([(run, item.key) for run, item, _ in tasks], lines)
+        return self._runs([(run, item.key) for run, item, _ in tasks], lines)
 
-    def _read(self, pairs: Sequence[tuple[Item, str]], files: Sequence[Path]) -> None:
+    def _read(self, pairs: Sequence[tuple[Item, str]], files: Sequence[Path]) -> tuple[list[Run], dict[str, Any]]:
         """Scores recorded replies; the runs of several files are runs of one judgement."""
         items = [item for item, _ in pairs]
-        foreign = [self.foreign_runs(file, items) for file in files]
-        if all(foreign):
-            self.judged = [run for runs, _ in foreign for run in runs][: self.options.runs]
-            names = sorted({name for _, names in foreign for name in names})
-            self.about_judge = {"model": ", ".join(names) or "not recorded", "answered_by": names, "date": None}
-            self.about_judge |= {"prompt": "not recorded", "runs": len(self.judged)}
-        elif any(foreign):
+        foreign = [found for file in files if (found := self.foreign_runs(file, items)) is not None]
+        if foreign and len(foreign) < len(files):
             raise ValueError(f"the files of --judgements are not all of one kind: {', '.join(map(str, files))}")
+        if foreign:
+            judged = [run for runs, _ in foreign for run in runs][: self.options.runs]
+            names = sorted({name for _, names in foreign for name in names})
+            about: dict[str, Any] = {"model": ", ".join(names) or "not recorded", "answered_by": names, "date": None}
+            about |= {"prompt": "not recorded", "runs": len(judged)}
         else:
             lines = {file: read_judgements(file) for file in files}
             judge = self._only_judge(lines)
@@ -164,18 +165,18 @@ class JudgedBenchmark(Benchmark):
                     if line["judge"] == judge:
                         runs.setdefault((file, line["run"]), []).append(line)
             places, chains = [], []
-            for (file, run), found in list(runs.items())[: self.options.runs]:
+            for (file, run), replies in list(runs.items())[: self.options.runs]:
                 places += [((file, run), item.key) for item in items]
-                chains += self._recorded_chains(f"{file}, run {run}", judge, found, pairs)
-            self._set_runs(places, chains)
-        self.about_judge["files"] = {str(file): sha256(file) for file in files}
-        if self.options.runs and len(self.judged) < self.options.runs:
-            raise ValueError(f"--judge-runs {self.options.runs}, but {examples(files)} hold {len(self.judged)}")
+                chains += self._recorded_chains(f"{file}, run {run}", judge, replies, pairs)
+            judged, about = self._runs(places, chains)
+        if self.options.runs and len(judged) < self.options.runs:
+            raise ValueError(f"--judge-runs is {self.options.runs}, but {examples(files)} hold {len(judged)}")
+        return judged, about | {"files": {str(file): sha256(file) for file in files}}
 
     def _only_judge(self, lines: Mapping[Path, Sequence[dict[str, Any]]]) -> str:
         """The judge whose replies count: that of --judge, or the only one there is."""
         names = sorted({line["judge"] for found in lines.values() for line in found})
-        judge = self.options.model or (names[0] if len(names) == 1 else None)
+        judge = self.options.model or (names[0] if len(names) == 1 else "")
         if judge not in names:
             wanted = f"none of {judge}" if judge else "choose one with --judge NAME"
             raise ValueError(f"{examples(lines)} holds replies of {' and '.join(names) or 'no judge'}; {wanted}")
@@ -187,13 +188,17 @@ class JudgedBenchmark(Benchmark):
         """The recorded replies of one run to each answer. Raises ValueError with counts if some do not fit."""
         found = {(key, attempt, digest): line for (key, _, attempt, digest), line in _by_place(lines).items()}
         judged: dict[str, set[str]] = {}
-        for line in lines:
-            judged.setdefault(line["key"], set()).add(line["answer_sha256"])
+        for reply in lines:
+            judged.setdefault(reply["key"], set()).add(reply["answer_sha256"])
         chains: list[list[dict[str, Any]]] = []
         missing: dict[str, list[int | str]] = {}
         for item, answer in pairs:
+
+            def line(attempt: int, request: Request, key: str = item.key) -> dict[str, Any]:
+                return found[key, attempt, request.sha256(judge)]
+
             try:
-                chains.append(self._chain(item, answer, lambda n, r, key=item.key: found[key, n, r.sha256(judge)]))
+                chains.append(self._chain(item, answer, line))
             except KeyError:
                 if item.key not in judged:
                     trouble = "were not judged"
@@ -217,35 +222,34 @@ class JudgedBenchmark(Benchmark):
             lines.append(line(len(lines), request))
         return lines
 
-    def _set_runs(self, places: Sequence[tuple[Any, str]], chains: Sequence[list[dict[str, Any]]]) -> None:
+    def _runs(
+        self, places: Sequence[tuple[Any, str]], chains: Sequence[list[dict[str, Any]]]
+    ) -> tuple[list[Run], dict[str, Any]]:
+        """The runs, and what metrics.json says of the judge."""
         runs: dict[Any, Run] = {}
         for (run, key), lines in zip(places, chains):
             runs.setdefault(run, {})[key] = [line["reply"] for line in lines]
-        self.judged = list(runs.values())
         lines = [line for chain in chains for line in chain]
         dates = sorted(line["date"] for line in lines if line.get("date"))
-        self.about_judge = {
+        return list(runs.values()), {
             "model": lines[0]["judge"],
             "answered_by": sorted({line["answered_by"] for line in lines if line.get("answered_by")}),
             "url": ", ".join(sorted({line["url"] for line in lines if line.get("url")})),
             "date": dates[-1] if dates else None,
             "first_date": dates[0] if dates else None,
             "prompt": self.wording,
-            "runs": len(self.judged),
+            "runs": len(runs),
             "replies": len(lines),
             "tokens": sum((line.get("usage") or {}).get("total_tokens") or 0 for line in lines),
         }
 
     def replies(self, item: Item) -> list[list[str]]:
         """The judge's replies to an item's answer, run by run."""
-        return [run[item.key] for run in self.judged]
+        return [run[item.key] for run in self.judged or ()]
 
-    @property
-    def unscored(self) -> str:
-        """How to score later, for the command line to print."""
-        given = vars(self._args) if self._args else {}
+    def _how_to_judge_later(self, output: Path | str) -> str:
+        given = vars(self.args) if self.args else {}
         answers = given.get("answers")
-        output = self._output or "DIR"
         if not answers:
             answers, output = f"{output}/answers.jsonl", f"{output}/judged"
         command = ["python", "-m", f"llava_sp.eval.{self.name}", "--answers", answers, "--data", self.data]

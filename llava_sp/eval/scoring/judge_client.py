@@ -156,7 +156,7 @@ class JudgeClient:
 
     def _once(self, request: Request) -> dict[str, Any]:
         start = time.perf_counter()
-        completion = self._client.chat.completions.create(model=self._options.model, **request.arguments())
+        completion = self._client.chat.completions.create(model=self._options.model or "", **request.arguments())
         try:
             choice = completion.choices[0]
             content = choice.message.content
