@@ -56,7 +56,7 @@ def check_questions(items: Sequence[Question], questions: Sequence[str], records
         raise ValueError(
             f"{len(wrong)} of {len(records)} answers are to other questions than their ids have here (another split, language "
             f"or version?): line {getattr(record, 'number', '?')}, question {record['question_id']} was asked as "
-            f"{record['prompt'][:80]!r}, here it is {question[:80]!r}"
+            f"{' '.join(record['prompt'].split())[:80]!r}, here it is {question[:80]!r}"
         )
 
 
