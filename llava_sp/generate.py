@@ -3,7 +3,7 @@
     python -m llava_sp.generate --model M --image x.jpg --prompt "What is in the image?"
     python -m llava_sp.generate --model M --image a.jpg --image b.jpg --prompt "What changed?" --temperature 0.7
 
-The images go in front of the question, or where <image> stands in it. Decoding is greedy unless --temperature or
+The images go in front of the question, or where <image> is in it. Decoding is greedy unless --temperature or
 --top-p is given. The answer goes to standard output, everything else to standard error. Exit status: 0 done, 2 something to
 put right (the message says what), 130 interrupted.
 """

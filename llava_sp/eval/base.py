@@ -242,7 +242,7 @@ class Benchmark(ABC):
         return [f"{name:{width}}  {c.score:6.2f}  ({c.count} questions)" for name, c in scores.categories.items()]
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], output: Path) -> Path | None:
-        """Writes the file that the evaluation server wants into folder `output`; None where there is no server."""
+        """Writes the file that the evaluation server wants into folder `output`; None if there is no server."""
         return None
 
     def validate(self, file: Path, data: Path) -> str:

@@ -8,7 +8,7 @@ Of every score the protocol is part: whose prompts, generation settings and scor
 are several, `scored_as` in metrics.json holds the score of the same answers under each one's scoring rule.
 
 Under `torchrun`, `accelerate launch` or `deepspeed` the questions are shared among the processes. The same command again
-goes on where the last one stopped. What it writes:
+continues where the last one stopped. What it writes:
 
     O/metrics.json     score (the headline figure as published), categories, metrics (all other figures), provenance
     O/per_item.jsonl   the score of each item

@@ -17,15 +17,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from llava_sp.common.command import check_arguments, command_parser, run_command
 from llava_sp.common.files import examples, read_json, read_jsonl, write_json
 from llava_sp.eval.base import Benchmark
 from llava_sp.eval.run.registry import benchmark_names, load_benchmark
 from llava_sp.eval.scoring.vqa import AccuracyBenchmark
+
+if TYPE_CHECKING:
+    import numpy as np
 
 RESAMPLES = 2000
 _METRICS = {
@@ -98,6 +99,8 @@ def compare(a: Run, b: Run, resamples: int = RESAMPLES, seed: int = 0) -> Compar
     problem = _difference(a, b)
     if problem:
         raise ValueError(f"{a.folder} and {b.folder} do not compare: {problem}")
+    import numpy as np  # after the arguments are parsed
+
     differences = bootstrap(a.benchmark, a.items, b.items, resamples, seed)
     low, high = np.percentile(differences, [2.5, 97.5])
     pairs = list(zip(a.items, b.items))
@@ -144,6 +147,8 @@ def bootstrap(
     benchmark: type[Benchmark], a: Sequence[dict], b: Sequence[dict], resamples: int, seed: int
 ) -> np.ndarray:
     """Differences of the headline [resamples]: the same units of both runs drawn, with replacement."""
+    import numpy as np
+
     units: dict[Any, list[int]] = {}
     for position, record in enumerate(a):
         units.setdefault(record.get("unit", ("item", position)), []).append(position)

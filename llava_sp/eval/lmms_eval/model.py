@@ -185,7 +185,7 @@ class LlavaSP(lmms):
         Requests are `(text, answer or doc_to_target, doc_to_visual, doc_id, task, split)`, or `(text, answer)` for an
         answer without its question (`acc_mutual_info`). The number is what `likelihood` says.
         """
-        # lmms-eval 0.7 to 0.7.3 turns a bare pair into its text, and multiple choice then fails; a GenerationResult
+        # lmms-eval 0.7 to 0.7.3 turns a plain pair into its text, and multiple choice then fails; a GenerationResult
         # goes through as it is.
         collator = Collator(
             [request.args for request in requests], sort_fn=lambda args: (-len(str(args[0])), *map(str, args[3:]))

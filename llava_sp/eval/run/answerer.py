@@ -42,7 +42,7 @@ class ModelAnswerer:
     """Answers items in batches, left padded, with one call of `generate` per batch.
 
     Questions about the same images begin with the same tokens: system text, then the images. Within a batch that beginning
-    goes through vision tower, projector and language model once, and all questions go on from its key-value cache.
+    goes through vision tower, projector and language model once, and all questions continue from its key-value cache.
     """
 
     def __init__(
