@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -109,7 +110,7 @@ def by_runner(
     generate_answers(
         benchmark,
         items,
-        lambda: ModelAnswerer(model, processor, benchmark, generation, share_images=share),
+        ModelAnswerer(SimpleNamespace(model=model), processor, benchmark, generation, share_images=share),
         folder,
         batch_size=batch,
         processes=Processes(),

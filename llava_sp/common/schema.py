@@ -96,7 +96,7 @@ def _problems(value: Any, spec: Spec, path: str) -> Iterator[tuple[str, str]]:
     """(path to the value, what is wrong with it) of everything that does not fit."""
     if isinstance(spec, tuple):
         if not any(fits(value, one) for one in spec):
-            alike = [one for one in spec if isinstance(one, (dict, list)) and isinstance(value, type(one))]
+            alike = [one for one in spec if isinstance(one, dict) and isinstance(value, dict)]
             yield next(_problems(value, alike[0], path)) if len(alike) == 1 else (path, _wrong(value, spec))
     elif isinstance(spec, Check):
         inner = list(_problems(value, spec.spec, path))

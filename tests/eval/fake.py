@@ -53,7 +53,7 @@ def main() -> None:
             generate_answers(
                 benchmark,
                 items,
-                lambda: Echo(seconds),
+                Echo(seconds),
                 output,
                 batch_size=batch_size,
                 processes=processes,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -51,7 +53,7 @@ def answered(opened, items: list[Item], share_images: bool, **changes) -> tuple[
     """The answers to one batch, and how many images the vision tower saw."""
     model, processor = opened
     generation = Generation(max_new_tokens=12, **changes)
-    answerer = ModelAnswerer(model, processor, Plain(), generation, share_images=share_images)
+    answerer = ModelAnswerer(SimpleNamespace(model=model), processor, Plain(), generation, share_images=share_images)
     seen = []
     hook = model.model.vision_tower.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
@@ -100,7 +102,7 @@ def test_sampled_answers_depend_on_seed_and_prompt_alone(opened, files):
 
     def draw(seed: int, order: list[Item]) -> dict[int, str]:
         generation = Generation(max_new_tokens=12, do_sample=True, temperature=1.5)
-        answerer = ModelAnswerer(model, processor, Plain(), generation, seed)
+        answerer = ModelAnswerer(SimpleNamespace(model=model), processor, Plain(), generation, seed)
         return {item.id: answerer.answer(answerer.prepare([item]))[0] for item in order}
 
     torch.manual_seed(7)

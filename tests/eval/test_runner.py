@@ -33,7 +33,7 @@ def run_all(output: Path, count: int, world: int = 1, batch_size: int = 4) -> by
         generate_answers(
             fake.Fake(),
             items,
-            fake.Echo,
+            fake.Echo(),
             output,
             batch_size=batch_size,
             processes=Processes(rank, world, rank),
@@ -63,7 +63,7 @@ def test_answer_lines_are_llavas(tmp_path):
 
 def test_batches_are_sorted_by_length_longest_first(tmp_path):
     items, echo = fake.make_items(20), fake.Echo()
-    generate_answers(fake.Fake(), items, lambda: echo, tmp_path, batch_size=6, processes=Processes(), progress=False)
+    generate_answers(fake.Fake(), items, echo, tmp_path, batch_size=6, processes=Processes(), progress=False)
     assert [len(batch) for batch in echo.batches] == [6, 6, 6, 2]
     lengths = {item.key: len(item.text) for item in items}
     order = [lengths[key] for batch in echo.batches for key in batch]
@@ -73,9 +73,7 @@ def test_batches_are_sorted_by_length_longest_first(tmp_path):
 def test_nothing_left_loads_no_model(tmp_path):
     first = run_all(tmp_path, 9, world=2)
 
-    def must_not_be_called():
-        raise AssertionError("the model was loaded although every item is answered")
-
+    must_not_be_called = object()  # without `prepare` and `answer`
     for world in (1, 4):
         for rank in range(world):
             answered = generate_answers(
@@ -93,7 +91,7 @@ def test_answers_of_other_settings_are_refused(tmp_path):
     def run(settings: str) -> int:
         about = {"settings": settings}
         return generate_answers(
-            fake.Fake(), items, fake.Echo, tmp_path, batch_size=2, processes=Processes(), progress=False, about=about
+            fake.Fake(), items, fake.Echo(), tmp_path, batch_size=2, processes=Processes(), progress=False, about=about
         )
 
     assert (run("a"), run("a")) == (4, 0)
@@ -113,7 +111,13 @@ def test_other_images_under_the_same_names_are_refused(tmp_path):
 
     def run(count: int) -> int:
         return generate_answers(
-            fake.Fake(), items[:count], fake.Echo, tmp_path / "out", batch_size=2, processes=Processes(), progress=False
+            fake.Fake(),
+            items[:count],
+            fake.Echo(),
+            tmp_path / "out",
+            batch_size=2,
+            processes=Processes(),
+            progress=False,
         )
 
     assert run(2) == 2
@@ -168,7 +172,7 @@ def test_lock_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
 
 def test_merge_names_what_is_missing(tmp_path):
     items = fake.make_items(7)
-    generate_answers(fake.Fake(), items[:2], fake.Echo, tmp_path, batch_size=2, processes=Processes(), progress=False)
+    generate_answers(fake.Fake(), items[:2], fake.Echo(), tmp_path, batch_size=2, processes=Processes(), progress=False)
     with pytest.raises(ValueError, match=r"5 of 7 items lack an answer \(1002, 1003, 1004, \.\.\.\)"):
         merge(fake.Fake(), items, tmp_path, model_id="fake", settings_id="s")
 
@@ -182,7 +186,7 @@ def test_error_while_preparing_reaches_the_caller(tmp_path):
 
     with pytest.raises(ValueError, match="image 5 is broken"):
         generate_answers(
-            fake.Fake(), fake.make_items(40), Bad, tmp_path, batch_size=4, processes=Processes(), progress=False
+            fake.Fake(), fake.make_items(40), Bad(), tmp_path, batch_size=4, processes=Processes(), progress=False
         )
     kept = len(read_logs(tmp_path / LOGS))
     assert kept >= 4 and kept % 4 == 0

@@ -16,7 +16,7 @@ from transformers import BatchEncoding
 
 from llava_sp.decoding import Generation
 from llava_sp.eval.base import Benchmark, Item
-from llava_sp.inference import answering, open_image, pad_left, positions, render_prompt
+from llava_sp.inference import Engine, answering, open_image, pad_left, positions, render_prompt
 from llava_sp.model.conversation import IMAGE_MARK
 
 
@@ -39,7 +39,7 @@ class Batch:
 
 
 class ModelAnswerer:
-    """Answers items in batches, left padded, with one call of `generate` per batch.
+    """Answers items in batches, left padded, with one call of `generate` per batch; the model is opened with the first.
 
     Questions about the same images begin with the same tokens: system text, then the images. Within a batch that beginning
     goes through vision tower, projector and language model once, and all questions continue from its key-value cache.
@@ -47,14 +47,14 @@ class ModelAnswerer:
 
     def __init__(
         self,
-        model: Any,
+        engine: Engine,
         processor: Any,
         benchmark: Benchmark,
         generation: Generation,
         seed: int = 0,
         share_images: bool = True,
     ):
-        self.model, self.processor, self.benchmark = model, processor, benchmark
+        self.engine, self.processor, self.benchmark = engine, processor, benchmark
         self.generation, self.seed = generation, seed
         self.share_images = share_images and generation.num_beams == 1
 
@@ -92,7 +92,7 @@ class ModelAnswerer:
                 # seeded by run and prompt: the same draw whatever was answered before
                 digest = hashlib.sha256(f"{self.seed}/{inputs['input_ids'].tolist()}".encode()).digest()
                 torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            ids = self.model.generate(**inputs, **self.generation.arguments())
+            ids = self.engine.model.generate(**inputs, **self.generation.arguments())
         texts = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -110,16 +110,17 @@ class ModelAnswerer:
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """Arguments of `generate`; where heads are shared, their key-value cache is among them."""
-        device = self.model.device
+        model = self.engine.model
+        device = model.device
         inputs = dict(batch.prompts.to(device))
         pixels = {}
         if batch.pixel_values is not None:
-            pixels["pixel_values"] = batch.pixel_values.to(device, self.model.dtype)
+            pixels["pixel_values"] = batch.pixel_values.to(device, model.dtype)
         if batch.heads is None or batch.head_of is None:
             return inputs | pixels
         heads, head_of = batch.heads.to(device), batch.head_of.to(device)
         places = positions(heads["attention_mask"])
-        output = self.model(**heads, **pixels, position_ids=places, use_cache=True, logits_to_keep=1)
+        output = model(**heads, **pixels, position_ids=places, use_cache=True, logits_to_keep=1)
         output.past_key_values.batch_select_indices(head_of)
         whole = {name: torch.cat([heads[name][head_of], inputs[name]], dim=1) for name in inputs}
         return whole | {"past_key_values": output.past_key_values}

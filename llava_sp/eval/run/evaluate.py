@@ -72,7 +72,7 @@ def evaluate(
             answered = generate_answers(
                 benchmark,
                 items,
-                lambda: ModelAnswerer(engine.model, processor, benchmark, generation, args.seed),
+                ModelAnswerer(engine, processor, benchmark, generation, args.seed),
                 output,
                 batch_size=1 if generation.do_sample else args.batch_size,
                 processes=processes,

@@ -7,8 +7,8 @@
   asked again, so the number of processes may change between runs.
 * `merge` puts all answers, in the order of the items, into one file in LLaVA's format.
 
-Nothing here knows the model: `make_answerer` is called only if there is something left to answer and gives an object with
-`prepare(items) -> batch` (called in a thread, ahead of time) and `answer(batch) -> texts`.
+Nothing here knows the model: an answerer has `prepare(items) -> batch` (called in a thread, ahead of time) and
+`answer(batch) -> texts`, which are called only if there is something left to answer.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Answerer(Protocol):
 def generate_answers(
     benchmark: Benchmark,
     items: Sequence[Item],
-    make_answerer: Callable[[], Answerer],
+    answerer: Answerer,
     output: Path,
     *,
     batch_size: int,
@@ -73,7 +73,6 @@ def generate_answers(
         todo = in_order(benchmark, [item for item in share if item.key not in done])
         if not todo:
             return 0
-        answerer = make_answerer()
         batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
         title = benchmark.name + (f" (process 1 of {processes.world_size})" if processes.world_size > 1 else "")
         shown = progress and processes.is_main
