@@ -3,10 +3,10 @@
     python benchmarks/evaluation.py                        the shipped tiny model, on a CPU
     python benchmarks/evaluation.py --size 7b              7B + CLIP-L/14-336 with random weights, float16, on the first GPU
 
-"one by one" is what LLaVA's scripts do: for each question open the picture, prepare it, encode it, generate, decode. The
-runner is `llava_sp.eval.run.runner` as the benchmarks use it, with its logs on disk. Sets of questions about pictures of the shapes
-world with 1 question to a picture (as VizWiz), 3 (as VQAv2), and 6 (POPE has 18, GQA 31); from two on, the runner is also
-measured with each question's picture encoded for itself. All in one process and one run; repeats take turns; medians. Prints a table with ratios against one by one and writes JSON to `benchmarks/results/`.
+"one by one" is what LLaVA's scripts do: for each question open the image, prepare it, encode it, generate, decode. The
+runner is `llava_sp.eval.run.runner` as the benchmarks use it, with its logs on disk. Sets of questions about images of the shapes
+world with 1 question to an image (as VizWiz), 3 (as VQAv2), and 6 (POPE has 18, GQA 31); from two on, the runner is also
+measured with each question's image encoded for itself. All in one process and one run; repeats take turns; medians. Prints a table with ratios against one by one and writes JSON to `benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -29,8 +30,9 @@ from llava_sp.common.processes import Processes
 from llava_sp.decoding import Generation
 from llava_sp.eval.base import SHORT_ANSWER, Benchmark, Item, Scores
 from llava_sp.eval.run.answer_log import read_logs
+from llava_sp.eval.run.answerer import ModelAnswerer
 from llava_sp.eval.run.runner import LOGS, generate_answers
-from llava_sp.inference import ModelAnswerer, merge_lora, open_image, render_prompt
+from llava_sp.inference import merge_lora, open_image, render_prompt
 from llava_sp.shapes.language import Interviewer
 from llava_sp.shapes.world import draw, sample_scene
 
@@ -53,9 +55,9 @@ class Questions(Benchmark):
         raise NotImplementedError("nothing is scored here")
 
 
-def make_items(folder: Path, count: int, per_picture: int, seed: int) -> list[Item]:
-    """`count` questions, `per_picture` to a picture, as JPEG files in `folder`."""
-    rng = np.random.default_rng([seed, per_picture])
+def make_items(folder: Path, count: int, per_image: int, seed: int) -> list[Item]:
+    """`count` questions, `per_image` to an image, as JPEG files in `folder`."""
+    rng = np.random.default_rng([seed, per_image])
     interviewer = Interviewer(rng)
     folder.mkdir(parents=True)
     items: list[Item] = []
@@ -63,7 +65,7 @@ def make_items(folder: Path, count: int, per_picture: int, seed: int) -> list[It
         scene = sample_scene(rng, "val")
         path = folder / f"{len(items):06d}.jpg"
         draw(scene).save(path, quality=95)
-        for question in interviewer.interview(scene, per_picture)[: count - len(items)]:
+        for question in interviewer.interview(scene, per_image)[: count - len(items)]:
             items.append(Item(len(items), question.text, (path,)))
     return items
 
@@ -85,7 +87,7 @@ def load(size: str, device: str) -> tuple[LlavaSPForCausalLM, LlavaSPProcessor]:
 
 
 def one_by_one(model, processor, items: list[Item], generation: Generation, folder: Path) -> dict[str, str]:
-    """What LLaVA's evaluation scripts do: batch size 1, every picture opened and encoded again for every question."""
+    """What LLaVA's evaluation scripts do: batch size 1, every image opened and encoded again for every question."""
     benchmark, texts = Questions(), {}
     with (folder / "answers.jsonl").open("w") as stream, torch.inference_mode():
         for item in items:
@@ -108,7 +110,7 @@ def by_runner(
     generate_answers(
         benchmark,
         items,
-        lambda: ModelAnswerer(model, processor, benchmark, generation, share_images=share),
+        ModelAnswerer(SimpleNamespace(model=model), processor, benchmark, generation, share_images=share),
         folder,
         batch_size=batch,
         processes=Processes(),
@@ -117,12 +119,12 @@ def by_runner(
     return {key: line["text"] for key, line in read_logs(folder / LOGS).items()}
 
 
-def measure(per_picture: int, items: list[Item], model, processor, generation: Generation, arguments) -> list[dict]:
+def measure(per_image: int, items: list[Item], model, processor, generation: Generation, arguments) -> list[dict]:
     """A row for each way of answering `items`."""
     ways = {"one by one": None}
     for batch in arguments.batch:
         ways[f"runner, batch {batch}"] = (batch, True)
-        if per_picture > 1 and batch > 1:
+        if per_image > 1 and batch > 1:
             ways[f"runner, batch {batch}, not shared"] = (batch, False)
     times: dict[str, list[float]] = {way: [] for way in ways}
     texts: dict[str, dict[str, str]] = {}
@@ -145,10 +147,10 @@ def measure(per_picture: int, items: list[Item], model, processor, generation: G
     for way, seconds in times.items():
         same = sum(texts[way][key] == text for key, text in texts["one by one"].items())
         median = statistics.median(seconds)
-        row = {"per_picture": per_picture, "way": way, "count": len(items), "seconds": seconds}
+        row = {"per_image": per_image, "way": way, "count": len(items), "seconds": seconds}
         rows.append(row | {"items_per_second": len(items) / median, "ratio": base / median, "same_answers": same})
         print(
-            f"{per_picture:11d} {way:28} {len(items) / median:9.1f} {base / median:7.2f}x {same:6d} of {len(items)}",
+            f"{per_image:11d} {way:28} {len(items) / median:9.1f} {base / median:7.2f}x {same:6d} of {len(items)}",
             flush=True,
         )
     return rows
@@ -158,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["7b", "tiny"], default="tiny")
     parser.add_argument("--count", type=int, default=192, help="questions of each set")
-    parser.add_argument("--per-picture", type=int, nargs="+", default=[1, 3, 6], help="questions to a picture")
+    parser.add_argument("--per-image", type=int, nargs="+", default=[1, 3, 6], help="questions to an image")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=8, help="at most; random weights take all of them")
     parser.add_argument("--repeats", type=int, default=3)
@@ -169,12 +171,12 @@ def main() -> None:
         parser.error("7B needs a CUDA GPU; --size tiny runs the same code on a CPU")
     model, processor = load(arguments.size, arguments.device)
     generation = Generation(max_new_tokens=arguments.new_tokens)
-    print(f"{'per picture':11} {'way':28} {'items/s':>9} {'ratio':>8} {'same answers':>12}")
+    print(f"{'per image':11} {'way':28} {'items/s':>9} {'ratio':>8} {'same answers':>12}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for per_picture in arguments.per_picture:
-            items = make_items(Path(folder) / str(per_picture), arguments.count, per_picture, seed=0)
-            rows += measure(per_picture, items, model, processor, generation, arguments)
+        for per_image in arguments.per_image:
+            items = make_items(Path(folder) / str(per_image), arguments.count, per_image, seed=0)
+            rows += measure(per_image, items, model, processor, generation, arguments)
     about = machine(arguments.device)
     device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-") if arguments.device == "cuda" else "cpu"
     output = arguments.output or Path(__file__).parent / "results" / f"evaluation_{arguments.size}_{device}.json"

@@ -1,11 +1,12 @@
-"""Opening a checkpoint for evaluation or generation: where it is, on what device, in which number format."""
+"""A checkpoint on a device, ready to answer: where it is, in which number format, how it is asked."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +15,15 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
+from transformers import BatchEncoding
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints.opening.adapter import checkpoint_hash
 from llava_sp.checkpoints.opening.foreign import format_of
-from llava_sp.checkpoints.reading.places import checkpoints_hint
+from llava_sp.checkpoints.reading.places import checkpoints_hint, fetch
 from llava_sp.common.files import read_json
 from llava_sp.data.images import load_image
+from llava_sp.model.conversation import IMAGE_MARK
 
 _PLACES = ("language_model_name_or_path", "vision_tower_name_or_path", "mm_vision_tower", "_name_or_path")
 _VERSIONS = ("transformers_version", "_from_model_config")
@@ -40,45 +43,48 @@ class Source:
     def name(self) -> str:
         return Path(self.path).resolve().name if Path(self.path).is_dir() else self.path
 
+    @property
+    def overrides(self) -> dict[str, str]:
+        """The backbones that were named in place of the recorded ones."""
+        named = {"language_model": self.language_model, "vision_tower": self.vision_tower}
+        return {name: value for name, value in named.items() if value is not None}
+
     @cached_property
     def folder(self) -> Path:
-        """Raises ValueError if there is neither such a directory nor such a model on the hub."""
-        local = Path(self.path)
-        if local.is_dir():
-            if not (local / "config.json").is_file():
-                raise ValueError(f"--model {local} has no config.json: no finished checkpoint{checkpoints_hint(local)}")
-            return local
-        if self.path.startswith((".", "/", "~")) or self.path.count("/") > 1 or local.exists():
-            raise ValueError(f"--model {self.path} is not a directory")
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+        """Raises ValueError: neither such a directory nor such a model on the hub; no config.json in it."""
         try:
-            return Path(snapshot_download(self.path))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+            folder = fetch(self.path)
+        except (OSError, ValueError) as error:  # ValueError: not the form of a hub id
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"--model {self.path} is neither a directory here nor a model on the hub ({reason})"
-            ) from None
+            raise ValueError(f"model {self.path} is neither a directory nor a model on the hub ({reason})") from None
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"model {folder} has no config.json: not a finished checkpoint{checkpoints_hint(folder)}")
+        return folder
+
+    @cached_property
+    def format(self) -> str:
+        try:
+            return format_of(self.folder)
+        except ValueError as error:
+            raise ValueError(f"model {self.path} is not a LLaVA-SP checkpoint: {error}") from None
 
     @cached_property
     def fingerprint(self) -> str:
         """Stands for all weights. Ours record their base and refuse another; for others the named backbones count too."""
         own = checkpoint_hash(self.folder)
-        if format_of(self.folder) in _OURS or not self.overrides:
+        if self.format in _OURS or not self.overrides:
             return own
         parts = [checkpoint_hash(path) if Path(path).is_dir() else path for path in self.overrides.values()]
-        return hashlib.sha256("".join([own, *parts]).encode()).hexdigest()[:16]
+        return _hash("".join([own, *parts]))
 
     @property
     def config_hash(self) -> str:
         """Stands for the settings in config.json, without versions and paths."""
-        found = self._settings("config.json", but=_PLACES)
-        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+        return _hash(json.dumps(self._settings("config.json", but=_PLACES), sort_keys=True))
 
     @property
     def generation_config(self) -> dict[str, Any]:
-        """The checkpoint's own settings for `generate`, which hold where the benchmark says nothing."""
+        """The checkpoint's own settings for `generate`, which hold where the arguments of `generate` do not say."""
         return self._settings("generation_config.json")
 
     def _settings(self, name: str, but: Sequence[str] = ()) -> dict[str, Any]:
@@ -86,15 +92,10 @@ class Source:
         found = read_json(file) if file.is_file() else {}
         return {key: value for key, value in found.items() if key not in (*but, *_VERSIONS)}
 
-    @property
-    def overrides(self) -> dict[str, str]:
-        """The backbones that were named in place of the recorded ones."""
-        named = {"language_model": self.language_model, "vision_tower": self.vision_tower}
-        return {name: value for name, value in named.items() if value is not None}
-
     def model(self, dtype: str, device: torch.device) -> Any:
+        """The model in evaluation mode, LoRA merged. Raises ValueError for a backbone of the wrong kind, naming the argument."""
         try:
-            model = LlavaSPForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, dtype), **self.overrides)
+            model: Any = LlavaSPForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, dtype), **self.overrides)
         except ValueError as error:
             raise ValueError(self._explained(str(error))) from error
         return merge_lora(model.to(device).eval())
@@ -103,21 +104,29 @@ class Source:
         """transformers' message about a model of the wrong kind without its list of all kinds, naming the argument."""
         if not message.startswith("Unrecognized "):
             return message
-        message = message.splitlines()[0]
-        if "configuration class" in message:  # Unrecognized configuration class <...> for this kind of AutoModel: ...
-            language = "AutoModelForCausalLM" in message
-        else:  # Unrecognized model in PATH. Should have ...
-            message = message.split(", or contain one of")[0]
-            language = self.language_model is not None and f" {self.language_model}." in message
-        flag, value = ("--language-model", self.language_model) if language else ("--vision-tower", self.vision_tower)
-        what = "language model" if language else "vision tower"
-        given = f"{flag} {value}" if value else f"the {what} that --model {self.path} records ({flag} names another)"
-        return f"{given} cannot be used as a {what}: {message}"
+        message = message.splitlines()[0].split(", or contain one of")[0]  # "... model in PATH. Should have a ..."
+        language = f" {self.language_model}." in message or "AutoModelForCausalLM" in message
+        key = "language_model" if language else "vision_tower"
+        value = self.overrides.get(key, f"of {self.path}")
+        return f"{key} {value} cannot be used as a {key.replace('_', ' ')}: {message}"
+
+    def processor(self, image_aspect_ratio: str | None = None) -> Any:
+        """Raises ValueError: not a checkpoint, or one of ours that lacks files of its processor."""
+        missing = [names[0] for names in _PROCESSOR_FILES if not any((self.folder / name).is_file() for name in names)]
+        if missing and self.format in _OURS:  # for others it is made from what they record
+            raise ValueError(
+                f"model {self.path} has no {' and '.join(missing)}: copy them from the checkpoint it comes from, or write them: "
+                f'LlavaSPProcessor.from_backbones(LlavaSPConfig.from_pretrained("{self.path}")).save_pretrained("{self.path}")'
+            )
+        processor = LlavaSPProcessor.from_pretrained(self.folder, **self.overrides)
+        if image_aspect_ratio is not None:
+            processor.image_aspect_ratio = image_aspect_ratio
+        return processor
 
 
 @dataclass(frozen=True)
 class Engine:
-    """A checkpoint on a device: opened when first needed, and once for all benchmarks of a command."""
+    """A checkpoint on a device: opened when first needed, and once for all who ask."""
 
     source: Source
     dtype: str
@@ -125,27 +134,32 @@ class Engine:
 
     @classmethod
     def choose(cls, source: Source, dtype: str, device: str | None, local_rank: int = 0) -> Engine:
-        """`dtype` and `device` as on the command line; see `choose_dtype` and `choose_device`."""
+        """`dtype` ("auto": float16 on a GPU, else float32) and `device` as on the command line; see `choose_device`."""
         chosen = choose_device(device, local_rank)
-        return cls(source, choose_dtype(dtype, chosen), chosen)
+        auto = "float16" if chosen.type == "cuda" else "float32"
+        return cls(source, auto if dtype == "auto" else dtype, chosen)
 
     @cached_property
     def model(self) -> Any:
         return self.source.model(self.dtype, self.device)
 
     def processor(self, image_aspect_ratio: str | None = None) -> Any:
-        """The checkpoint's processor in this image mode (None: its own), read once for all benchmarks that use it."""
+        """The checkpoint's processor with this image aspect ratio (None: its own), read once for each."""
         if image_aspect_ratio not in self._processors:
-            self._processors[image_aspect_ratio] = load_processor(self.source, image_aspect_ratio)
+            self._processors[image_aspect_ratio] = self.source.processor(image_aspect_ratio)
         return self._processors[image_aspect_ratio]
 
     @cached_property
     def _processors(self) -> dict[str | None, Any]:
         return {}
 
+    @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
 
 def processor_hash(processor: Any) -> str:
-    """Stands for what turns text and pictures into tokens and pixels: tokenizer, templates, image settings."""
+    """Stands for what turns text and images into tokens and pixels: tokenizer, templates, image settings."""
     tokenizer = getattr(processor.tokenizer, "backend_tokenizer", None)
     parts = [
         processor.image_processor.to_json_string(),
@@ -153,7 +167,11 @@ def processor_hash(processor: Any) -> str:
         tokenizer.to_str() if tokenizer is not None else json.dumps(processor.tokenizer.get_vocab(), sort_keys=True),
         str(processor.num_image_tokens),
     ]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return _hash("\n".join(parts))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def merge_lora(model: Any) -> Any:
@@ -165,62 +183,22 @@ def merge_lora(model: Any) -> Any:
     return model
 
 
-def load_processor(source: Source, image_aspect_ratio: str | None = None) -> Any:
-    _check_processor_files(source)
-    processor = LlavaSPProcessor.from_pretrained(source.folder, **source.overrides)
-    if image_aspect_ratio is not None:
-        processor.image_aspect_ratio = image_aspect_ratio
-    return processor
-
-
-def _check_processor_files(source: Source) -> None:
-    """Raises ValueError if the folder is no checkpoint that can be opened, or one of ours without its processor."""
-    folder = source.folder
-    try:
-        kind = format_of(folder)
-    except ValueError as error:
-        raise ValueError(f"--model {source.path} is no LLaVA-SP checkpoint: {error}") from None
-    if kind not in _OURS:
-        return  # what other code wrote; its processor is made from what it records
-    missing = [names[0] for names in _PROCESSOR_FILES if not any((folder / name).is_file() for name in names)]
-    if missing:
-        raise ValueError(
-            f"--model {source.path} has a model but not its whole processor ({' and '.join(missing)} missing): copy the "
-            "processor's files from the checkpoint the model comes from, or write them there with "
-            f'LlavaSPProcessor.from_backbones(LlavaSPConfig.from_pretrained("{source.path}")).save_pretrained("{source.path}")'
-        )
-
-
-def choose_device(wanted: str | None, local_rank: int = 0) -> torch.device:
-    """This process's GPU if there is one, else the CPU; `wanted` as on the command line.
+def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
+    """This process's GPU for "cuda", and for None if there is one; else the CPU or the device of that name.
 
     Raises:
         ValueError: a device that torch does not know or that is not there.
     """
-    if wanted is None or wanted == "cuda":
-        count = torch.cuda.device_count()
-        if count:
-            return torch.device("cuda", local_rank % count)
-        if wanted is None:
-            return torch.device("cpu")
-        raise ValueError("--device cuda: there is no CUDA GPU here (use --device cpu)")
+    count = torch.cuda.device_count()
+    if count and name in (None, "cuda"):
+        return torch.device("cuda", local_rank % count)
     try:
-        device = torch.device(wanted)
+        device = torch.device(name or "cpu")
     except RuntimeError as error:
-        raise ValueError(f"--device {wanted}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {wanted}: there are {torch.cuda.device_count()} CUDA GPUs here")
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"--device {name}: there are {count} CUDA GPUs here (--device cpu needs none)")
     return device
-
-
-def choose_dtype(wanted: str, device: torch.device) -> str:
-    if wanted != "auto":
-        return wanted
-    return "float16" if device.type == "cuda" else "float32"
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def open_image(source: Path | bytes, owner: str) -> Image.Image:
@@ -239,6 +217,18 @@ def open_image(source: Path | bytes, owner: str) -> Image.Image:
         raise ValueError(f"{owner}: {what}{error}") from error
 
 
+def place_images(text: str, count: int, owner: str) -> str:
+    """The user's message: `count` images in front, each on a line of its own, unless the text says where they go.
+
+    Raises:
+        ValueError: naming `owner`, if the text holds marks, but not one per image.
+    """
+    marks = text.count(IMAGE_MARK)
+    if marks not in (0, count):
+        raise ValueError(f"{owner} holds {marks} {IMAGE_MARK} marks for {count} images: give one for each, or none")
+    return text if marks else f"{IMAGE_MARK}\n" * count + text
+
+
 def render_prompt(processor: Any, message: str, conversation_template: str | None = None) -> str:
     """The whole text that the model continues: the user's `message` in the conversation template."""
     if conversation_template is not None and conversation_template != processor.conversation_template:
@@ -246,3 +236,24 @@ def render_prompt(processor: Any, message: str, conversation_template: str | Non
         return "".join(text for text, _ in processor.render_conversation(turns, conversation_template))
     turns = [{"role": "user", "content": message}]
     return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+
+def pad_left(processor: Any, rows: Sequence[Sequence[int]]) -> BatchEncoding:
+    """`input_ids` and `attention_mask` [rows, L]."""
+    columns = {"input_ids": list(rows), "attention_mask": [[1] * len(row) for row in rows]}
+    return processor.tokenizer.pad(columns, padding_side="left", return_tensors="pt")
+
+
+def positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position ids [rows, L] of left-padded rows."""
+    return (attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+@contextmanager
+def answering(advice: str) -> Iterator[None]:
+    """Inference mode. Raises MemoryError that ends with `advice` if the GPU's memory does not suffice."""
+    try:
+        with torch.inference_mode():
+            yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(f"out of GPU memory {advice} ({str(error).splitlines()[0]})") from None

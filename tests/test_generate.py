@@ -13,7 +13,8 @@ from PIL import Image
 
 from llava_sp import LlavaSPConfig, LlavaSPForCausalLM, LlavaSPProcessor  # noqa: F401 - one in a message's code
 from llava_sp.checkpoints.opening.adapter import save_adapter
-from llava_sp.generate import main, place_images
+from llava_sp.generate import main
+from llava_sp.inference import place_images
 
 
 @pytest.fixture(scope="module")
@@ -70,19 +71,19 @@ def test_sampling_repeats_with_the_seed(checkpoint, image, capsys):
 
 
 def test_images_stand_where_the_prompt_says():
-    assert place_images("What?", 2) == "<image>\n<image>\nWhat?"
-    assert place_images("Is <image> like <image>?", 2) == "Is <image> like <image>?"
-    assert place_images("What?", 0) == "What?"
-    with pytest.raises(ValueError, match="holds 1 <image> marks, but 2 images"):
-        place_images("<image> What?", 2)
+    assert place_images("What?", 2, "x") == "<image>\n<image>\nWhat?"
+    assert place_images("Is <image> like <image>?", 2, "x") == "Is <image> like <image>?"
+    assert place_images("What?", 0, "x") == "What?"
+    with pytest.raises(ValueError, match="--prompt holds 1 <image> marks for 2 images"):
+        place_images("<image> What?", 2, "--prompt")
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--image", "/nowhere/x.jpg"], "--image /nowhere/x.jpg does not exist"),
-        (["--image", "/"], "--image / is not a file"),
-        (["--model", "/nowhere/model"], "--model /nowhere/model is not a directory"),
+        (["--image", "/nowhere/x.jpg"], "--image is /nowhere/x.jpg; it must be a file"),
+        (["--image", "/"], "--image is /; it must be a file"),
+        (["--model", "/nowhere/model"], "model /nowhere/model is neither a directory nor a model on the hub"),
         (["--conversation-template", "nope"], "unknown conversation template 'nope'"),
         (["--temperature", "-1"], "--temperature is -1.0; it must be 0 (greedy) or more"),
         (["--top-p", "2"], "--top-p is 2.0; it must be above 0 and at most 1"),
@@ -108,8 +109,7 @@ def test_folder_without_processor(checkpoint, tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(checkpoint, model, ignore=shutil.ignore_patterns("processor_config.json", "tokenizer*"))
     line = one_error(capsys, "--model", model)
-    assert f"--model {model} has a model but not its whole processor" in line
-    assert "(processor_config.json and tokenizer.json missing): copy" in line
+    assert f"model {model} has no processor_config.json and tokenizer.json: copy" in line
     exec(line[line.index("LlavaSPProcessor.from_backbones") :])  # what the message says to do
     assert run(capsys, "--model", model, "--prompt", "What?", "--max-new-tokens", 2)[0] == 0
 
@@ -117,7 +117,7 @@ def test_folder_without_processor(checkpoint, tmp_path, capsys):
 def test_other_kinds_of_model_are_named(golden, capsys):
     for folder, kind in (("base", "llama"), ("clip", "clip")):
         line = one_error(capsys, "--model", golden / folder)
-        assert f"is no LLaVA-SP checkpoint: {golden / folder} ({kind}) holds a model without a projector" in line
+        assert f"is not a LLaVA-SP checkpoint: {golden / folder} ({kind}) holds a model without a projector" in line
 
 
 def test_wrong_backbones_are_one_short_line(checkpoint, golden, tmp_path, capsys):
@@ -126,10 +126,10 @@ def test_wrong_backbones_are_one_short_line(checkpoint, golden, tmp_path, capsys
     clip, empty = golden / "clip", tmp_path / "empty"
     empty.mkdir()
     line = one_error(capsys, "--model", tmp_path / "adapter", "--language-model", clip)
-    assert f"--language-model {clip} cannot be used as a language model: Unrecognized" in line and len(line) < 400
-    for flag, what in (("--language-model", "language model"), ("--vision-tower", "vision tower")):
+    assert f"language_model {clip} cannot be used as a language model: Unrecognized" in line and len(line) < 400
+    for flag, key in (("--language-model", "language_model"), ("--vision-tower", "vision_tower")):
         line = one_error(capsys, "--model", tmp_path / "adapter", flag, empty)
-        assert f"{flag} {empty} cannot be used as a {what}: Unrecognized model in" in line
+        assert f"{key} {empty} cannot be used as a {key.replace('_', ' ')}: Unrecognized model in" in line
 
 
 def test_broken_image_is_named(checkpoint, tmp_path, capsys):

@@ -19,7 +19,7 @@ A spec is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +96,8 @@ def _problems(value: Any, spec: Spec, path: str) -> Iterator[tuple[str, str]]:
     """(path to the value, what is wrong with it) of everything that does not fit."""
     if isinstance(spec, tuple):
         if not any(fits(value, one) for one in spec):
-            yield path, _wrong(value, spec)
+            alike = [one for one in spec if isinstance(one, dict) and isinstance(value, dict)]
+            yield next(_problems(value, alike[0], path)) if len(alike) == 1 else (path, _wrong(value, spec))
     elif isinstance(spec, Check):
         inner = list(_problems(value, spec.spec, path))
         yield from inner
@@ -155,11 +156,8 @@ def _describe(spec: Spec) -> str:
     if isinstance(spec, Check):
         return spec.words
     if isinstance(spec, dict):
-        return "an object" if str in spec else f"an object with {_names(spec)}"
+        names = [key for key in spec if key is not str and not key.endswith("?")]
+        return f"an object with {', '.join(names)}" if names else "an object"
     if isinstance(spec, list):
         return f"a list of {_describe(spec[0])}"
     return "null" if spec is None else "anything" if spec is Any else _WORDS.get(spec, spec.__name__)
-
-
-def _names(keys: Iterable[str]) -> str:
-    return ", ".join(key for key in keys if not key.endswith("?"))

@@ -1,5 +1,5 @@
-"""What a benchmark is. Everything that all of them share lives here, in `cli` (arguments), `evaluate` (from questions to
-results), `runner` (generation) and `answers` (LLaVA's answer files); a benchmark itself is one small file:
+"""What a benchmark is. What all of them share is here, in `cli` (arguments) and in `run` (from questions to results); a
+benchmark itself is one small file:
 
     class ColourQA(Benchmark):
         name = "colourqa"                       # also the folder that is looked for under ./playground/data/eval
@@ -40,11 +40,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from llava_sp.common.files import Line, read_json, read_jsonl, read_table
+from llava_sp.common.schema import Spec
 from llava_sp.decoding import Generation
-from llava_sp.eval.run.answer_log import check_questions, match_by_question_id, read_answers
+from llava_sp.eval.inputs.answers_file import check_questions, match_by_question_id, read_answers
 from llava_sp.model.conversation import IMAGE_MARK
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -103,7 +104,7 @@ class Scores:
         score: the headline as it is published; None where only a server or a judge knows.
         metrics: all other figures.
         per_item: one record per item, in order, with `question_id`, `score` (0 to 100) and the `answer` that was judged;
-            `unit` where items are only judged together (the two questions of a picture, the rotations of a question):
+            `unit` where items are only judged together (the two questions on an image, the rotations of a question):
             equal units are drawn together by `llava_sp.eval.compare`.
         categories: figures by category, for tables and bars.
         count, counted: how many of what the headline is over, where that is not the number of items:
@@ -118,6 +119,9 @@ class Scores:
     counted: str = "questions"
 
 
+B = TypeVar("B", bound="Benchmark")
+
+
 class Benchmark(ABC):
     """Base class; see the module's docstring for a whole example."""
 
@@ -127,50 +131,57 @@ class Benchmark(ABC):
     protocols: ClassVar[tuple[str, ...]] = ("llava15",)  # whose rules for prompt and score; the first is the default
     generation: Generation = Generation()
     generations: ClassVar[Mapping[str, Generation]] = {}  # of protocols that have their own
-    published: ClassVar[Mapping[str, float]] = {}  # row of SOURCES -> headline
-    published_on: ClassVar[str] = ""  # what of, where a local score is not comparable: "test-dev, from the server"
-    folders: ClassVar[tuple[str, ...]] = ()  # what else than `name` the data folder is called, as in LLaVA's layout
+    published: Mapping[str, float] = {}  # row of SOURCES -> headline
+    published_on: str = ""  # of what, where a local score is not comparable: "test-dev, from the server"
+    folders: ClassVar[tuple[str, ...]] = ()  # other names of the data folder than `name`, as in LLaVA's layout
     submission_label: ClassVar[str] = "to submit"  # what the file of `submission` is for
-    unscored: ClassVar[str] = "only the server can score them"
-    conversation_template: ClassVar[str | None] = None  # None is the checkpoint's own
-    image_aspect_ratio: ClassVar[str | None] = None  # "pad" or "crop"; None is the checkpoint's own
+    unscored: str = "only the server can score them"
+    conversation_template: str | None = None  # None is the checkpoint's own
+    image_aspect_ratio: str | None = None  # "pad" or "crop"; None is the checkpoint's own
+
+    # Set by `load`, for `score`, `submission` and the provenance. What else a benchmark's `load` finds out, it declares in its
+    # own class body in the same way.
+    split: str | None  # chosen from what the data folder holds where `--split` did not
+    data: Path  # the folder itself, where the benchmark reads it again later
+    files: list[Path]  # what was read through `self.read_*`; their hashes go into the provenance
 
     def __init__(self, split: str | None = None, protocol: str | None = None, images: Path | None = None):
         """Args: split, one of `splits`, None to take what the data folder holds; protocol, one of `protocols`; images,
         the folder of the images where it is not in its usual place beside the data."""
-        if split is not None and split not in self.splits:
-            allowed = f"use one of {', '.join(self.splits)}" if self.splits else "it has only one"
-            raise ValueError(f"{self.name} has no split {split!r}: {allowed}")
-        if protocol is not None and protocol not in self.protocols:
-            raise ValueError(f"{self.name} has no protocol {protocol!r}: use one of {', '.join(self.protocols)}")
+        for what, value, allowed in (("split", split, self.splits), ("protocol", protocol, self.protocols)):
+            if value is not None and value not in allowed:
+                right = f"use one of {', '.join(allowed)}" if allowed else "it has only one"
+                raise ValueError(f"{self.name} has no {what} {value!r}: {right}")
         self.split = split
         self.protocol = protocol or self.protocols[0]
         self.generation = self.generations.get(self.protocol, type(self).generation)
         self.images = images
-        self.files: list[Path] = []  # what was read; their hashes go into the provenance
+        self.files = []
 
     @classmethod  # noqa: B027 - most benchmarks have none
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Adds the benchmark's own command-line arguments, for `from_arguments` to use."""
 
     @classmethod
-    def from_arguments(cls, args: argparse.Namespace) -> Benchmark:
+    def from_arguments(cls: type[B], args: argparse.Namespace) -> B:
         return cls(split=args.split, protocol=args.protocol, images=args.images)
 
-    def read_json(self, path: Path) -> Any:
+    def read_json(self, path: Path, spec: Spec = Any) -> Any:
+        """The content of a JSON file that fits `spec` (see `llava_sp.common.schema`)."""
         self.files.append(path)
-        return read_json(path)
+        return read_json(path, spec)
 
-    def read_jsonl(self, path: Path) -> list[dict[str, Any]]:
+    def read_jsonl(self, path: Path, spec: Spec = dict) -> list[Line]:
+        """The lines of a JSONL file, each of which fits `spec`; at least one."""
         self.files.append(path)
-        return read_jsonl(path)
+        return read_jsonl(path, spec)
 
-    def read_table(self, path: Path, delimiter: str) -> list[Line]:
-        """The rows of a CSV or TSV file with a header, {column: text}."""
+    def read_table(self, path: Path, delimiter: str, spec: Spec = dict) -> list[Line]:
+        """The rows of a CSV or TSV file with a header, {column: text}, each of which fits `spec`; at least one."""
         self.files.append(path)
-        return read_table(path, delimiter)
+        return read_table(path, delimiter, spec)
 
-    def under(self, protocol: str) -> Benchmark:
+    def under(self: B, protocol: str) -> B:
         """The same benchmark, with what was loaded, under another protocol's rule for scores."""
         other = copy.copy(self)
         other.protocol = protocol
@@ -178,7 +189,8 @@ class Benchmark(ABC):
 
     @abstractmethod
     def load(self, data: Path) -> list[Item]:
-        """Reads the official (or LLaVA's) files in folder `data`. Raises ValueError naming what is missing or wrong."""
+        """Reads the official (or LLaVA's) files in folder `data`; called once, before everything else but `validate`, which is
+        called alone. Raises ValueError naming what is missing or wrong."""
 
     def prompt(self, item: Item) -> str:
         """The user's message without image marks."""
@@ -192,8 +204,8 @@ class Benchmark(ABC):
         """The fields of the item's answer line that do not depend on the answer."""
         return {"question_id": item.id, "prompt": self.prompt(item)}
 
-    def read_answers(self, path: Path) -> tuple[list[dict[str, Any]], str | None]:
-        """The lines of a finished answers file, and a note if one had to be left out; see `answers.read_answers`."""
+    def read_answers(self, path: Path) -> tuple[Sequence[dict[str, Any]], str | None]:
+        """The lines of a finished answers file, and a note if one had to be left out; see `answers_file.read_answers`."""
         return read_answers(path)
 
     def match(self, items: Sequence[Item], records: Sequence[dict[str, Any]]) -> list[str]:
@@ -207,7 +219,7 @@ class Benchmark(ABC):
         return texts
 
     def question(self, item: Item) -> str:
-        """What of the item's text stands in every prompt that may have been answered, whatever the protocol."""
+        """The part of the item's text that is in every prompt, whatever the protocol."""
         return str(item.metadata.get("question", item.text.split("\n")[0]))
 
     def judge(  # noqa: B027 - most benchmarks need none
@@ -230,10 +242,9 @@ class Benchmark(ABC):
         return [f"{name:{width}}  {c.score:6.2f}  ({c.count} questions)" for name, c in scores.categories.items()]
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], output: Path) -> Path | None:
-        """Writes the file that the evaluation server wants into folder `output`; None where there is no server."""
+        """Writes the file that the evaluation server wants into folder `output`; None if there is no server."""
         return None
 
     def validate(self, file: Path, data: Path) -> str:
-        """Checks a finished submission file: says in one line what it found, or raises ValueError with all that is
-        wrong."""
+        """Checks a finished submission file: one line on what it holds. Raises ValueError with all that is wrong."""
         raise ValueError(f"{self.name} has no submission files to validate")

@@ -8,7 +8,7 @@ Of every score the protocol is part: whose prompts, generation settings and scor
 are several, `scored_as` in metrics.json holds the score of the same answers under each one's scoring rule.
 
 Under `torchrun`, `accelerate launch` or `deepspeed` the questions are shared among the processes. The same command again
-goes on where the last one stopped. What it writes:
+continues where the last one stopped. What it writes:
 
     O/metrics.json     score (the headline figure as published), categories, metrics (all other figures), provenance
     O/per_item.jsonl   the score of each item
@@ -27,45 +27,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_sp.checkpoints.reading.places import checkpoints_hint
+from llava_sp.common.command import check_arguments, command_parser, run_command
 from llava_sp.common.files import sha256
-from llava_sp.common.processes import Processes, ReportedElsewhere
+from llava_sp.common.processes import Processes
 from llava_sp.eval.base import Benchmark
 from llava_sp.eval.inputs.checks import first_folder
-from llava_sp.eval.run.evaluate import claimed, evaluate, finish, load_items, open_engine
-from llava_sp.eval.run.output import check_output, provenance
+from llava_sp.eval.run.output import check_output, exclusive, finish, load_items, provenance
 
 DEFAULT_MODEL = "llava-sp-7b-cropping-lora"  # what configs/finetune_lora_7b_cropping.yaml writes, below the runs folder
 QUICKSTART = "bash scripts/quickstart.sh"
+INTERRUPTED = "interrupted; the same command continues from here"
 
 
 def main(benchmark_class: type[Benchmark], argv: Sequence[str] | None = None) -> int:
     """Runs one benchmark; returns the exit status."""
     args = make_parser(benchmark_class).parse_args(argv)
-    try:
-        if args.validate:
-            return _validate(benchmark_class, args)
-        if args.answers:
-            return _score_answers(benchmark_class, args)
-        return _run(benchmark_class, args)
-    except ReportedElsewhere:  # the process it concerns says it
-        return 2
-    except (ValueError, OSError, MemoryError) as error:
-        if args.traceback:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    action = _validate if args.validate else _score_answers if args.answers else _run
+    return run_command(lambda: action(benchmark_class, args), traceback=args.traceback, on_interrupt=INTERRUPTED)
 
 
 def make_parser(benchmark: type[Benchmark]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m llava_sp.eval.{benchmark.name}",
-        description=f"{benchmark.title}. {(sys.modules[benchmark.__module__].__doc__ or '').strip()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    about = f"{benchmark.title}. {(sys.modules[benchmark.__module__].__doc__ or '').strip()}"
+    parser = command_parser(f"llava_sp.eval.{benchmark.name}", about)
     add = parser.add_argument
     add("--model", help="a LLaVA-SP checkpoint (full or adapter): directory or hub id")
     add(
@@ -94,15 +77,13 @@ def make_parser(benchmark: type[Benchmark]) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="for benchmarks that sample")
     add("--language-model", help="language model of an adapter checkpoint, where it has moved")
     add("--vision-tower", help="vision tower of an adapter checkpoint, where it has moved")
-    add("--traceback", action="store_true", help="show where an error comes from")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     benchmark.add_arguments(parser)
     return parser
 
 
 def _validate(benchmark_class: type[Benchmark], args: argparse.Namespace) -> int:
-    benchmark = benchmark_class.from_arguments(args)
-    data = _find_data(benchmark_class, args.data)
+    benchmark, data = benchmark_class.from_arguments(args), _find_inputs(benchmark_class, args)[1]
     try:
         print(f"valid: {benchmark.validate(args.validate, data)}")
     except ValueError as error:
@@ -111,86 +92,73 @@ def _validate(benchmark_class: type[Benchmark], args: argparse.Namespace) -> int
     return 0
 
 
-def _score_answers(benchmark_class: type[Benchmark], args: argparse.Namespace) -> int:
-    if args.limit is not None:
-        raise ValueError("--limit does not go with --answers: all answers of a file are scored")
-    if args.model:
-        raise ValueError("--model does not go with --answers: existing answers are scored without a model")
+def _score_answers(benchmark_class: type[Benchmark], args: argparse.Namespace) -> None:
+    check_arguments(
+        [
+            ("--limit", args.limit, args.limit is None, "left out with --answers: all answers of a file are scored"),
+            ("--model", args.model, args.model is None, "left out with --answers: they are scored without a model"),
+        ]
+    )
     benchmark = benchmark_class.from_arguments(args)
-    items = load_items(benchmark, _find_data(benchmark_class, args.data))
+    items = load_items(benchmark, _find_inputs(benchmark_class, args)[1])
     records, note = benchmark.read_answers(args.answers)
-    try:
-        answers = benchmark.match(items, records)
-    except ValueError as error:
-        raise ValueError(f"{error}. {note}" if note else str(error)) from None
     if note:
         print(f"note: {note}", file=sys.stderr)
+    answers = benchmark.match(items, records)
     settings = {
         "benchmark": benchmark.name,
         "answers_sha256": sha256(args.answers),
         "model_ids": sorted({str(record["model_id"]) for record in records if "model_id" in record}),
     }
     origin = provenance(benchmark, items, settings, answers_file=str(args.answers))
-    with claimed(args.output) as output:
-        if output:
-            check_output(output, settings)
-        finish(benchmark, items, answers, output, origin)
-    return 0
+    if args.output is None:
+        finish(benchmark, items, answers, None, origin)
+        return
+    with exclusive(args.output):
+        check_output(args.output, settings, len(items))
+        finish(benchmark, items, answers, args.output, origin)
 
 
-def _run(benchmark_class: type[Benchmark], args: argparse.Namespace) -> int:
+def _run(benchmark_class: type[Benchmark], args: argparse.Namespace) -> None:
     check_numbers(args)
-    model, data = _find_inputs(benchmark_class, args)
+    model, data = _find_inputs(benchmark_class, args, needs_model=True)
     output = args.output or Path("runs") / "eval" / benchmark_class.name / Path(model).name
+
+    from llava_sp.eval.run.evaluate import evaluate, open_engine  # torch and transformers from here on
+
     with Processes.from_environment().group() as processes:
         evaluate(benchmark_class, args, data, output, open_engine(model, args, processes), processes)
-    return 0
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    for name in ("batch_size", "max_new_tokens", "limit"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    if args.temperature is not None and not 0 <= args.temperature < float("inf"):
-        raise ValueError(f"--temperature is {args.temperature}; it must be 0 (greedy) or more")
+    """Raises ValueError naming the flag of a number that is out of range."""
+    names = ("batch_size", "max_new_tokens", "limit")
+    counts = [(f"--{name.replace('_', '-')}", getattr(args, name)) for name in names]
+    warm = args.temperature is None or 0 <= args.temperature < float("inf")
+    check_arguments((flag, value, value is None or value >= 1, "at least 1") for flag, value in counts)
+    check_arguments([("--temperature", args.temperature, warm, "0 (greedy) or more")])
 
 
-def _find_data(benchmark: type[Benchmark], data: Path | None) -> Path:
-    if data is not None:
-        if not data.is_dir():
-            raise ValueError(f"--data {data} is not a directory")
-        return data
-    found = default_data(benchmark)
-    if not found.is_dir():
-        raise ValueError(f"no data: {found} does not exist (LLaVA's layout); give --data DIR")
-    return found
-
-
-def _find_inputs(benchmark: type[Benchmark], args: argparse.Namespace) -> tuple[str, Path]:
-    """Model and data, given or in their default places; what is missing is said in one message."""
+def _find_inputs(benchmark: type[Benchmark], args: argparse.Namespace, needs_model: bool = False) -> tuple[str, Path]:
+    """Model and data, given or in their default places. Raises ValueError with all that is missing."""
     missing = []
-    model, data = args.model, args.data
-    if model is None:
-        default = Path(os.environ.get("LLAVA_SP_RUNS", "runs")) / DEFAULT_MODEL
-        model = str(default)
-        if not (default / "config.json").is_file():
-            missing.append(
-                f"  model: no finished fine-tuning run in {default} (scripts/finetune_lora.sh writes it); "
-                f"--model DIR names another{checkpoints_hint(default)}"
-            )
-    if data is None:
-        data = default_data(benchmark)
-        if not data.is_dir():
-            missing.append(f"  data: no {data} (LLaVA's layout, with the official files); --data DIR names another")
-    elif not data.is_dir():
-        missing.append(f"  data: --data {data} is not a directory")
-    if missing:
-        module = f"python -m llava_sp.eval.{benchmark.name}"
-        raise ValueError(
-            "\n".join([f"{module} has nothing to run on:", *missing])
-            + f"\nTo see it work on the embedded default, which trains and scores small models:\n  {QUICKSTART}"
+    default = Path(os.environ.get("LLAVA_SP_RUNS", "runs")) / DEFAULT_MODEL
+    model, data = args.model or str(default), args.data or default_data(benchmark)
+    if needs_model and args.model is None and not (default / "config.json").is_file():
+        missing.append(
+            f"  model: no finished fine-tuning run in {default} (scripts/finetune_lora.sh writes it); "
+            f"--model DIR names another{checkpoints_hint(default)}"
         )
+    if not data.is_dir():
+        missing.append(
+            f"  data: --data {data} is not a directory"
+            if args.data
+            else f"  data: no {data} (LLaVA's layout, with the official files); --data DIR names another"
+        )
+    if missing:
+        missing.insert(0, f"python -m llava_sp.eval.{benchmark.name} lacks its inputs:")
+        quick = f"To see it work on the embedded default, which trains and scores small models:\n  {QUICKSTART}"
+        raise ValueError("\n".join([*missing, quick] if needs_model else missing))
     return model, data
 
 

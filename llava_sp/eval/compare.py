@@ -7,27 +7,33 @@ that both hold is compared). Both must have scored the same questions by the sam
 
 The interval is a paired bootstrap (Efron and Tibshirani 1993, chapter 8): questions are drawn with replacement, the same
 ones for A and B, the headline is computed anew for both, and the middle 95 % of the differences B - A is reported. Questions
-that are only judged together (the two questions on a picture of MME, the rotations of an MMBench question) are drawn
-together. It tells how much the difference owes to the choice of questions, and nothing about seeds of training.
+that are only judged together (the two questions on an image of MME, the rotations of an MMBench question) are drawn
+together. The interval covers the choice of questions, and nothing about seeds of training.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from llava_sp.common.command import check_arguments, command_parser, run_command
 from llava_sp.common.files import examples, read_json, read_jsonl, write_json
 from llava_sp.eval.base import Benchmark
-from llava_sp.eval.run.registry import ORDER, load_benchmark
+from llava_sp.eval.run.registry import benchmark_names, load_benchmark
 from llava_sp.eval.scoring.vqa import AccuracyBenchmark
 
+if TYPE_CHECKING:
+    import numpy as np
+
 RESAMPLES = 2000
+_METRICS = {
+    "score": (float, None),
+    "metrics": {"judge?": ({"model": str, "prompt": str}, None)},
+    "provenance": {"benchmark": str, "protocol": str, "split": (str, None), "questions?": str},
+}
 
 
 class Unscored(ValueError):
@@ -43,9 +49,9 @@ class Run:
     score: float
     protocol: str
     split: str | None
-    items: list[dict[str, Any]]
+    items: Sequence[dict[str, Any]]
     judge: str | None = None
-    questions: str | None = None  # hash of ids, prompts and pictures, where the run recorded it
+    questions: str | None = None  # hash of ids, prompts and images, where the run recorded it
 
 
 @dataclass(frozen=True)
@@ -72,44 +78,29 @@ class Comparison:
 
 def read_run(folder: Path) -> Run:
     """Raises ValueError naming what is missing, or that the run has no score."""
-    if not (folder / "metrics.json").is_file():
-        raise ValueError(f"{folder} has no metrics.json: it is no output folder of a finished evaluation")
-    result, items = read_json(folder / "metrics.json"), read_jsonl(folder / "per_item.jsonl")
-    origin = result.get("provenance") if isinstance(result, dict) else None
-    if not isinstance(origin, dict) or not {"benchmark", "protocol", "split"} <= set(origin):
-        raise ValueError(f"{folder / 'metrics.json'} is not the result of an evaluation: it has no provenance")
+    result, items = read_json(folder / "metrics.json", _METRICS), read_jsonl(folder / "per_item.jsonl")
+    origin, judge = result["provenance"], result["metrics"].get("judge")
     if result["score"] is None:
         raise Unscored(f"{folder} has answers of {origin['benchmark']} but no score (a server or a judge gives it)")
-    benchmark = load_benchmark(origin["benchmark"])
-    judge = result["metrics"].get("judge")
-    named = f"{judge['model']} (prompt: {judge['prompt']})" if judge else None
     return Run(
-        folder, benchmark, result["score"], origin["protocol"], origin["split"], items, named, origin.get("questions")
+        folder,
+        load_benchmark(origin["benchmark"]),
+        result["score"],
+        origin["protocol"],
+        origin["split"],
+        items,
+        f"{judge['model']} (prompt: {judge['prompt']})" if judge else None,
+        origin.get("questions"),
     )
 
 
 def compare(a: Run, b: Run, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
     """Raises ValueError if the two did not score the same questions by the same rule."""
-    for what in ("benchmark", "protocol", "split", "judge"):
-        first, second = getattr(a, what), getattr(b, what)
-        if first != second:
-            first, second = (getattr(value, "name", value) for value in (first, second))
-            raise ValueError(
-                f"{a.folder} and {b.folder} do not compare: {what} is {first} in one, {second} in the other"
-            )
-    ids = [[record["question_id"] for record in run.items] for run in (a, b)]
-    if ids[0] != ids[1]:
-        only = sorted({*map(str, ids[0])} ^ {*map(str, ids[1])})
-        raise ValueError(
-            f"{a.folder} and {b.folder} did not score the same questions: {len(ids[0])} and {len(ids[1])}"
-            + (f"; {len(only)} are in one only ({examples(only)})" if only else ", in another order")
-        )
-    asked = [[(record.get("question"), record.get("references")) for record in run.items] for run in (a, b)]
-    if asked[0] != asked[1] or (a.questions and b.questions and a.questions != b.questions):
-        raise ValueError(
-            f"{a.folder} and {b.folder} did not score the same questions: the ids are the same, but not what was asked, what "
-            "is right, or the names of the pictures"
-        )
+    problem = _difference(a, b)
+    if problem:
+        raise ValueError(f"{a.folder} and {b.folder} do not compare: {problem}")
+    import numpy as np  # after the arguments are parsed
+
     differences = bootstrap(a.benchmark, a.items, b.items, resamples, seed)
     low, high = np.percentile(differences, [2.5, 97.5])
     pairs = list(zip(a.items, b.items))
@@ -133,18 +124,39 @@ def compare(a: Run, b: Run, resamples: int = RESAMPLES, seed: int = 0) -> Compar
     )
 
 
+def _difference(a: Run, b: Run) -> str | None:
+    """What keeps two runs from being compared; None if nothing does."""
+    for what in ("benchmark", "protocol", "split", "judge"):
+        first, second = (getattr(getattr(run, what), "name", getattr(run, what)) for run in (a, b))
+        if first != second:
+            return f"{what} is {first} in one, {second} in the other"
+    ids = [[record["question_id"] for record in run.items] for run in (a, b)]
+    if ids[0] != ids[1]:
+        only = sorted({*map(str, ids[0])} ^ {*map(str, ids[1])})
+        where = f"{len(only)} are in one only ({examples(only)})" if only else "in another order"
+        return f"not the same questions: {len(ids[0])} and {len(ids[1])}; {where}"
+    asked = [[(record.get("question"), record.get("references")) for record in run.items] for run in (a, b)]
+    if asked[0] != asked[1] or (a.questions and b.questions and a.questions != b.questions):
+        return (
+            "not the same questions: the ids are the same, but not what was asked, what is right, or the images' names"
+        )
+    return None
+
+
 def bootstrap(
     benchmark: type[Benchmark], a: Sequence[dict], b: Sequence[dict], resamples: int, seed: int
 ) -> np.ndarray:
-    """Differences of the headline [resamples]: the units of both runs drawn alike, with replacement."""
+    """Differences of the headline [resamples]: the same units of both runs drawn, with replacement."""
+    import numpy as np
+
     units: dict[Any, list[int]] = {}
     for position, record in enumerate(a):
         units.setdefault(record.get("unit", ("item", position)), []).append(position)
     members = list(units.values())
     rng = np.random.default_rng(seed)
     draws = (rng.integers(len(members), size=len(members)) for _ in range(resamples))
-    means = (Benchmark.headline.__func__, AccuracyBenchmark.headline.__func__)
-    if benchmark.headline.__func__ in means:  # sums of units are enough
+    rule = next(vars(cls)["headline"] for cls in benchmark.__mro__ if "headline" in vars(cls))
+    if rule in (vars(Benchmark)["headline"], vars(AccuracyBenchmark)["headline"]):  # means: sums of units are enough
         gains = np.array([sum(b[i]["score"] - a[i]["score"] for i in unit) for unit in members])
         sizes = np.array([len(unit) for unit in members])
         return np.array([gains[draw].sum() / sizes[draw].sum() for draw in draws])
@@ -166,7 +178,8 @@ def find_pairs(a: Path, b: Path) -> list[tuple[Path, Path]]:
     if (a / "metrics.json").is_file() or (b / "metrics.json").is_file():
         return [(a, b)]
     below = [{path.parent.name for path in folder.glob("*/metrics.json")} for folder in (a, b)]
-    names = sorted(below[0] & below[1], key=lambda name: (name not in ORDER, ORDER.index(name) if name in ORDER else 0))
+    order = benchmark_names()
+    names = sorted(below[0] & below[1], key=lambda name: order.index(name) if name in order else -1)
     if not names:
         raise ValueError(f"{a} and {b} hold no results of a benchmark in common (metrics.json, or NAME/metrics.json)")
     for folder, other in ((a, below[0] - below[1]), (b, below[1] - below[0])):
@@ -191,32 +204,9 @@ def _print(result: Comparison, show: int) -> None:
         print(f"    ... {len(result.items) - show} more; --show N, or --output FILE.json for all")
 
 
-def _compare_all(pairs: Sequence[tuple[Path, Path]], args: argparse.Namespace) -> tuple[list[Comparison], int]:
-    """Compares and prints each pair; of several, one that does not compare is said and does not stop the others."""
-    results, status = [], 0
-    for a, b in pairs:
-        try:
-            results.append(compare(read_run(a), read_run(b), args.samples, args.seed))
-            _print(results[-1], args.show)
-        except Unscored as error:
-            if len(pairs) == 1:
-                raise
-            print(f"note: left out: {error}", file=sys.stderr)
-        except ValueError as error:
-            if len(pairs) == 1:
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            status = 2
-    return results, status
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring. Returns 0, or 2 with a message for runs that do not compare."""
-    parser = argparse.ArgumentParser(
-        prog="python -m llava_sp.eval.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("llava_sp.eval.compare", __doc__)
     parser.add_argument("a", type=Path, help="output folder of the first run")
     parser.add_argument("b", type=Path, help="output folder of the second run")
     parser.add_argument("--samples", type=int, default=RESAMPLES, help=f"bootstrap samples (default {RESAMPLES})")
@@ -224,16 +214,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", type=int, default=5, help="how many changed questions to print (default 5)")
     parser.add_argument("--output", type=Path, help="write everything as JSON to this file")
     args = parser.parse_args(argv)
-    if args.samples < 1:
-        parser.error(f"--samples is {args.samples}; it must be at least 1")
-    try:
-        results, status = _compare_all(find_pairs(args.a, args.b), args)
+
+    def run() -> int:
+        """Compares and prints each pair; of several, one that does not compare does not stop the others."""
+        check_arguments([("--samples", args.samples, args.samples >= 1, "at least 1")])
+        pairs = find_pairs(args.a, args.b)
+        results, status = [], 0
+        for a, b in pairs:
+            try:
+                results.append(compare(read_run(a), read_run(b), args.samples, args.seed))
+                _print(results[-1], args.show)
+            except ValueError as error:
+                if len(pairs) == 1:
+                    raise
+                unscored = isinstance(error, Unscored)
+                print(f"note: left out: {error}" if unscored else f"error: {error}", file=sys.stderr)
+                status = status if unscored else 2
         if args.output:
             write_json(args.output, {"a": str(args.a), "b": str(args.b), "results": [asdict(r) for r in results]})
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return status
+        return status
+
+    return run_command(run, traceback=args.traceback)
 
 
 if __name__ == "__main__":

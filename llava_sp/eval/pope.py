@@ -41,8 +41,8 @@ from typing import Any, ClassVar
 
 from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, SHORT_ANSWER, Benchmark, Category, Item, Scores
 from llava_sp.eval.cli import main
+from llava_sp.eval.inputs.answers_file import match_by_question_id
 from llava_sp.eval.inputs.checks import expect_all, expect_once, find, first_folder, inside
-from llava_sp.eval.run.answer_log import match_by_question_id
 from llava_sp.eval.scoring import yes_no
 
 CATEGORIES = ("random", "popular", "adversarial")  # in the order of the paper's tables

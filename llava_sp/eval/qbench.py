@@ -39,8 +39,8 @@ from llava_sp.common.files import read_json, read_text, write_json
 from llava_sp.decoding import Generation
 from llava_sp.eval.base import OPTION_LETTER, Benchmark, Category, Item, Scores
 from llava_sp.eval.cli import main
+from llava_sp.eval.inputs.answers_file import read_answers
 from llava_sp.eval.inputs.checks import compare_ids, expect_all, find, first_folder, inside
-from llava_sp.eval.run.answer_log import read_answers
 from llava_sp.eval.scoring.letters import by_letter, lettered, lmms_qbench, not_in, percent, vlmevalkit
 
 _FILES = {split: f"llvisionqa_{split}.json" for split in ("dev", "test")}

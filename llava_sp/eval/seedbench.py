@@ -35,8 +35,8 @@ from llava_sp.common.files import examples, read_jsonl, write_jsonl
 from llava_sp.decoding import Generation
 from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, OPTION_LETTER, Benchmark, Category, Item, Scores
 from llava_sp.eval.cli import main
+from llava_sp.eval.inputs.answers_file import match_by_question_id
 from llava_sp.eval.inputs.checks import expect, expect_all, find, find_one, first_folder, inside
-from llava_sp.eval.run.answer_log import match_by_question_id
 from llava_sp.eval.scoring.letters import by_letter, lettered, lmms_seedbench, not_in, percent
 
 _QUESTION = {

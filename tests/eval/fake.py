@@ -47,14 +47,20 @@ class Echo:
 
 def main() -> None:
     output, count, batch_size, seconds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-    benchmark, items, processes = Fake(), make_items(count), Processes.from_environment()
-    generate_answers(
-        benchmark, items, lambda: Echo(seconds), output, batch_size=batch_size, processes=processes, progress=False
-    )
-    processes.agree(None)
-    if processes.is_main:
-        merge(benchmark, items, output, model_id="fake", settings_id="settings")
-    processes.close()
+    benchmark, items = Fake(), make_items(count)
+    with Processes.from_environment().group() as processes:
+        with processes.together():
+            generate_answers(
+                benchmark,
+                items,
+                Echo(seconds),
+                output,
+                batch_size=batch_size,
+                processes=processes,
+                progress=False,
+            )
+        if processes.is_main:
+            merge(benchmark, items, output, model_id="fake", settings_id="settings")
 
 
 if __name__ == "__main__":

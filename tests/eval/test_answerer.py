@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -34,8 +36,8 @@ def opened(golden):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+def files(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(0)
     for number in range(4):
         width, height = rng.integers(20, 200, 2)
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / f"{number}.png")
@@ -51,7 +53,7 @@ def answered(opened, items: list[Item], share_images: bool, **changes) -> tuple[
     """The answers to one batch, and how many images the vision tower saw."""
     model, processor = opened
     generation = Generation(max_new_tokens=12, **changes)
-    answerer = ModelAnswerer(model, processor, Plain(), generation, share_images=share_images)
+    answerer = ModelAnswerer(SimpleNamespace(model=model), processor, Plain(), generation, share_images=share_images)
     seen = []
     hook = model.model.vision_tower.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
@@ -61,8 +63,8 @@ def answered(opened, items: list[Item], share_images: bool, **changes) -> tuple[
     return texts, sum(seen)
 
 
-def test_shared_images_are_encoded_once_and_answers_stay(opened, pictures):
-    a, b, c, d = ((picture,) for picture in pictures)
+def test_shared_images_are_encoded_once_and_answers_stay(opened, files):
+    a, b, c, d = ((image,) for image in files)
     items = make_items([a, b, a, a, c, b, d, a])
     shared, encoded = answered(opened, items, True)
     separate, all_encoded = answered(opened, items, False)
@@ -72,35 +74,35 @@ def test_shared_images_are_encoded_once_and_answers_stay(opened, pictures):
         assert answered(opened, [item], True) == ([text], 1)
 
 
-def test_several_images_to_a_question(opened, pictures):
-    a, b, c, _ = pictures
+def test_several_images_to_a_question(opened, files):
+    a, b, c, _ = files
     items = make_items([(a, b), (a, b), (b, a), (c,), (a, b), (c,)])
     shared, encoded = answered(opened, items, True)
-    assert encoded == 5  # (a, b), (b, a), (c): the pictures of a prompt are encoded with it
+    assert encoded == 5  # (a, b), (b, a), (c): the files of a prompt are encoded with it
     assert shared == answered(opened, items, False)[0]
 
 
-def test_questions_without_images_stand_alone(opened, pictures):
-    a, b, *_ = ((picture,) for picture in pictures)
+def test_questions_without_images_stand_alone(opened, files):
+    a, b, *_ = ((image,) for image in files)
     items = make_items([a, a, (), b, ()])
     texts, encoded = answered(opened, items, True)
     assert encoded == 3 and texts == answered(opened, items, False)[0]
     assert answered(opened, items[2:3], True) == ([texts[2]], 0)
 
 
-def test_beams_are_not_shared(opened, pictures):
-    items = make_items([(pictures[0],)] * 3)
+def test_beams_are_not_shared(opened, files):
+    items = make_items([(files[0],)] * 3)
     texts, encoded = answered(opened, items, True, num_beams=2)
     assert encoded >= 3 and (texts, encoded) == answered(opened, items, False, num_beams=2)
 
 
-def test_sampled_answers_depend_on_seed_and_prompt_alone(opened, pictures):
-    items = make_items([(pictures[0],), (pictures[1],)])
+def test_sampled_answers_depend_on_seed_and_prompt_alone(opened, files):
+    items = make_items([(files[0],), (files[1],)])
     model, processor = opened
 
     def draw(seed: int, order: list[Item]) -> dict[int, str]:
         generation = Generation(max_new_tokens=12, do_sample=True, temperature=1.5)
-        answerer = ModelAnswerer(model, processor, Plain(), generation, seed)
+        answerer = ModelAnswerer(SimpleNamespace(model=model), processor, Plain(), generation, seed)
         return {item.id: answerer.answer(answerer.prepare([item]))[0] for item in order}
 
     torch.manual_seed(7)
@@ -109,7 +111,7 @@ def test_sampled_answers_depend_on_seed_and_prompt_alone(opened, pictures):
     assert first != draw(1, items)
 
 
-def test_questions_of_an_image_stay_together_longest_first(pictures):
-    a, b, *_ = ((picture,) for picture in pictures)
+def test_questions_of_an_image_stay_together_longest_first(files):
+    a, b, *_ = ((image,) for image in files)
     items = [Item(i, "x" * n, images) for i, (n, images) in enumerate([(5, a), (9, b), (30, a), (9, ()), (40, ())])]
     assert [item.id for item in in_order(Plain(), items)] == [2, 0, 1, 4, 3]

@@ -16,8 +16,8 @@ from llava_sp.common.files import write_json
 from llava_sp.eval import base
 from llava_sp.eval.base import Item
 from llava_sp.eval.cli import main
-from llava_sp.eval.run.answerer import open_image
-from llava_sp.eval.run.evaluate import claimed
+from llava_sp.eval.run.output import exclusive
+from llava_sp.inference import open_image
 
 HEADER = "from llava_sp.eval.base import Benchmark, Item, Scores, SHORT_ANSWER\n"
 
@@ -63,11 +63,11 @@ def test_example_has_no_submissions_to_validate(colour_qa, data, capsys):
 @pytest.mark.parametrize(
     "ids, message",
     [
-        (["q", "q", 1, "1"], r"2 ids of colourqa occur more than once .* \(q, 1\)"),
+        (["q", "q", 1, "1"], r"2 keys of colourqa occur more than once \(q, 1\)"),
         ([], "holds no questions of colourqa"),
     ],
 )
-def test_items_that_cannot_be_told_apart(colour_qa, tmp_path, capsys, ids, message):
+def test_items_with_the_same_key_are_refused(colour_qa, tmp_path, capsys, ids, message):
     rows = [{"id": i, "q": "Which colour?", "image": "x.png", "a": "red"} for i in ids]
     (tmp_path / "colourqa.json").write_text(json.dumps(rows))
     (tmp_path / "a.jsonl").write_text('{"question_id": "q", "text": "red"}\n')
@@ -89,7 +89,7 @@ def test_a_folder_belongs_to_one_command_at_a_time(colour_qa, data, tmp_path, ca
     (tmp_path / "a.jsonl").write_text('{"question_id": "q0", "text": "red"}\n{"question_id": "q1", "text": "red"}\n')
     out = tmp_path / "out"
     arguments = ["--answers", str(tmp_path / "a.jsonl"), "--data", str(data), "--output", str(out)]
-    with claimed(out):
+    with exclusive(out):
         assert main(colour_qa, arguments) == 2
         assert "is being written by another process" in capsys.readouterr().err
         assert not (out / "run.json").exists()

@@ -14,7 +14,7 @@ import pytest
 from llava_sp.decoding import Generation
 from llava_sp.eval.base import LLAVA15
 from llava_sp.eval.gqa import GQA, distribution, llava_prediction, steps
-from llava_sp.eval.run.answer_log import read_answers
+from llava_sp.eval.inputs.answers_file import read_answers
 from llava_sp.eval.run.evaluate import check_images
 from tests.eval.commands import command_of
 

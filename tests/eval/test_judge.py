@@ -213,7 +213,7 @@ def test_slow_replies_are_asked_for_again(tmp_path, data, capsys):
     "failure, message",
     [
         (Reply("oops", status=500), "it says 500: oops (tried 8 times)"),
-        (Reply(body="<html>"), "its reply is no chat completion"),
+        (Reply(body="<html>"), "its reply is not a chat completion"),
         (Reply("late", seconds=0.3), "no reply within 0.1 seconds (--judge-timeout) (tried 8 times)"),
     ],
     ids=["500", "html", "timeout"],
@@ -228,7 +228,7 @@ def test_lasting_failures_end_the_run_and_keep_what_is_done(tmp_path, data, caps
         status, _, err = run(capsys, data, *arguments, "--judge-concurrency", 2)
     assert status == 2 and message in err and "gpt-test at http://127.0.0.1" in err
     assert "gave no reply for question 31:" in err or "gave no reply for question 32:" in err
-    assert "the same command goes on from here" in err and "Traceback" not in err
+    assert "the same command continues from here" in err and "Traceback" not in err
     kept = {line["question_id"] for line in read_judgements(output / JUDGEMENTS)}
     assert kept >= set(range(1, 31)) and not kept & {31, 32} and not (output / "metrics.json").exists()
     with JudgeServer(always("no")) as server:
@@ -294,7 +294,7 @@ def test_judges_are_never_mixed(tmp_path, data, capsys):
         assert status == 0 and json.loads(out)["score"] == score
         assert json.loads(out)["metrics"]["judge"]["model"] == name
     status, _, err = run(capsys, data, "--judgements", log, "--judge", "third")
-    assert status == 2 and "holds no replies of third (but of another, gpt-test)" in err
+    assert status == 2 and "holds replies of another and gpt-test; none of third" in err
 
 
 def test_another_answer_is_judged_anew(tmp_path, data):
@@ -327,7 +327,7 @@ def test_recorded_replies_are_scored_without_a_judge(tmp_path, data, capsys):
     status, out, _ = run(capsys, data, "--judgements", log, "--judge-runs", 1)
     assert json.loads(out)["metrics"]["judge"]["runs"] == 1
     status, _, err = run(capsys, data, "--judgements", log, "--judge-runs", 3)
-    assert status == 2 and "--judge-runs 3, but" in err and "hold 2" in err
+    assert status == 2 and "--judge-runs is 3, but" in err and "hold 2" in err
     lines = read_judgements(log)
     write_lines(tmp_path / "a.jsonl", [line for line in lines if line["run"] == 0])
     write_lines(tmp_path / "b.jsonl", [line for line in lines if line["run"] == 1])
@@ -355,7 +355,7 @@ def test_recorded_replies_that_do_not_fit(tmp_path, data, capsys):
     other = [{**line, "request_sha256": "0" * 64} for line in lines[:2]]
     err = refused([*other, *lines[2:]])
     assert "2 questions were judged by another prompt or setting, or not to the end (1, 2)" in err
-    assert "line 2: run is 'x', not a whole number" in refused([lines[0], {**lines[1], "run": "x"}])
+    assert "line 2: run is 'x'; expected a whole number" in refused([lines[0], {**lines[1], "run": "x"}])
     assert "line 1 has no reply" in refused([{key: value for key, value in lines[0].items() if key != "reply"}])
     assert "40 questions have other answers than were judged (1, 2, 3, ...)" in refused(lines, text="something else")
 
@@ -407,15 +407,22 @@ def test_what_is_missing_is_said_before_anything_is_answered(tmp_path, data, cap
         assert status == 2
         return err
 
-    assert "--judge needs --output DIR" in refused("--judge", "m", "--judge-url", "http://localhost:1/v1")
+    assert "--output is None; it must be a directory: every reply of --judge" in refused(
+        "--judge", "m", "--judge-url", "http://localhost:1/v1"
+    )
     output = ("--output", tmp_path / "out")
-    assert "no key in the environment variable OPENAI_API_KEY" in refused(*output, "--judge", "m")
+    assert "--judge-key-env is OPENAI_API_KEY; it must be a variable that holds a key" in refused(
+        *output, "--judge", "m"
+    )
     err = refused(*output, "--judge", "m", "--judge-url", "http://localhost:1/v1", "--judge-key-env", "NONE")
-    assert "no key in the environment variable NONE" in err
+    assert "--judge-key-env is NONE; it must be a variable that holds a key" in err
     err = refused(*output, "--judge", "m", "--judge-url", "localhost:8000")
-    assert "--judge-url localhost:8000 is no address: it must begin with http://" in err
+    assert "--judge-url is localhost:8000; it must be an address with http://" in err
     err = refused(*output, "--judge", "m", "--judge-url", "http://me:pass@localhost:8000/v1/chat/completions")
-    assert "give the part before /chat/completions" in err and "pass" not in err
+    assert (
+        "--judge-url is http://localhost:8000/v1/chat/completions; it must be the part before /chat/completions" in err
+        and "pass" not in err
+    )
     for flag in ("--judge-concurrency", "--judge-runs", "--judge-timeout"):
         assert f"{flag} is 0" in refused(*output, flag, 0)
     real = importlib.util.find_spec
@@ -452,23 +459,23 @@ def test_nothing_heavy_is_imported_without_a_judge(repo):
 
 
 def test_retry_after_as_number_and_date():
-    assert judge_client._retry_after({"retry-after": "2.5"}) == 2.5
-    assert judge_client._retry_after({"retry-after-ms": "250", "retry-after": "9"}) == 0.25
-    assert 25 < judge_client._retry_after({"retry-after": formatdate(time.time() + 30, usegmt=True)}) <= 30
-    assert judge_client._retry_after({"retry-after": formatdate(time.time() - 30, usegmt=True)}) == 0.0
+    assert judge_client.retry_after({"retry-after": "2.5"}) == 2.5
+    assert judge_client.retry_after({"retry-after-ms": "250", "retry-after": "9"}) == 0.25
+    assert 25 < judge_client.retry_after({"retry-after": formatdate(time.time() + 30, usegmt=True)}) <= 30
+    assert judge_client.retry_after({"retry-after": formatdate(time.time() - 30, usegmt=True)}) == 0.0
     for said in ({}, {"retry-after": ""}, {"retry-after": "later"}):
-        assert judge_client._retry_after(said) is None
+        assert judge_client.retry_after(said) is None
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"date": 5}, "line 2: date is '5', not text"),
-        ({"url": ["x"]}, "line 2: url is \"['x']\", not text"),
+        ({"date": 5}, "line 2: date is 5; expected text or null"),
+        ({"url": ["x"]}, "line 2: url is ['x']; expected text or null"),
         ({"answered_by": {"a": 1}}, "line 2: answered_by is "),
-        ({"usage": [3]}, "line 2: usage is '[3]', not an object with fields"),
-        ({"usage": {"total_tokens": "7"}}, "line 2: usage: total_tokens is '7', not a whole number"),
-        ({"run": None}, "line 2: run is 'None', not a whole number"),
+        ({"usage": [3]}, "line 2: usage is [3]; expected an object or null"),
+        ({"usage": {"total_tokens": "7"}}, "line 2: usage.total_tokens is '7'; expected a whole number or null"),
+        ({"run": None}, "line 2: run is None; expected a whole number"),
     ],
 )
 def test_recorded_fields_of_another_kind_are_named(tmp_path, data, capsys, changes, message):

@@ -54,8 +54,8 @@ def test_only_one_module_needs_lmms_eval(repo):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if any(name.split(".")[0] == "lmms_eval" for name in names):
-                needing.append(path.name)
-    assert set(needing) == {"lmms_eval_model.py"}
+                needing.append(path.relative_to(repo / "llava_sp").as_posix())
+    assert set(needing) == {"eval/lmms_eval/model.py"}
 
 
 def functions_of(file: Path) -> dict:

@@ -22,9 +22,8 @@ from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints.opening.adapter import checkpoint_hash, save_adapter
 from llava_sp.eval.cli import main
 from llava_sp.eval.run.answer_log import read_logs
-from llava_sp.eval.run.answerer import render_prompt
 from llava_sp.eval.vqav2 import VQAv2
-from llava_sp.inference import Source
+from llava_sp.inference import Source, render_prompt
 
 NEW_TOKENS = 8
 
@@ -347,9 +346,9 @@ def test_bad_image_is_named_with_its_question(checkpoint, data, tmp_path, capsys
 def test_not_a_checkpoint(data, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(VQAv2, arguments(tmp_path / "empty", data, tmp_path / "out")) == 2
-    assert "has no config.json: no finished checkpoint" in capsys.readouterr().err
+    assert "has no config.json: not a finished checkpoint" in capsys.readouterr().err
     assert main(VQAv2, arguments(tmp_path / "none", data, tmp_path / "out")) == 2
-    assert "is not a directory" in capsys.readouterr().err
+    assert f"model {tmp_path / 'none'} is neither a directory nor" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""What lmms-eval reads from the entry point `lmms_eval.models`: under which name which class stands.
+"""What lmms-eval reads from the entry point `lmms_eval.models`: the name and the class of the model.
 
 lmms-eval loads this with every command, also those for other models, so nothing heavy is imported here. The model itself,
 and how to use it, is `llava_sp.eval.lmms_eval.model`.

@@ -7,19 +7,19 @@
 
 `configs/lmms_eval/` holds tasks to try and to copy. What `--model_args` takes, as `name=value,name=value`:
 
-    pretrained     any checkpoint that `LlavaSPForCausalLM.from_pretrained` opens: directory or hub id
-    language_model     language model of an adapter checkpoint, where it has moved
-    vision_tower   vision tower of an adapter checkpoint, where it has moved
-    dtype          auto (float16 on a GPU, as LLaVA evaluates, else float32), float32, float16, bfloat16
-    device         as `--device`: cuda, cuda:1, cpu (default: this process's GPU if there is one)
+    pretrained             any checkpoint that `LlavaSPForCausalLM.from_pretrained` opens: directory or hub id
+    language_model         language model of an adapter checkpoint, where it has moved
+    vision_tower           vision tower of an adapter checkpoint, where it has moved
+    dtype                  auto (float16 on a GPU, as LLaVA evaluates, else float32), float32, float16, bfloat16
+    device                 as `--device`: cuda, cuda:1, cpu (default: this process's GPU if there is one)
     image_aspect_ratio     pad or crop (default: the checkpoint's own)
     conversation_template  conversation template (default: the checkpoint's own)
-    use_cache      False generates without the cache of keys and values
-    likelihood     nll or logprob, see below
+    use_cache              False generates without the cache of keys and values
+    likelihood             nll or logprob, see below
 
 The prompt is that of this package's own benchmarks: images in front, each on a line of its own, unless the task's text says
-with `<image>` where they go; then the checkpoint's conversation template. A task's `image_aspect_ratio` is for models that do
-not record theirs; ours do.
+with `<image>` where they go; then the checkpoint's conversation template. A task's `image_aspect_ratio` is ignored: it is for
+models that do not record theirs.
 
 `likelihood`: lmms-eval's multiple choice takes the *smallest* number for the best answer, because its models return losses. So
 `nll`, the default, is the summed negative log-probability of the answer: `acc` is then the likeliest answer, `acc_norm` the
@@ -35,8 +35,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,17 +50,32 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from llava_sp import inference
+from llava_sp.common.schema import Check, expect, one_of
 from llava_sp.decoding import Generation
-from llava_sp.inference import open_image
+from llava_sp.inference import (
+    Engine,
+    Source,
+    answering,
+    open_image,
+    pad_left,
+    place_images,
+    positions,
+    render_prompt,
+)
 from llava_sp.model.conversation import IMAGE_MARK, get_template
 from llava_sp.model.processing_llava_sp import ASPECT_RATIOS
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
-LIKELIHOODS = ("nll", "logprob")
 MAX_NEW_TOKENS = 1024  # where a task does not say, as lmms-eval's LLaVA
 VIDEO = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
 AUDIO = (".wav", ".mp3", ".flac", ".ogg", ".m4a")
+_ARGUMENTS = {
+    "pretrained": (str, Path),
+    "dtype": one_of("auto", "float32", "float16", "bfloat16"),
+    "batch_size": Check(lambda size: str(size).isdigit() and int(size) >= 1, "a whole number above 0"),
+    "image_aspect_ratio": one_of(None, *ASPECT_RATIOS),
+    "use_cache": one_of(True, False),
+    "likelihood": one_of("nll", "logprob"),
+}
 _NOT_FOR_US = frozenset(("image_aspect_ratio",))  # see the module's docstring
 _ONE_ANSWER = ("num_return_sequences", "return_dict_in_generate")  # what would give `generate` another result
 _KNOWN = frozenset(GenerationConfig().to_dict()).difference(_ONE_ANSWER)
@@ -80,7 +94,7 @@ class LlavaSP(lmms):
     """`--model llava_sp`; see the module's docstring for the arguments.
 
     Raises:
-        ValueError: an argument that is unknown or out of range, a checkpoint that is none.
+        ValueError: an argument that is unknown or out of range, or not a checkpoint.
     """
 
     is_simple = True  # requests are text and images; the conversation is made here
@@ -99,30 +113,25 @@ class LlavaSP(lmms):
         likelihood: str = "nll",
         **unknown: Any,
     ):
+        given = {name: value for name, value in locals().items() if name in _ARGUMENTS}
         super().__init__()
         if unknown:
-            raise ValueError(
-                f"--model llava_sp does not know {', '.join(unknown)}; --model_args takes {', '.join(_names())}"
-            )
-        if not pretrained:
-            raise ValueError("--model llava_sp needs a checkpoint: --model_args pretrained=PATH")
-        _check_choice("dtype", dtype, DTYPES)
-        _check_choice("likelihood", likelihood, LIKELIHOODS)
-        _check_choice("image_aspect_ratio", image_aspect_ratio, (None, *ASPECT_RATIOS))
-        _check_choice("use_cache", use_cache, (True, False))
+            takes = [name for name in inspect.signature(LlavaSP).parameters if name not in ("batch_size", "unknown")]
+            raise ValueError(f"--model_args holds {', '.join(unknown)}, but takes {', '.join(takes)}")
+        expect(given, _ARGUMENTS, "--model llava_sp")
         if conversation_template is not None:
             get_template(conversation_template)
         processes = PartialState()
         self._rank, self._world_size = processes.process_index, processes.num_processes
-        self.device = inference.choose_device(device, processes.local_process_index)
+        engine = Engine.choose(
+            Source(str(pretrained), language_model, vision_tower), dtype, device, processes.local_process_index
+        )
+        self.device = engine.device
         if self._world_size > 1 and device is not None and ":" in device:
             raise ValueError(f"--device {device} is one device for {self._world_size} processes; leave the number out")
-        self.batch_size = _batch_size(batch_size)
+        self.batch_size = int(batch_size)
         self.conversation_template, self.use_cache, self.likelihood = conversation_template, use_cache, likelihood
-        source = inference.Source(str(pretrained), language_model, vision_tower)
-        with _flags_named_as_model_args():
-            self.processor = inference.load_processor(source, image_aspect_ratio)
-            self.model = source.model(inference.choose_dtype(dtype, self.device), self.device)
+        self.processor, self.model = engine.processor(image_aspect_ratio), engine.model
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """The answers to `(text, generation arguments, doc_to_visual, doc_id, task, split)`, with token counts."""
@@ -160,10 +169,8 @@ class LlavaSP(lmms):
                     previous_round_info=notes[index],
                 )
                 if not isinstance(step, tuple) or len(step) != 5:
-                    raise ValueError(
-                        f"{queries[index].where}: doc_to_text gave {type(step).__name__} for round {round_index} where "
-                        "(visuals, text, finished, answers, notes) is expected"
-                    )
+                    where = f"{queries[index].where}: doc_to_text gave {step!r} for round {round_index}"
+                    raise ValueError(f"{where}, not (visuals, text, finished, answers, notes)")
                 visuals, text, finished, answers, notes[index] = step
                 outputs[index] = outputs[index] if answers is None else list(answers)
                 if finished:
@@ -178,7 +185,7 @@ class LlavaSP(lmms):
         Requests are `(text, answer or doc_to_target, doc_to_visual, doc_id, task, split)`, or `(text, answer)` for an
         answer without its question (`acc_mutual_info`). The number is what `likelihood` says.
         """
-        # lmms-eval 0.7 to 0.7.3 turns a bare pair into its text, and multiple choice then fails; a GenerationResult
+        # lmms-eval 0.7 to 0.7.3 turns a plain pair into its text, and multiple choice then fails; a GenerationResult
         # goes through as it is.
         collator = Collator(
             [request.args for request in requests], sort_fn=lambda args: (-len(str(args[0])), *map(str, args[3:]))
@@ -197,29 +204,20 @@ class LlavaSP(lmms):
             return Query("an answer without its question", args[0], ()), args[1]
         text, answer, visual, doc_id, task, split = args
         query = self._query(text, visual, doc_id, task, split)
-        if callable(answer):
-            answer = answer(self.task_dict[task][split][doc_id])
-        if not isinstance(answer, str):
-            raise ValueError(f"{query.where}: the answer to score is {answer!r}, not text")
-        return query, answer
+        return query, answer(self.task_dict[task][split][doc_id]) if callable(answer) else answer
 
     def log_probabilities(self, queries: Sequence[Query], answers: Sequence[str]) -> list[tuple[float, bool]]:
         """Per query, the summed log-probability of the tokens of its answer (without an end token), and whether each of
         them is the likeliest one. White space around an answer does not count: the template sets its own."""
-        rows, counts = zip(*(self._encode(query, answer) for query, answer in zip(queries, answers)))
-        inputs = self.processor.tokenizer.pad(
-            {"input_ids": list(rows), "attention_mask": [[1] * len(row) for row in rows]},
-            padding_side="left",
-            return_tensors="pt",
-        ).to(self.device)
+        rows, counts = zip(*(self.encode(query, answer) for query, answer in zip(queries, answers)))
+        inputs = pad_left(self.processor, rows).to(self.device)
         images = [image for query in queries for image in query.images]
         if images:
             inputs["pixel_values"] = self.processor.preprocess_images(images).to(self.device, self.model.dtype)
-        positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-        with torch.inference_mode(), _memory_trouble_told(len(rows)):
-            logits = self.model(
-                **inputs, position_ids=positions, logits_to_keep=max(counts) + 1, use_cache=False
-            ).logits.float()
+        places = positions(inputs["attention_mask"])
+        with answering(f"with {len(rows)} requests at once; try a smaller --batch_size"):
+            output = self.model(**inputs, position_ids=places, logits_to_keep=max(counts) + 1, use_cache=False)
+        logits = output.logits.float()
         results = []
         for row, count in enumerate(counts):
             steps = logits[row, -count - 1 : -1].log_softmax(-1)
@@ -228,24 +226,23 @@ class LlavaSP(lmms):
             results.append((float(chosen.sum()), bool((steps.argmax(-1) == targets).all())))
         return results
 
-    def _encode(self, query: Query, answer: str) -> tuple[list[int], int]:
+    def encode(self, query: Query, answer: str) -> tuple[list[int], int]:
         """Ids of the prompt followed by the answer, and how many of them are the answer's."""
-        answer = answer.strip()
-        if not answer or IMAGE_MARK in answer:
+        if not isinstance(answer, str) or not answer.strip() or IMAGE_MARK in answer:
             raise ValueError(f"{query.where}: the answer to score is {answer!r}; it must be text without {IMAGE_MARK}")
         template = get_template(self.conversation_template or self.processor.conversation_template)
-        segments = [(self._prompt(query), False), (template.answer_start + answer, True)]
+        segments = [(self.prompt(query), False), (template.answer_start + answer.strip(), True)]
         ids, labels = self.processor.encode_segments(segments)
         return ids, sum(label >= 0 for label in labels)
 
-    def _prompt(self, query: Query) -> str:
-        return inference.render_prompt(self.processor, query.message, self.conversation_template)
+    def prompt(self, query: Query) -> str:
+        return render_prompt(self.processor, query.message, self.conversation_template)
 
     def _query(self, text: str, doc_to_visual: Any, doc_id: int, task: str, split: str) -> Query:
         visuals = doc_to_visual(self.task_dict[task][split][doc_id]) if doc_to_visual else None
         return _make_query(text, visuals, f"task {task}, document {doc_id} of {split}")
 
-    def _generated(self, requests: list[Instance], answer: Any) -> list[Any]:
+    def _generated(self, requests: list[Instance], answer: Callable[[Sequence[tuple]], list[Any]]) -> list[Any]:
         """Calls `answer` with batches of equal generation arguments, longest texts first; results in the order of the
         requests."""
         for request in requests:  # all of them before the first answer
@@ -270,7 +267,7 @@ class LlavaSP(lmms):
         arguments, stops = self._generation(gen_kwargs)
         images = [list(query.images) for query in queries]
         inputs = self.processor(
-            text=[self._prompt(query) for query in queries],
+            text=[self.prompt(query) for query in queries],
             images=images if any(images) else None,
             padding=True,
             padding_side="left",
@@ -283,7 +280,7 @@ class LlavaSP(lmms):
             stopping = _StopStrings(self.processor.tokenizer, stops, length)
             arguments["stopping_criteria"] = StoppingCriteriaList([stopping])
         start = time.perf_counter()
-        with torch.inference_mode(), _memory_trouble_told(len(queries)):
+        with answering(f"with {len(queries)} requests at once; try a smaller --batch_size"):
             ids = self.model.generate(**inputs, **arguments)[:, length:].cpu()
         self._seconds += time.perf_counter() - start
         given = inputs["attention_mask"].sum(-1).tolist()
@@ -315,12 +312,9 @@ class LlavaSP(lmms):
             max_new_tokens=int(rest.pop("max_new_tokens", None) or MAX_NEW_TOKENS),
             use_cache=self.use_cache,
         )
-        unknown = sorted(set(rest).difference(_KNOWN))
+        unknown = {name: value for name, value in rest.items() if name not in _KNOWN}
         if unknown:
-            raise ValueError(
-                f"generation_kwargs holds {', '.join(f'{name}={rest[name]!r}' for name in unknown)}, which --model llava_sp "
-                "does not know; it takes `until` and the arguments of transformers' GenerationConfig"
-            )
+            raise ValueError(f"generation_kwargs holds {unknown}, but takes `until` and GenerationConfig's arguments")
         return {**rest, **generation.arguments()}, stops
 
     def _progress(self, count: int) -> tqdm:
@@ -339,44 +333,12 @@ class _StopStrings(StoppingCriteria):
         return torch.tensor(found, dtype=torch.bool, device=input_ids.device)
 
 
-@contextmanager
-def _flags_named_as_model_args() -> Iterator[None]:
-    """`loading` speaks of this package's own flags; here `--model` is something else."""
-    try:
-        yield
-    except ValueError as error:
-        message = str(error)
-        for flag, name in (
-            ("--model ", "pretrained="),
-            ("--language-model", "language_model"),
-            ("--vision-tower", "vision_tower"),
-        ):
-            message = message.replace(flag, name)
-        raise ValueError(f"--model_args: {message}") from error
-
-
-@contextmanager
-def _memory_trouble_told(count: int) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(
-            f"out of GPU memory with {count} requests at once; try a smaller --batch_size ({str(error).splitlines()[0]})"
-        ) from None
-
-
 def _make_query(text: str, visuals: Any, where: str) -> Query:
-    """Raises ValueError if the text holds image marks, but not one per image, or if an image is none."""
+    """Raises ValueError if the text holds image marks, but not one per image, or if a visual is not an image."""
     if visuals is None:
         visuals = []
     images = tuple(_image(visual, where) for visual in (visuals if isinstance(visuals, (list, tuple)) else [visuals]))
-    marks = text.count(IMAGE_MARK)
-    if marks not in (0, len(images)):
-        raise ValueError(
-            f"{where}: the text holds {marks} {IMAGE_MARK} marks for {len(images)} images; give one for each, or none and "
-            "the images go in front"
-        )
-    return Query(where, text if marks else f"{IMAGE_MARK}\n" * len(images) + text, images)
+    return Query(where, place_images(text, len(images), f"{where}: the text"), images)
 
 
 def _image(visual: Any, where: str) -> Image.Image:
@@ -385,35 +347,15 @@ def _image(visual: Any, where: str) -> Image.Image:
             return visual.convert("RGB")  # a file that was only opened so far is read here
         except (OSError, SyntaxError) as error:
             raise ValueError(f"{where}: {error}") from error
-    if isinstance(visual, bytes):
-        return open_image(visual, where)
-    if isinstance(visual, (str, Path)):
-        if Path(visual).suffix.lower() in VIDEO + AUDIO:
-            raise ValueError(f"{where}: {visual} is video or audio, and LLaVA-SP takes images only")
-        return open_image(Path(visual), where)
-    raise ValueError(
-        f"{where}: doc_to_visual gave {type(visual).__name__}; LLaVA-SP takes images (PIL, file or bytes) only"
-    )
+    visual = Path(visual) if isinstance(visual, str) else visual
+    film = isinstance(visual, Path) and visual.suffix.lower() in VIDEO + AUDIO
+    if film or not isinstance(visual, (Path, bytes)):
+        given = f"{visual} is video or audio" if film else f"doc_to_visual gave {type(visual).__name__}"
+        raise ValueError(f"{where}: {given}; LLaVA-SP takes images (PIL, file or bytes) only")
+    return open_image(visual, where)
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
     for stop in stops:
         text = text.split(stop)[0]
     return text.strip()
-
-
-def _batch_size(value: int | str) -> int:
-    if not str(value).isdigit() or int(value) < 1:
-        raise ValueError(f"--batch_size {value}: --model llava_sp takes a whole number, at least 1")
-    return int(value)
-
-
-def _check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
-    if value not in choices:
-        raise ValueError(f"--model_args {name}={value}; use one of {', '.join(map(str, choices))}")
-
-
-def _names() -> list[str]:
-    """The names that `--model_args` takes."""
-    names = inspect.signature(LlavaSP).parameters
-    return [name for name in names if name not in ("batch_size", "unknown")]

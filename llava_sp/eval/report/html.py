@@ -1,12 +1,11 @@
 """The report of a whole evaluation: one HTML file that needs nothing beside it.
 
 The table beside published figures; for each benchmark the figures by category as bars, and the questions that went worst,
-with their pictures.
+with their images.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 from collections import Counter
 from collections.abc import Sequence
@@ -14,11 +13,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from llava_sp.common import html
 from llava_sp.common.files import write_atomic
 from llava_sp.eval.base import Item
 from llava_sp.eval.report.table import Row, Table
-from llava_sp.eval.run.answerer import open_image
-from llava_sp.eval.run.evaluate import Outcome
+from llava_sp.eval.run.output import Outcome
+from llava_sp.inference import open_image
 
 WORST = 6
 THUMBNAIL = 320  # pixels, the longer side
@@ -26,31 +26,18 @@ MOST_CATEGORIES = 40
 TEXT_LIMIT = 400
 
 STYLE = """
-:root { --ink:#1b2130; --soft:#5b6475; --paper:#f8f9fb; --card:#fff; --line:#e0e4ec; --bar:#2563a8; --track:#e8edf4;
-  --bad:#b3261e; --good:#0b7a4b; }
-@media (prefers-color-scheme: dark) { :root { --ink:#e8ebf2; --soft:#9ba5b7; --paper:#12151b; --card:#1a1f28;
-  --line:#2d3440; --bar:#6cb2ff; --track:#262d39; --bad:#ff8a80; --good:#5fd39b; } }
-* { box-sizing:border-box; }
-body { margin:0; background:var(--paper); color:var(--ink); font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif; }
-main { max-width:1160px; margin:0 auto; padding:40px 24px 64px; }
-h1 { font-size:26px; margin:0 0 8px; overflow-wrap:anywhere; } h2 { font-size:20px; margin:44px 0 4px; }
-h3 { font-size:15px; margin:20px 0 8px; color:var(--soft); font-weight:600; }
-p,li { color:var(--soft); max-width:90ch; } p { margin:0 0 8px; } ul { padding-left:20px; }
-.card { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:16px; }
-.scroll { overflow-x:auto; } table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums; }
-th,td { padding:7px 12px; text-align:right; border-bottom:1px solid var(--line); white-space:nowrap; }
-th:nth-child(-n+2),td:nth-child(-n+2) { text-align:left; } thead th { color:var(--soft); font-weight:600; }
-tbody tr:last-child td { border-bottom:0; } td:nth-child(4) { font-weight:700; } td:nth-child(n+5) { color:var(--soft); }
+:root { --bar:#2563a8; --track:#e8edf4; }
+@media (prefers-color-scheme: dark) { :root { --bar:#6cb2ff; --track:#262d39; } }
+h3 { font-size:15px; margin:20px 0 8px; color:var(--soft); font-weight:600; } ul { padding-left:20px; }
+th:nth-child(-n+2),td:nth-child(-n+2) { text-align:left; } td:nth-child(4) { font-weight:700; }
+td:nth-child(n+5) { color:var(--soft); }
 .bars { display:grid; grid-template-columns:minmax(90px,max-content) 1fr auto; gap:6px 14px; align-items:center; }
 .bars span { overflow-wrap:anywhere; } .bars small { color:var(--soft); font-variant-numeric:tabular-nums; text-align:right; }
 .track { background:var(--track); border-radius:4px; height:14px; } .track i { display:block; height:100%;
   background:var(--bar); border-radius:4px; }
 .worst { display:grid; grid-template-columns:repeat(auto-fill,minmax(min(260px,100%),1fr)); gap:16px; }
-figure { margin:0; } figure img { display:block; width:100%; max-height:240px; object-fit:contain; border-radius:6px; }
+figure img { max-height:240px; object-fit:contain; } .bad { color:var(--bad); }
 figcaption b { display:block; margin:12px 0 8px; font-weight:600; white-space:pre-line; overflow-wrap:anywhere; }
-dl { display:grid; grid-template-columns:auto 1fr; gap:2px 14px; margin:0; } dt { color:var(--soft); }
-dd { margin:0; overflow-wrap:anywhere; } .bad { color:var(--bad); }
-footer { margin-top:44px; color:var(--soft); font-size:14px; }
 """
 
 
@@ -59,23 +46,12 @@ def write_report(folder: Path, table: Table) -> Path:
     sections = "".join(_section(row, row.outcome) for row in table.rows if row.outcome)
     notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
     made = " · ".join(f"{key} {value}" for key, value in table.provenance.items() if isinstance(value, str))
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(Path(table.model).name)}: evaluation</title>"
-        '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<style>{STYLE}</style></head><body><main><h1>{escape(table.model)}</h1>"
-        f'<div class="card scroll">{_table(table)}</div><ul>{notes}</ul>{sections}'
-        f"<footer>{escape(made)}</footer></main></body></html>\n"
-    )
+    figures = html.table(table.header, map(table.cells, table.rows))
+    body = f'<h1>{escape(table.model)}</h1><div class="card scroll">{figures}</div><ul>{notes}</ul>{sections}'
     path = folder / "report.html"
-    write_atomic(path, page)
+    title = f"{Path(table.model).name}: evaluation"
+    write_atomic(path, html.page(title, f"{body}<footer>{escape(made)}</footer>", STYLE))
     return path
-
-
-def _table(table: Table) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
-    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in table.cells(row))}</tr>" for row in table.rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def _section(row: Row, outcome: Outcome) -> str:
@@ -111,7 +87,7 @@ def _worst(outcome: Outcome) -> str:
 
 
 def worst_items(per_item: Sequence[dict[str, Any]], count: int = WORST) -> list[int]:
-    """Positions of the lowest scores below full marks, from as many categories and pictures as possible."""
+    """Positions of the lowest scores below full marks, from as many categories and images as possible."""
     scored = [i for i, record in enumerate(per_item) if record.get("score") is not None and record["score"] < 100]
     seen: Counter = Counter()
     ranked = []
@@ -123,7 +99,7 @@ def worst_items(per_item: Sequence[dict[str, Any]], count: int = WORST) -> list[
 
 
 def _card(item: Item, record: dict[str, Any]) -> str:
-    pictures = "".join(_picture(image, item) for image in item.images[:1])
+    images = "".join(_thumbnail(image, item) for image in item.images[:1])
     answer = record.get("answer")
     shown = {"answer": "(nothing)" if answer in (None, "") else answer, "truth": _references(record)}
     if record.get("text") not in (None, answer):
@@ -135,7 +111,7 @@ def _card(item: Item, record: dict[str, Any]) -> str:
         if value not in (None, "")
     )
     question = escape(_cut(record.get("question") or item.text))
-    return f'<figure class="card">{pictures}<figcaption><b>{question}</b><dl>{rows}</dl></figcaption></figure>'
+    return f'<figure class="card">{images}<figcaption><b>{question}</b><dl>{rows}</dl></figcaption></figure>'
 
 
 def _references(record: dict[str, Any]) -> str:
@@ -151,8 +127,8 @@ def _cut(value: object) -> str:
     return text if len(text) <= TEXT_LIMIT else text[:TEXT_LIMIT] + " ..."
 
 
-def _picture(source: Path | bytes, item: Item) -> str:
-    """The picture, made small; what is wrong with it, where it was damaged since it was answered."""
+def _thumbnail(source: Path | bytes, item: Item) -> str:
+    """The image, made small; what is wrong with it, where it was damaged since it was answered."""
     try:
         image = open_image(source, f"question {item.id}")
     except ValueError as error:
@@ -160,5 +136,4 @@ def _picture(source: Path | bytes, item: Item) -> str:
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=80)
-    content = base64.b64encode(stream.getvalue()).decode()
-    return f'<img alt="picture of question {escape(str(item.id))}" src="data:image/jpeg;base64,{content}">'
+    return html.image(stream.getvalue(), "jpeg", f"image of question {item.id}")

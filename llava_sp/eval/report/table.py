@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_sp.common.files import write_atomic, write_json
 from llava_sp.eval.base import SOURCES, Benchmark
-from llava_sp.eval.run.evaluate import Outcome
+from llava_sp.eval.run.output import Outcome
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,10 @@ class Table:
     def text(self) -> str:
         lines = [self.header, *(self.cells(row) for row in self.rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
-        aligned = ["  ".join(_align(cell, w, i < 2) for i, (cell, w) in enumerate(zip(line, widths))) for line in lines]
+        aligned = [
+            "  ".join(f"{cell:{'<' if i < 2 else '>'}{w}}" for i, (cell, w) in enumerate(zip(line, widths)))
+            for line in lines
+        ]
         return "\n".join([aligned[0].rstrip(), "-" * len(aligned[0]), *(line.rstrip() for line in aligned[1:])])
 
     def markdown(self) -> str:
@@ -92,21 +95,9 @@ class Table:
 
         rule = line(["---"] * 2 + ["---:"] * (len(self.header) - 2))
         table = [line(self.header), rule, *(line(self.cells(row)) for row in self.rows)]
+        notes = [f"- {note}" for note in self.notes]
         metrics = [f"- {row.benchmark.name}: {row.benchmark.title}" for row in self.rows]
-        return "\n".join(
-            [
-                f"# {self.model}",
-                "",
-                *table,
-                "",
-                *(f"- {note}" for note in self.notes),
-                "",
-                "The figures:",
-                "",
-                *metrics,
-                "",
-            ]
-        )
+        return "\n".join([f"# {self.model}", "", *table, "", *notes, "", "The figures:", "", *metrics, ""])
 
     def json(self) -> dict[str, Any]:
         return {
@@ -132,7 +123,3 @@ class Table:
             record["note"] = row.note
         record |= {"published": dict(row.published), "published_on": row.published_on or None}
         return record | {"output": str(row.output) if row.output else None}
-
-
-def _align(cell: str, width: int, left: bool) -> str:
-    return cell.ljust(width) if left else cell.rjust(width)

@@ -1,7 +1,7 @@
 """The model as the runner sees it: items in, texts out.
 
-This is the place for everything that makes answering faster (an image's tokens computed once for all its questions,
-another engine): the runner and the benchmarks do not know how answers come about.
+What makes answering faster belongs here (an image's tokens are computed once for all its questions): runner and benchmarks
+do not know how answers come about.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import BatchEncoding
 
 from llava_sp.decoding import Generation
 from llava_sp.eval.base import Benchmark, Item
-from llava_sp.inference import open_image, render_prompt
+from llava_sp.inference import Engine, answering, open_image, pad_left, positions, render_prompt
 from llava_sp.model.conversation import IMAGE_MARK
 
 
@@ -26,7 +26,7 @@ class Batch:
 
     Attributes:
         heads: `input_ids` and `attention_mask` [heads, L], left padded: each prompt up to its last image, every distinct one
-            once; None where no two items begin alike.
+            once; None if no two items begin alike.
         head_of: for each item, which head it has.
         prompts: `input_ids` and `attention_mask` [items, L], left padded: what follows the head, or the whole prompt.
         pixel_values: [images, 3, H, W], in the order of the placeholders in `heads`, or else in `prompts`.
@@ -39,22 +39,22 @@ class Batch:
 
 
 class ModelAnswerer:
-    """Answers items in batches, left padded, with one call of `generate` per batch.
+    """Answers items in batches, left padded, with one call of `generate` per batch; the model is opened with the first.
 
     Questions about the same images begin with the same tokens: system text, then the images. Within a batch that beginning
-    goes through vision tower, projector and language model once, and all questions go on from its key-value cache.
+    goes through vision tower, projector and language model once, and all questions continue from its key-value cache.
     """
 
     def __init__(
         self,
-        model: Any,
+        engine: Engine,
         processor: Any,
         benchmark: Benchmark,
         generation: Generation,
         seed: int = 0,
         share_images: bool = True,
     ):
-        self.model, self.processor, self.benchmark = model, processor, benchmark
+        self.engine, self.processor, self.benchmark = engine, processor, benchmark
         self.generation, self.seed = generation, seed
         self.share_images = share_images and generation.num_beams == 1
 
@@ -68,40 +68,39 @@ class ModelAnswerer:
                     opened = open_image(image, f"question {item.id}")
                     pixels[image] = self.processor.preprocess_images([opened])[0]
         cuts = [self._head_length(row) for row in rows]
-        heads = {}  # (images, ids) -> number
+        heads: dict[tuple, int] = {}  # (images, ids) -> number
         head_of = [heads.setdefault((i.images, *row[:cut]), len(heads)) for i, row, cut in zip(items, rows, cuts)]
         if not self.share_images or len(heads) == len(items) or not all(cuts):
-            return Batch(self._pad(rows), _stack(pixels[image] for item in items for image in item.images))
+            return Batch(
+                pad_left(self.processor, rows), _stack(pixels[image] for item in items for image in item.images)
+            )
         return Batch(
-            prompts=self._pad([row[cut:] for row, cut in zip(rows, cuts)]),
+            prompts=pad_left(self.processor, [row[cut:] for row, cut in zip(rows, cuts)]),
             pixel_values=_stack(pixels[image] for images, *_ in heads for image in images),
-            heads=self._pad([ids for _, *ids in heads]),
+            heads=pad_left(self.processor, [ids for _, *ids in heads]),
             head_of=torch.tensor(head_of),
         )
 
     def answer(self, batch: Batch) -> list[str]:
         """Generated texts without the prompt, special tokens or surrounding white space."""
-        try:
-            with torch.inference_mode():
-                inputs = self._inputs(batch)
-                if self.generation.do_sample:
-                    torch.manual_seed(self._seed_of(inputs["input_ids"]))
-                ids = self.model.generate(**inputs, **self.generation.arguments())
-        except torch.OutOfMemoryError as error:
-            count = len(batch.prompts["input_ids"])
-            raise MemoryError(
-                f"out of GPU memory with {count} questions at once; the same command with a smaller --batch-size goes "
-                f"on where this one stopped ({str(error).splitlines()[0]})"
-            ) from None
+        count = len(batch.prompts["input_ids"])
+        with answering(
+            f"with {count} questions at once; the same command with a smaller --batch-size continues where this one stopped"
+        ):
+            inputs = self._inputs(batch)
+            if self.generation.do_sample:
+                # seeded by run and prompt: the same draw whatever was answered before
+                digest = hashlib.sha256(f"{self.seed}/{inputs['input_ids'].tolist()}".encode()).digest()
+                torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+            ids = self.engine.model.generate(**inputs, **self.generation.arguments())
         texts = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
     def _encode(self, item: Item) -> list[int]:
         prompt = render_prompt(self.processor, self.benchmark.message(item), self.benchmark.conversation_template)
-        if prompt.count(IMAGE_MARK) != len(item.images):
-            raise ValueError(
-                f"question {item.id}: {prompt.count(IMAGE_MARK)} {IMAGE_MARK} marks for {len(item.images)} images"
-            )
+        marks = prompt.count(IMAGE_MARK)
+        if marks != len(item.images):
+            raise ValueError(f"question {item.id}: {marks} {IMAGE_MARK} marks for {len(item.images)} images")
         return self.processor.encode_segments([(prompt, False)])[0]
 
     def _head_length(self, row: list[int]) -> int:
@@ -109,31 +108,22 @@ class ModelAnswerer:
         mark = self.processor.image_token_id
         return len(row) - row[::-1].index(mark) if mark in row else 0
 
-    def _pad(self, rows: list[list[int]]) -> BatchEncoding:
-        ones = [[1] * len(row) for row in rows]
-        columns = {"input_ids": rows, "attention_mask": ones}
-        return self.processor.tokenizer.pad(columns, padding_side="left", return_tensors="pt")
-
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """Arguments of `generate`; where heads are shared, their key-value cache is among them."""
-        device = self.model.device
+        model = self.engine.model
+        device = model.device
         inputs = dict(batch.prompts.to(device))
         pixels = {}
         if batch.pixel_values is not None:
-            pixels["pixel_values"] = batch.pixel_values.to(device, self.model.dtype)
-        if batch.heads is None:
+            pixels["pixel_values"] = batch.pixel_values.to(device, model.dtype)
+        if batch.heads is None or batch.head_of is None:
             return inputs | pixels
         heads, head_of = batch.heads.to(device), batch.head_of.to(device)
-        positions = (heads["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
-        output = self.model(**heads, **pixels, position_ids=positions, use_cache=True, logits_to_keep=1)
+        places = positions(heads["attention_mask"])
+        output = model(**heads, **pixels, position_ids=places, use_cache=True, logits_to_keep=1)
         output.past_key_values.batch_select_indices(head_of)
         whole = {name: torch.cat([heads[name][head_of], inputs[name]], dim=1) for name in inputs}
         return whole | {"past_key_values": output.past_key_values}
-
-    def _seed_of(self, ids: torch.Tensor) -> int:
-        """A seed from the run's seed and the prompt: the same draw whatever was answered before it."""
-        digest = hashlib.sha256(f"{self.seed}/{ids.tolist()}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _stack(pixels: Iterable[torch.Tensor]) -> torch.Tensor | None:

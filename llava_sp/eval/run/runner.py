@@ -7,8 +7,8 @@
   asked again, so the number of processes may change between runs.
 * `merge` puts all answers, in the order of the items, into one file in LLaVA's format.
 
-Nothing here knows the model: `make_answerer` is called only if there is something left to answer and gives an object with
-`prepare(items) -> batch` (called in a thread, ahead of time) and `answer(batch) -> texts`.
+Nothing here knows the model: an answerer has `prepare(items) -> batch` (called in a thread, ahead of time) and
+`answer(batch) -> texts`, which are called only if there is something left to answer.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Answerer(Protocol):
 def generate_answers(
     benchmark: Benchmark,
     items: Sequence[Item],
-    make_answerer: Callable[[], Answerer],
+    answerer: Answerer,
     output: Path,
     *,
     batch_size: int,
@@ -60,23 +60,21 @@ def generate_answers(
     which must be those of all lines there), `image_bytes`, and `seconds`: the time of the batch divided by its size.
 
     Raises:
-        ValueError: answers of other settings, or about other pictures under the same names, are there already.
+        ValueError: answers of other settings, or about other images under the same names, are there already.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch size is {batch_size}; it must be at least 1")
     share = items[processes.rank :: processes.world_size]
     with AnswerLog(output / LOGS / f"rank-{processes.rank:05d}.jsonl") as log:
         done = read_logs(output / LOGS, about.get("settings"))
-        check_same_images(share, done)
-        todo = [item for item in share if item.key not in done]
-        todo = in_order(benchmark, todo)
+        for item in share:
+            before = done.get(item.key, {}).get("image_bytes")
+            if before is not None and before != image_bytes(item):
+                sizes = f"images of {before} bytes, now they have {image_bytes(item)}"
+                raise ValueError(f"question {item.id} was answered with {sizes}: give another --output")
+        todo = in_order(benchmark, [item for item in share if item.key not in done])
         if not todo:
             return 0
-        answerer = make_answerer()
         batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
-        title = (
-            benchmark.name if processes.world_size == 1 else f"{benchmark.name} (process 1 of {processes.world_size})"
-        )
+        title = benchmark.name + (f" (process 1 of {processes.world_size})" if processes.world_size > 1 else "")
         shown = progress and processes.is_main
         with tqdm(total=len(share), initial=len(share) - len(todo), desc=title, unit="q", disable=not shown) as bar:
             for batch, prepared in zip(batches, ahead(answerer.prepare, batches)):
@@ -96,17 +94,6 @@ def generate_answers(
 def image_bytes(item: Item) -> list[int]:
     """The sizes of the item's image files."""
     return [image.stat().st_size if isinstance(image, Path) else len(image) for image in item.images]
-
-
-def check_same_images(items: Sequence[Item], done: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raises ValueError if an item was answered when its image files had other sizes."""
-    for item in items:
-        before = done.get(item.key, {}).get("image_bytes")
-        if before is not None and before != image_bytes(item):
-            raise ValueError(
-                f"question {item.id} was answered with pictures of {before} bytes, now they have {image_bytes(item)}: "
-                "other pictures under the same names? Give another --output"
-            )
 
 
 def in_order(benchmark: Benchmark, items: Sequence[Item]) -> list[Item]:
@@ -132,8 +119,8 @@ def merge(
     model_id: str,
     settings_id: str,
     metadata: Mapping[str, Any] = MappingProxyType({}),
-) -> list[dict[str, Any]]:
-    """Writes `OUTPUT/answers.jsonl`: one line per item, in the order of the items. Returns the lines.
+) -> list[str]:
+    """Writes `OUTPUT/answers.jsonl`: one line per item, in the order of the items. Returns the answers.
 
     The file depends on settings, items and texts alone, not on the number of processes or interruptions:
     `answer_id` is a hash of the settings and the item.
@@ -141,20 +128,19 @@ def merge(
     logged = read_logs(output / LOGS, settings_id)
     missing = [item.key for item in items if item.key not in logged]
     if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(items)} items were not answered ({examples(missing)}); run the command again"
-        )
-    records = []
-    for item in items:
+        raise ValueError(f"{len(missing)} of {len(items)} items lack an answer ({examples(missing)}): run it again")
+    answers = [logged[item.key]["text"] for item in items]
+    lines = []
+    for item, text in zip(items, answers):
         answer_id = hashlib.sha256(f"{settings_id}/{item.key}".encode()).hexdigest()[:22]
-        record = {**benchmark.record(item), "text": logged[item.key]["text"]}
-        records.append({**record, "answer_id": answer_id, "model_id": model_id, "metadata": dict(metadata)})
-    write_jsonl(output / MERGED, records)
-    return records
+        line = {**benchmark.record(item), "text": text, "answer_id": answer_id, "model_id": model_id}
+        lines.append(line | {"metadata": dict(metadata)})
+    write_jsonl(output / MERGED, lines)
+    return answers
 
 
 def ahead(function: Callable[[T], U], values: Iterable[T], count: int = _BATCHES_AHEAD) -> Iterator[U]:
-    """`map`, with up to `count` results computed before they are asked for, in one thread (tokenizers share no more)."""
+    """`map`, with up to `count` results computed before they are needed, in one thread (a tokenizer is not thread safe)."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         waiting: deque = deque()
         for value in values:

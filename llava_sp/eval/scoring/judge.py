@@ -1,7 +1,7 @@
 """Benchmarks whose answers a judge model grades (LLaVA-Bench, MM-Vet, MMVP).
 
     --judge MODEL             ask this model; by default OpenAI, with the key in OPENAI_API_KEY
-    --judge-url URL           any other server that speaks OpenAI's chat API (vLLM, SGLang, llama.cpp, a proxy): the part
+    --judge-url URL           any other server with OpenAI's chat API (vLLM, SGLang, llama.cpp, a proxy): the part
                               before /chat/completions, as http://localhost:8000/v1; needs no key unless the server does
     --judge-key-env NAME      the environment variable that holds the key; keys are neither written nor printed
     --judge-runs N            judge everything N times and average (default 1)
@@ -17,7 +17,7 @@ judge, settings, prompt and answer. A recorded reply is used only where this has
 so the same command again asks only for what is missing, whatever stopped it, and replies to other answers, by other judges
 or to other prompts may stay in the file and are never mixed in. The address of the server is not part of the hash.
 
-After rate limits, timeouts, lost connections, replies that are no JSON and errors of the server (5xx) the request is sent
+After rate limits, timeouts, lost connections, replies that are not JSON and errors of the server (5xx) the request is sent
 again, 8 times in all, after 1, 2, 4, ... 60 seconds or what the server's Retry-After says. A refused key, an unknown model or
 a quota that is used up ends the run at once. What was judged until then is kept.
 
@@ -27,7 +27,6 @@ A judge is part of the score: `metrics.json` names it, with date and prompt, and
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 import threading
@@ -35,13 +34,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from llava_sp.common.files import examples, parse_line, read_text, sha256
+from llava_sp.common.files import Line, examples, sha256
 from llava_sp.eval.base import Benchmark, Item, Scores
-from llava_sp.eval.inputs.checks import compare_ids, expect
+from llava_sp.eval.inputs.answers_file import read_lines
+from llava_sp.eval.inputs.checks import compare_ids
 from llava_sp.eval.run.answer_log import AnswerLog
 from llava_sp.eval.scoring.judge_client import OPENAI_KEY, JudgeClient, JudgeOptions, Request, hash_text
 
@@ -55,23 +55,25 @@ _LINE = {
     "request_sha256": str,
     "answer_sha256": str,
     "reply": str,
+    "date?": (str, None),
+    "url?": (str, None),
+    "answered_by?": (str, None),
+    "usage?": ({"total_tokens?": (int, None)}, None),
 }
-_OPTIONAL = {"date": str, "url": str, "answered_by": str, "usage": dict}
 _CARRIED = ("split", "protocol", "rules", "judge_prompt", "grader_prompt")  # arguments that the later command needs too
 
+J = TypeVar("J", bound="JudgedBenchmark")
 Run = dict[str, list[str]]  # item key -> the judge's replies to its answer, in the order of the attempts
 
 
 class JudgedBenchmark(Benchmark):
-    """A benchmark that sets `request`, and `score` from `self.judged`: the runs, None where nobody has judged."""
+    """A benchmark that defines `request`, and `score` from `self.judged`: the runs, None if there are none."""
 
-    wording = "llava_sp"  # whose prompt the judge gets; a file that is read instead is named by the instance
+    wording = "llava_sp"  # whose prompt the judge gets; the instance names a file that replaces it
     options = JudgeOptions()
-    judged: Sequence[Run] | None = None
-    about_judge: Mapping[str, Any] | None = None  # for metrics.json
-    data: Path | None = None  # set by `load`, for the command that judges later
-    _args: argparse.Namespace | None = None
-    _output: Path | None = None
+    judged: Sequence[Run] | None = None  # set by `judge`
+    about_judge: dict[str, Any] | None = None  # for metrics.json; set by `judge`
+    args: argparse.Namespace | None = None  # for the command that judges later
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -83,18 +85,18 @@ class JudgedBenchmark(Benchmark):
         add("--judge-concurrency", metavar="N", type=int, default=8, help="requests at once (default %(default)s)")
         add("--judge-runs", metavar="N", type=int, help="judge N times and average (default 1)")
         add("--judge-timeout", metavar="SECONDS", type=float, default=300.0, help="of a request (default %(default)s)")
-        add("--judgements", metavar="FILE", type=Path, nargs="+", help="score these recorded replies; ask nobody")
+        add("--judgements", metavar="FILE", type=Path, nargs="+", help="score these recorded replies, without requests")
 
     @classmethod
-    def from_arguments(cls, args: argparse.Namespace) -> JudgedBenchmark:
+    def from_arguments(cls: type[J], args: argparse.Namespace) -> J:
         benchmark = super().from_arguments(args)
-        benchmark._args = args
+        benchmark.args = args
         benchmark.options = JudgeOptions.from_arguments(args)
         return benchmark
 
     @abstractmethod
     def request(self, item: Item, answer: str, replies: Sequence[str]) -> Request | None:
-        """What to ask after these replies to the item's answer; None when they are enough."""
+        """The next request after these replies to the item's answer; None if they are enough."""
 
     def foreign_runs(self, file: Path, items: Sequence[Item]) -> tuple[list[Run], list[str]] | None:
         """Recorded runs and names of judges from a file as the official code writes it; None if it is not such a file."""
@@ -104,20 +106,21 @@ class JudgedBenchmark(Benchmark):
         """Sets `judged` and `about_judge`: asks, or reads recorded replies, or leaves both None.
 
         Raises:
-            ValueError: the judge cannot be asked, or recorded replies do not fit; the message says what to do.
+            ValueError: the judge gives no reply, or recorded replies do not fit; the message says what to do.
         """
-        self._output = output
         pairs = list(zip(items, answers))
         own = output / JUDGEMENTS if output else None
-        if self.options.asks:
-            self._ask(pairs, own)
+        if self.options.asks and own:
+            self.judged, self.about_judge = self._ask(pairs, own)
         elif self.options.recorded:
-            self._read(pairs, self.options.recorded)
+            self.judged, self.about_judge = self._read(pairs, self.options.recorded)
         elif own and own.is_file() and own.stat().st_size:
             print(f"note: scored by the replies in {own}", file=sys.stderr)
-            self._read(pairs, [own])
+            self.judged, self.about_judge = self._read(pairs, [own])
+        else:
+            self.unscored = self._how_to_judge_later(output or "DIR")
 
-    def _ask(self, pairs: Sequence[tuple[Item, str]], file: Path) -> None:
+    def _ask(self, pairs: Sequence[tuple[Item, str]], file: Path) -> tuple[list[Run], dict[str, Any]]:
         options, lock, stop = self.options, threading.Lock(), threading.Event()
         with AnswerLog(file) as log:
             found = _by_place(read_judgements(file))
@@ -126,7 +129,7 @@ class JudgedBenchmark(Benchmark):
 
             def work(run: int, item: Item, answer: str) -> list[dict[str, Any]]:
                 def line(attempt: int, request: Request) -> dict[str, Any]:
-                    digest = request.sha256(options.model)
+                    digest = request.sha256(options.model or "")
                     place = (item.key, run, attempt, digest)
                     if place not in found:
                         about = {"key": item.key, "question_id": item.id, "run": run, "attempt": attempt}
@@ -140,19 +143,19 @@ class JudgedBenchmark(Benchmark):
                 return self._chain(item, answer, line)
 
             lines = _all(work, tasks, options.concurrency, stop, f"judged by {options.model}")
-        self._set_runs([(run, item.key) for run, item, _ in tasks], lines)
+        return self._runs([(run, item.key) for run, item, _ in tasks], lines)
 
-    def _read(self, pairs: Sequence[tuple[Item, str]], files: Sequence[Path]) -> None:
+    def _read(self, pairs: Sequence[tuple[Item, str]], files: Sequence[Path]) -> tuple[list[Run], dict[str, Any]]:
         """Scores recorded replies; the runs of several files are runs of one judgement."""
         items = [item for item, _ in pairs]
-        foreign = [self.foreign_runs(file, items) for file in files]
-        if all(foreign):
-            self.judged = [run for runs, _ in foreign for run in runs][: self.options.runs]
-            names = sorted({name for _, names in foreign for name in names})
-            self.about_judge = {"model": ", ".join(names) or "not recorded", "answered_by": names, "date": None}
-            self.about_judge |= {"prompt": "not recorded", "runs": len(self.judged)}
-        elif any(foreign):
+        foreign = [found for file in files if (found := self.foreign_runs(file, items)) is not None]
+        if foreign and len(foreign) < len(files):
             raise ValueError(f"the files of --judgements are not all of one kind: {', '.join(map(str, files))}")
+        if foreign:
+            judged = [run for runs, _ in foreign for run in runs][: self.options.runs]
+            names = sorted({name for _, names in foreign for name in names})
+            about: dict[str, Any] = {"model": ", ".join(names) or "not recorded", "answered_by": names, "date": None}
+            about |= {"prompt": "not recorded", "runs": len(judged)}
         else:
             lines = {file: read_judgements(file) for file in files}
             judge = self._only_judge(lines)
@@ -162,24 +165,21 @@ class JudgedBenchmark(Benchmark):
                     if line["judge"] == judge:
                         runs.setdefault((file, line["run"]), []).append(line)
             places, chains = [], []
-            for (file, run), found in list(runs.items())[: self.options.runs]:
+            for (file, run), replies in list(runs.items())[: self.options.runs]:
                 places += [((file, run), item.key) for item in items]
-                chains += self._recorded_chains(f"{file}, run {run}", judge, found, pairs)
-            self._set_runs(places, chains)
-        self.about_judge["files"] = {str(file): sha256(file) for file in files}
-        if self.options.runs and len(self.judged) < self.options.runs:
-            raise ValueError(f"--judge-runs {self.options.runs}, but {examples(files)} hold {len(self.judged)}")
+                chains += self._recorded_chains(f"{file}, run {run}", judge, replies, pairs)
+            judged, about = self._runs(places, chains)
+        if self.options.runs and len(judged) < self.options.runs:
+            raise ValueError(f"--judge-runs is {self.options.runs}, but {examples(files)} hold {len(judged)}")
+        return judged, about | {"files": {str(file): sha256(file) for file in files}}
 
     def _only_judge(self, lines: Mapping[Path, Sequence[dict[str, Any]]]) -> str:
-        """The judge whose replies count: --judge, or the only one there is."""
+        """The judge whose replies count: that of --judge, or the only one there is."""
         names = sorted({line["judge"] for found in lines.values() for line in found})
-        where = examples(lines)
-        if self.options.model is None and len(names) != 1:
-            held = f"replies of {' and '.join(names)}; choose one with --judge NAME" if names else "no replies"
-            raise ValueError(f"{where} holds {held}")
-        judge = self.options.model or names[0]
+        judge = self.options.model or (names[0] if len(names) == 1 else "")
         if judge not in names:
-            raise ValueError(f"{where} holds no replies of {judge} (but of {', '.join(names) or 'nobody'})")
+            wanted = f"none of {judge}" if judge else "choose one with --judge NAME"
+            raise ValueError(f"{examples(lines)} holds replies of {' and '.join(names) or 'no judge'}; {wanted}")
         return judge
 
     def _recorded_chains(
@@ -188,13 +188,17 @@ class JudgedBenchmark(Benchmark):
         """The recorded replies of one run to each answer. Raises ValueError with counts if some do not fit."""
         found = {(key, attempt, digest): line for (key, _, attempt, digest), line in _by_place(lines).items()}
         judged: dict[str, set[str]] = {}
-        for line in lines:
-            judged.setdefault(line["key"], set()).add(line["answer_sha256"])
+        for reply in lines:
+            judged.setdefault(reply["key"], set()).add(reply["answer_sha256"])
         chains: list[list[dict[str, Any]]] = []
         missing: dict[str, list[int | str]] = {}
         for item, answer in pairs:
+
+            def line(attempt: int, request: Request, key: str = item.key) -> dict[str, Any]:
+                return found[key, attempt, request.sha256(judge)]
+
             try:
-                chains.append(self._chain(item, answer, lambda n, r, key=item.key: found[key, n, r.sha256(judge)]))
+                chains.append(self._chain(item, answer, line))
             except KeyError:
                 if item.key not in judged:
                     trouble = "were not judged"
@@ -218,35 +222,34 @@ class JudgedBenchmark(Benchmark):
             lines.append(line(len(lines), request))
         return lines
 
-    def _set_runs(self, places: Sequence[tuple[Any, str]], chains: Sequence[list[dict[str, Any]]]) -> None:
+    def _runs(
+        self, places: Sequence[tuple[Any, str]], chains: Sequence[list[dict[str, Any]]]
+    ) -> tuple[list[Run], dict[str, Any]]:
+        """The runs, and what metrics.json says of the judge."""
         runs: dict[Any, Run] = {}
         for (run, key), lines in zip(places, chains):
             runs.setdefault(run, {})[key] = [line["reply"] for line in lines]
-        self.judged = list(runs.values())
         lines = [line for chain in chains for line in chain]
         dates = sorted(line["date"] for line in lines if line.get("date"))
-        self.about_judge = {
+        return list(runs.values()), {
             "model": lines[0]["judge"],
             "answered_by": sorted({line["answered_by"] for line in lines if line.get("answered_by")}),
             "url": ", ".join(sorted({line["url"] for line in lines if line.get("url")})),
             "date": dates[-1] if dates else None,
             "first_date": dates[0] if dates else None,
             "prompt": self.wording,
-            "runs": len(self.judged),
+            "runs": len(runs),
             "replies": len(lines),
             "tokens": sum((line.get("usage") or {}).get("total_tokens") or 0 for line in lines),
         }
 
     def replies(self, item: Item) -> list[list[str]]:
         """The judge's replies to an item's answer, run by run."""
-        return [run[item.key] for run in self.judged]
+        return [run[item.key] for run in self.judged or ()]
 
-    @property
-    def unscored(self) -> str:
-        """How to score later, for the command line to print."""
-        given = vars(self._args) if self._args else {}
+    def _how_to_judge_later(self, output: Path | str) -> str:
+        given = vars(self.args) if self.args else {}
         answers = given.get("answers")
-        output = self._output or "DIR"
         if not answers:
             answers, output = f"{output}/answers.jsonl", f"{output}/judged"
         command = ["python", "-m", f"llava_sp.eval.{self.name}", "--answers", answers, "--data", self.data]
@@ -268,34 +271,17 @@ class JudgedBenchmark(Benchmark):
         return [*super().summary(scores), f"judge: {about['model']}{date}, {runs}, prompt: {about['prompt']}"]
 
 
-def read_judgements(path: Path) -> list[dict[str, Any]]:
+def read_judgements(path: Path) -> list[Line]:
     """The lines of a file of judgements; a half-written last line is left out, as are empty ones.
 
     Raises ValueError naming the line, for broken JSON or missing fields anywhere else.
     """
     if path.is_file() and not path.stat().st_size:
         return []
-    *lines, last = read_text(path).split("\n")
-    try:
-        lines += [last] if json.loads(last or "0") else []
-    except json.JSONDecodeError:
-        print(f"note: {path}, line {len(lines) + 1} is cut off and was left out", file=sys.stderr)
-    records = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            records.append(parse_line(line, where))
-            expect(records[-1], _LINE, where)
-            _check_optional(records[-1], where)
-    return records
-
-
-def _check_optional(record: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError if what need not be there is of another kind; null is as good as absent."""
-    given = {name: record[name] for name in _OPTIONAL if record.get(name) is not None}
-    expect(given, {name: _OPTIONAL[name] for name in given}, where)
-    if given.get("usage", {}).get("total_tokens") is not None:
-        expect(given["usage"], {"total_tokens": int}, f"{where}: usage")
+    lines, note = read_lines(path, _LINE)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
+    return lines
 
 
 def check_foreign_ids(file: Path, found: Iterable[int | str], items: Sequence[Item]) -> None:
@@ -322,8 +308,7 @@ def _all(
         try:
             for future in tqdm(as_completed(futures), total=len(futures), desc=title, unit="answer"):
                 future.result()
-        except BaseException:
+        finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)  # requests under way come back and are kept
-            raise
         return [future.result() for future in futures]

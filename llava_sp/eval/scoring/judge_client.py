@@ -1,6 +1,6 @@
-"""Asking a judge: one request, the settings of the command line, and a client that tries again where that can help.
+"""A judge's client: one request, the settings of the command line, and repeated requests where that can help.
 
-What is asked, what becomes of the replies, and all that a user needs to know is in `judge`.
+What is asked, what is done with the replies, and all that a user needs to know is in `judge`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from llava_sp.eval.run.output import now
+from llava_sp.common.command import check_arguments
+from llava_sp.common.provenance import now
 
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"
@@ -48,7 +49,7 @@ class Request:
 
 @dataclass(frozen=True)
 class JudgeOptions:
-    """What the command line says about the judge; without model and recorded files nobody judges."""
+    """The judge's settings; without a model and recorded files there is no judge."""
 
     model: str | None = None
     url: str = OPENAI_URL
@@ -61,15 +62,14 @@ class JudgeOptions:
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> JudgeOptions:
-        """Raises ValueError for what would only come out after hours of answering: numbers, key, package, address."""
-        for name in ("judge_concurrency", "judge_runs", "judge_timeout"):
-            value = getattr(args, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be more than 0")
-        url = (args.judge_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
+        """Raises ValueError for what would fail only after hours of answering: numbers, key, package, address."""
+        numbers = (
+            (f"--{n.replace('_', '-')}", getattr(args, n)) for n in ("judge_concurrency", "judge_runs", "judge_timeout")
+        )
+        check_arguments((flag, n, n is None or 0 < n < float("inf"), "more than 0") for flag, n in numbers)
         options = cls(
             model=args.judge,
-            url=url,
+            url=(args.judge_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/"),
             key=os.environ.get(args.judge_key_env, "").strip(),
             key_env=args.judge_key_env,
             concurrency=args.judge_concurrency,
@@ -77,10 +77,22 @@ class JudgeOptions:
             timeout=args.judge_timeout,
             recorded=tuple(args.judgements or ()),
         )
-        if options.asks:
-            options._check()
-            if args.answers and not args.output:
-                raise ValueError("--judge needs --output DIR: every reply of the judge is kept there")
+        if not options.asks:
+            return options
+        url, shown, key_env = options.url, options.public_url, options.key_env
+        needs_key = url == OPENAI_URL or key_env != OPENAI_KEY
+        check_arguments(
+            [
+                ("--judge", repr(options.model), bool(options.model), "the name of a model"),
+                ("--judge-url", shown, url.startswith(("http://", "https://")), "an address with http:// or https://"),
+                ("--judge-url", shown, not url.endswith("/completions"), "the part before /chat/completions"),
+                ("--judge-key-env", key_env, bool(options.key) or not needs_key, "a variable that holds a key (a server of "
+                    "your own, --judge-url, needs none)"),
+                ("--output", args.output, args.output or not args.answers, "a directory: every reply of --judge is kept there"),
+            ]
+        )  # fmt: skip
+        if importlib.util.find_spec("openai") is None:
+            raise ValueError("--judge needs the package openai: pip install llava_sp[eval]")
         return options
 
     @property
@@ -94,24 +106,9 @@ class JudgeOptions:
         parts = urlsplit(self.url)
         return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
-    def _check(self) -> None:
-        if not self.model:
-            raise ValueError("--judge is empty; give the name of a model")
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"--judge-url {self.public_url} is no address: it must begin with http:// or https://")
-        if self.url.endswith("/completions"):
-            raise ValueError(f"--judge-url {self.public_url}: give the part before /chat/completions")
-        if not self.key and (self.url == OPENAI_URL or self.key_env != OPENAI_KEY):
-            raise ValueError(
-                f"--judge {self.model}: no key in the environment variable {self.key_env}; set it, or name another by "
-                "--judge-key-env (a server of your own, --judge-url, needs none)"
-            )
-        if importlib.util.find_spec("openai") is None:
-            raise ValueError("--judge needs the package openai: pip install llava_sp[eval]")
-
 
 class JudgeClient:
-    """Asks the judge; may be used by several threads at once. `stop` ends every wait and every further request."""
+    """Asks the judge; thread safe. `stop` ends every wait and every further request."""
 
     def __init__(self, options: JudgeOptions, stop: threading.Event):
         import openai
@@ -124,11 +121,11 @@ class JudgeClient:
         )
 
     def ask(self, request: Request, what: str) -> dict[str, Any]:
-        """The reply with who gave it, when, by which settings, and its tokens.
+        """The reply with judge, date, settings and token counts.
 
         Raises:
-            ValueError: naming `what`, the server and its own words: at once where trying again cannot help, else after
-                `TRIES` times.
+            ValueError: naming `what`, the server and its message: at once where another try cannot help, else after
+                `TRIES` tries.
         """
         problem = ""
         for failures in range(TRIES):
@@ -137,19 +134,21 @@ class JudgeClient:
             try:
                 return self._once(request)
             except self._openai.APIStatusError as error:
-                problem = f"it says {error.status_code}: {self._words(error)}"
+                problem, wait = (
+                    f"it says {error.status_code}: {self._words(error)}",
+                    retry_after(error.response.headers),
+                )
                 advice = self._hopeless(error)
-                if advice:
+                if wait is not None and wait > LONGEST_RETRY_AFTER and advice is None:
+                    advice = f" (try again in {wait:.0f} seconds)"
+                if advice is not None:
                     raise ValueError(self._message(what, f"{problem}{advice}")) from None
-                wait = _retry_after(error.response.headers)
-                if wait is not None and wait > LONGEST_RETRY_AFTER:
-                    raise ValueError(self._message(what, f"{problem} (try again in {wait:.0f} seconds)")) from None
             except self._openai.APITimeoutError:
                 problem, wait = f"no reply within {self._options.timeout:g} seconds (--judge-timeout)", None
             except self._openai.APIConnectionError as error:
                 problem, wait = f"no connection ({error.__cause__ or error})", None
             except (json.JSONDecodeError, UnicodeDecodeError, _NoReply) as error:
-                problem, wait = f"its reply is no chat completion ({error})", None
+                problem, wait = f"its reply is not a chat completion ({error})", None
             backoff = min(LONGEST_WAIT, FIRST_WAIT * 2**failures) * random.uniform(0.75, 1.25)
             if failures < TRIES - 1:
                 self._stop.wait(backoff if wait is None else wait + backoff / 10)
@@ -157,7 +156,7 @@ class JudgeClient:
 
     def _once(self, request: Request) -> dict[str, Any]:
         start = time.perf_counter()
-        completion = self._client.chat.completions.create(model=self._options.model, **request.arguments())
+        completion = self._client.chat.completions.create(model=self._options.model or "", **request.arguments())
         try:
             choice = completion.choices[0]
             content = choice.message.content
@@ -170,7 +169,7 @@ class JudgeClient:
             "url": self._options.public_url,
             "temperature": request.temperature,
             "max_tokens": request.max_tokens,
-            "reply": content or "",  # None is a refusal: the benchmark's rule for replies it cannot read applies
+            "reply": content or "",  # None is a refusal: the benchmark's rule for unreadable replies applies
             "answered_by": None if completion.model is None else str(completion.model),
             "finish_reason": choice.finish_reason,
             "refusal": getattr(choice.message, "refusal", None),
@@ -200,15 +199,15 @@ class JudgeClient:
     def _message(self, what: str, problem: str) -> str:
         text = f"the judge {self._options.model} at {self._options.public_url} gave no reply for {what}: {problem}"
         text = text.replace(self._options.key, "***") if self._options.key else text
-        return f"{text}. What was judged is kept: the same command goes on from here"
+        return f"{text}. What was judged is kept: the same command continues from here"
 
 
 class _NoReply(Exception):
     """A well-formed response without a reply in it."""
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the server wants to be left alone: a number, or the date when it may be asked again."""
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds to wait by the headers `retry-after-ms` and `retry-after` (a number, or a date); None if they do not say."""
     said = headers.get("retry-after-ms") or headers.get("retry-after")
     if not said:
         return None
