@@ -66,30 +66,30 @@ class Line(dict[str, Any]):
     number: int
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """One JSON object per line, as `Line`s; empty lines are skipped. Raises `ValueError` with the line."""
-    return parse_lines(read_text(path), path)
+def read_jsonl(path: Path, spec: Spec = dict) -> list[Line]:
+    """One JSON object per line, as `Line`s that fit `spec`; empty lines are skipped. Raises `ValueError` with the line."""
+    return parse_lines(read_text(path), path, spec)
 
 
-def parse_lines(text: str, path: Path) -> list[dict[str, Any]]:
+def parse_lines(text: str, path: Path, spec: Spec = dict) -> list[Line]:
     """The `Line`s of a text that was read from `path`. Raises `ValueError` with the line."""
     records = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            records.append(Line(parse_line(line, f"{path}, line {number}")))
+            records.append(Line(parse_line(line, f"{path}, line {number}", spec)))
             records[-1].number = number
     return records
 
 
-def parse_line(line: str, where: str) -> dict[str, Any]:
+def parse_line(line: str, where: str, spec: Spec = dict) -> dict[str, Any]:
     try:
-        return expect(json.loads(line), dict, where)
+        return expect(json.loads(line), spec, where)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
 
 
-def read_table(path: Path, delimiter: str) -> list[Line]:
-    """The rows of a CSV or TSV file whose first line names the columns, as `Line`s of texts.
+def read_table(path: Path, delimiter: str, spec: Spec = dict) -> list[Line]:
+    """The rows of a CSV or TSV file whose first line names the columns, as `Line`s of texts that fit `spec`.
 
     Raises:
         ValueError: no rows; or, with its line, a row with too few or too many fields (cut off, or another delimiter).
@@ -107,7 +107,7 @@ def read_table(path: Path, delimiter: str) -> list[Line]:
                     raise ValueError(
                         f"{path}, line {start} has {len(fields)} fields, not {len(columns)} ({', '.join(columns)}): cut off?"
                     )
-                rows.append(Line(zip(columns, fields)))
+                rows.append(Line(expect(dict(zip(columns, fields)), spec, f"{path}, line {start}")))
                 rows[-1].number = start
             start = reader.line_num + 1
     except csv.Error as error:

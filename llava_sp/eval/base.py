@@ -43,6 +43,7 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from llava_sp.common.files import Line, read_json, read_jsonl, read_table
+from llava_sp.common.schema import Spec
 from llava_sp.decoding import Generation
 from llava_sp.eval.run.answer_log import check_questions, match_by_question_id, read_answers
 from llava_sp.model.conversation import IMAGE_MARK
@@ -157,18 +158,20 @@ class Benchmark(ABC):
     def from_arguments(cls, args: argparse.Namespace) -> Benchmark:
         return cls(split=args.split, protocol=args.protocol, images=args.images)
 
-    def read_json(self, path: Path) -> Any:
+    def read_json(self, path: Path, spec: Spec = Any) -> Any:
+        """The content of a JSON file that fits `spec` (see `llava_sp.common.schema`)."""
         self.files.append(path)
-        return read_json(path)
+        return read_json(path, spec)
 
-    def read_jsonl(self, path: Path) -> list[dict[str, Any]]:
+    def read_jsonl(self, path: Path, spec: Spec = dict) -> list[Line]:
+        """The lines of a JSONL file, each of which fits `spec`; at least one."""
         self.files.append(path)
-        return read_jsonl(path)
+        return read_jsonl(path, spec)
 
-    def read_table(self, path: Path, delimiter: str) -> list[Line]:
-        """The rows of a CSV or TSV file with a header, {column: text}."""
+    def read_table(self, path: Path, delimiter: str, spec: Spec = dict) -> list[Line]:
+        """The rows of a CSV or TSV file with a header, {column: text}, each of which fits `spec`; at least one."""
         self.files.append(path)
-        return read_table(path, delimiter)
+        return read_table(path, delimiter, spec)
 
     def under(self, protocol: str) -> Benchmark:
         """The same benchmark, with what was loaded, under another protocol's rule for scores."""

@@ -14,19 +14,11 @@ from llava_sp.eval.llava_bench import RULE, LLaVABench, read_anywhere, read_stri
 from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.scoring.judge import JUDGEMENTS
 from tests.eval.commands import results_of
+
+RECORDING = "llavabench"
 from tests.eval.judge_server import JudgeServer, user_text
 
 QUESTIONS, CONTEXT, REFERENCES = "questions.jsonl", "context.jsonl", "answers_gpt4.jsonl"
-
-
-@pytest.fixture
-def recorded(golden) -> dict:
-    return json.loads((golden / "eval" / "llavabench.json").read_text())
-
-
-@pytest.fixture
-def data(official) -> Path:
-    return official("llavabench")[1]
 
 
 def run(capsys, data: Path, *arguments: object) -> tuple[int, str, str]:

@@ -17,6 +17,8 @@ from llava_sp.eval.cli import main
 from llava_sp.eval.mmbench import ABILITIES, MMBench
 from tests.eval.commands import command_of
 
+RECORDING = "mmbench"
+
 TABLE = "mmbench_dev.tsv"
 SCORERS = {
     "vlmevalkit": "vlmevalkit_head.exact_matching",
@@ -25,21 +27,6 @@ SCORERS = {
 }
 HEADER = "index question hint A B C D answer category image source l2-category comment split".split()  # noqa: SIM905
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR4nGOce8OGgYGBiYGBgYGBAQAU1wG1aBeXFgAAAABJRU5ErkJggg=="
-
-
-@pytest.fixture
-def recorded(official):
-    return official("mmbench")[0]
-
-
-@pytest.fixture
-def data(official) -> Path:
-    return official("mmbench")[1]
-
-
-@pytest.fixture
-def answers(data) -> Path:
-    return data / "answers" / "model.jsonl"
 
 
 run = command_of(MMBench)

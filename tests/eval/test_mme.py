@@ -15,18 +15,10 @@ from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.scoring.yes_no import vlmevalkit
 from tests.eval.commands import command_of, read_lines, write_lines
 
+RECORDING = "mme"
+
 QUESTIONS = "llava_mme.jsonl"
 ROOT = "MME_Benchmark_release_version"
-
-
-@pytest.fixture
-def recorded(official) -> dict:
-    return official("mme")[0]
-
-
-@pytest.fixture
-def data(official) -> Path:
-    return official("mme")[1]
 
 
 run = command_of(MME)

@@ -14,19 +14,11 @@ from llava_sp.eval.cli import main
 from llava_sp.eval.mmvet import AGAIN, PROMPT, MMVet, final_grade, one_decimal, read_grade
 from llava_sp.eval.scoring.judge import JUDGEMENTS, read_judgements
 from tests.eval.commands import results_of
+
+RECORDING = "mmvet"
 from tests.eval.judge_server import JudgeServer, user_text
 
 OFFICIAL, LLAVAS = "mm-vet.json", "llava-mm-vet.jsonl"
-
-
-@pytest.fixture
-def recorded(golden) -> dict:
-    return json.loads((golden / "eval" / "mmvet.json").read_text())
-
-
-@pytest.fixture
-def data(official) -> Path:
-    return official("mmvet")[1]
 
 
 def run(capsys, data: Path, *arguments: object) -> tuple[int, str, str]:

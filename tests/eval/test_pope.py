@@ -14,18 +14,10 @@ from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.scoring.yes_no import vlmevalkit
 from tests.eval.commands import command_of, read_lines, write_lines
 
+RECORDING = "pope"
+
 QUESTIONS = "llava_pope_test.jsonl"
 RANDOM = "coco/coco_pope_random.json"
-
-
-@pytest.fixture
-def recorded(official) -> dict:
-    return official("pope")[0]
-
-
-@pytest.fixture
-def data(official) -> Path:
-    return official("pope")[1]
 
 
 run = command_of(POPE)

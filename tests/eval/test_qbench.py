@@ -12,17 +12,9 @@ from llava_sp.eval.qbench import QBench
 from llava_sp.eval.run.evaluate import check_images
 from tests.eval.commands import command_of
 
+RECORDING = "qbench"
+
 QUESTIONS, ANSWERS = "llvisionqa_dev.json", "llvisionqa_dev_answers.json"
-
-
-@pytest.fixture
-def recorded(official):
-    return official("qbench")[0]
-
-
-@pytest.fixture
-def data(official) -> Path:
-    return official("qbench")[1]
 
 
 @pytest.fixture

@@ -14,13 +14,10 @@ from llava_sp.eval.refcoco import RefCOCO, box_as_list, iou, middle_inside, unpa
 from llava_sp.eval.run.evaluate import check_images
 from tests.eval.commands import command_of
 
+RECORDING = "refcoco"
+
 ANNOTATIONS = "annotations.json"
 REQUEST = "Please provide the bounding box coordinate of the region this sentence describes: "
-
-
-@pytest.fixture
-def recorded(official) -> dict:
-    return official("refcoco")[0]
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from llava_sp.eval.scienceqa import ScienceQA
 from llava_sp.model.conversation import IMAGE_MARK
 from tests.eval.commands import command_of
 
+RECORDING = "scienceqa"
+
 PROBLEMS, SPLITS, LLAVA = "problems.json", "pid_splits.json", "llava_test_CQM-A.json"
 TABLE = {  # names of the official table
     "natural": "natural science",
@@ -24,21 +26,6 @@ TABLE = {  # names of the official table
     "grade_1_6": "grades 1-6",
     "grade_7_12": "grades 7-12",
 }
-
-
-@pytest.fixture
-def recorded(official):
-    return official("scienceqa")[0]
-
-
-@pytest.fixture
-def data(official) -> Path:
-    return official("scienceqa")[1]
-
-
-@pytest.fixture
-def answers(data) -> Path:
-    return data / "answers" / "model.jsonl"
 
 
 run = command_of(ScienceQA)

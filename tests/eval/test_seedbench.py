@@ -13,22 +13,9 @@ from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.seedbench import SeedBench
 from tests.eval.commands import command_of, read_lines, write_lines
 
+RECORDING = "seed"
+
 OFFICIAL, LLAVA = "SEED-Bench.json", "llava-seed-bench.jsonl"
-
-
-@pytest.fixture
-def recorded(official):
-    return official("seed")[0]
-
-
-@pytest.fixture
-def data(official) -> Path:
-    return official("seed")[1]
-
-
-@pytest.fixture
-def answers(data) -> Path:
-    return data / "answers" / "merge.jsonl"
 
 
 run = command_of(SeedBench)

@@ -16,25 +16,12 @@ from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.textvqa import TextVQA, question_of
 from tests.eval.commands import command_of, read_lines, write_lines
 
+RECORDING = "textvqa"
+
 OFFICIAL = "TextVQA_0.5.1_val.json"
 LLAVA = "llava_textvqa_val_v051_ocr.jsonl"
 SCORERS = {"llava15": "llava_eval_textvqa", "lmms_eval": "lmms_eval", "vlmevalkit": "vlmevalkit"}
 TWICE = "87835653f7f79d15"  # an image with two questions
-
-
-@pytest.fixture
-def recorded(official):
-    return official("textvqa")[0]
-
-
-@pytest.fixture
-def data(official) -> Path:
-    return official("textvqa")[1]
-
-
-@pytest.fixture
-def answers(data) -> Path:
-    return data / "answers" / "model.jsonl"
 
 
 run = command_of(TextVQA)

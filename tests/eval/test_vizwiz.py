@@ -16,26 +16,13 @@ from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.vizwiz import SUFFIX, VizWiz, unanswerability
 from tests.eval.commands import command_of
 
+RECORDING = "vizwiz"
+
 SCORERS = {
     "llava15": "llava_pipeline.vizwiz_vqaeval",
     "official": "raw_answers.vizwiz_vqaeval",
     "lmms_eval": "raw_answers.lmms_eval",
 }
-
-
-@pytest.fixture
-def recorded(official):
-    return official("vizwiz")[0]
-
-
-@pytest.fixture
-def data(official) -> Path:
-    return official("vizwiz")[1]
-
-
-@pytest.fixture
-def answers(data) -> Path:
-    return data / "answers" / "model.jsonl"
 
 
 @pytest.fixture

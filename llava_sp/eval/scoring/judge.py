@@ -40,8 +40,9 @@ from typing import Any
 from tqdm import tqdm
 
 from llava_sp.common.files import examples, parse_line, read_text, sha256
+from llava_sp.common.schema import expect
 from llava_sp.eval.base import Benchmark, Item, Scores
-from llava_sp.eval.inputs.checks import compare_ids, expect
+from llava_sp.eval.inputs.checks import compare_ids
 from llava_sp.eval.run.answer_log import AnswerLog
 from llava_sp.eval.scoring.judge_client import OPENAI_KEY, JudgeClient, JudgeOptions, Request, hash_text
 
