@@ -100,12 +100,14 @@ class GQA(Benchmark):
         if not balanced:
             raise ValueError(f"{file}: isBalanced is false for all {len(questions)} questions, and only others count")
         lines = {
-            i: {"question_id": i, "image": f"{q['imageId']}.jpg", "text": q["question"]} for i, q in balanced.items()
+            i: {"question_id": i, "image": f"{question['imageId']}.jpg", "text": question["question"]}
+            for i, question in balanced.items()
         }
         if find(data, LLAVA):
-            file = find(data, LLAVA)[0]
-            asked = [x for x in self.read_jsonl(file, LLAVA_LINE) if str(x["question_id"]) not in self.not_counted]
-            lines = joined([str(line["question_id"]) for line in asked], asked, balanced, file, "line")
+            llava = find(data, LLAVA)[0]
+            asked = [x for x in self.read_jsonl(llava, LLAVA_LINE) if str(x["question_id"]) not in self.not_counted]
+            lines = joined([str(line["question_id"]) for line in asked], asked, balanced, llava, "line", file)
+            file = llava
         folder = self.images or first_folder([data / "images", data / "data" / "images"])
         items = []
         for i, line in lines.items():
@@ -133,33 +135,20 @@ class GQA(Benchmark):
         of_answer, of_reference = RULES[self.protocol]
         predicted = [of_answer(answer) for answer in answers]
         gold = [of_reference(item.reference) for item in items]
-        per_item = [
-            row(
-                item,
-                prediction,
-                text,
-                100.0 * (prediction == truth),
-                category=item.metadata["structural"],
-                **item.metadata,
-            )
-            for item, prediction, truth, text in zip(items, predicted, gold, answers)
-        ]
-        answered = {
-            "binary": [record for record in per_item if record["structural"] != "query"],
-            "open": [record for record in per_item if record["structural"] == "query"],
-        }
+        per_item = []
+        for item, prediction, truth, text in zip(items, predicted, gold, answers):
+            kind, right = item.metadata["structural"], 100.0 * (prediction == truth)
+            answered = "open" if kind == "query" else "binary"
+            per_item.append(row(item, prediction, text, right, category=kind, answered=answered, **item.metadata))
+        kinds = ("answered", "structural", "semantic", "steps", "words")
+        by = {kind: categories(grouped(per_item, kind), self.headline) for kind in kinds}
         metrics: dict[str, Any] = {
-            name: self.headline(records) if records else None for name, records in answered.items()
+            name: getattr(by["answered"].get(name), "score", None) for name in ("binary", "open")
         }
         metrics["distribution"] = distribution([item.metadata["group"] for item in items], gold, predicted)
-        by = {
-            kind: categories(grouped(per_item, kind), self.headline)
-            for kind in ("structural", "semantic", "steps", "words")
-        }
-        for kind, found in by.items():
-            metrics[f"per_{kind}"] = {name: {"accuracy": c.score, "count": c.count} for name, c in found.items()}
-        found = categories({name: records for name, records in answered.items() if records}, self.headline)
-        found |= by["structural"] | {f"about {name}": category for name, category in by["semantic"].items()}
+        for kind in kinds[1:]:
+            metrics[f"per_{kind}"] = {name: {"accuracy": c.score, "count": c.count} for name, c in by[kind].items()}
+        found = by["answered"] | by["structural"] | {f"about {name}": c for name, c in by["semantic"].items()}
         return Scores(self.headline(per_item), metrics, per_item, found)
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], output: Path) -> Path | None:

@@ -72,12 +72,17 @@ def numbered(ids: Iterable[Any]) -> Iterator[str]:
 
 
 def joined(
-    ids: Sequence[Any], records: Sequence[Record], wanted: Iterable[Any], where: object, noun: str = "answer"
+    ids: Sequence[Any],
+    records: Sequence[Record],
+    wanted: Iterable[Any],
+    where: object,
+    noun: str = "answer",
+    questions: object = "the questions",
 ) -> dict[Any, Record]:
     """{id: record}, in the order of the records. Raises ValueError unless each wanted id, and no other, is there once."""
     trouble = compare_ids(ids, wanted, noun)
     if trouble:
-        raise ValueError(f"{where} does not fit the questions: {trouble}")
+        raise ValueError(f"{where} does not fit {questions}: {trouble}")
     return dict(zip(ids, records))
 
 
