@@ -245,8 +245,16 @@ def question(**changes: object) -> str:
         (QUESTIONS, question()[:-30], "ends in the middle"),
         (QUESTIONS, "[]", "is []; expected an object"),
         (QUESTIONS, "{}", "is {}; expected questions by id"),
-        (QUESTIONS, '{"5": 3}', "5 is 3; expected an object with question, imageId, answer, isBalanced, semantic, groups, types"),
-        (QUESTIONS, '{"5": {"question": "?"}}', "5 has no imageId, answer, isBalanced, semantic, groups, types; it has question"),
+        (
+            QUESTIONS,
+            '{"5": 3}',
+            "5 is 3; expected an object with question, imageId, answer, isBalanced, semantic, groups, types",
+        ),
+        (
+            QUESTIONS,
+            '{"5": {"question": "?"}}',
+            "5 has no imageId, answer, isBalanced, semantic, groups, types; it has question",
+        ),
         (QUESTIONS, question(answer=1), "5.answer is 1; expected text"),
         (QUESTIONS, question(isBalanced=None), "5.isBalanced is None"),
         (QUESTIONS, question(isBalanced=1), "5.isBalanced is 1; expected true or false"),
@@ -254,9 +262,17 @@ def question(**changes: object) -> str:
         (QUESTIONS, question(groups={}), "5.groups has no global; it has nothing"),
         (QUESTIONS, question(semantic=[{"operation": "x"}]), "5.semantic[0] has no argument; it has operation"),
         (QUESTIONS, question(), "line to a question that is not in the file: 40 (200900000"),
-        (LLAVA, '{"question_id": "200900000", "image": "a.jpg", "text": "?"}', "no line: 39 (200900001, 200900002, 200900003"),
+        (
+            LLAVA,
+            '{"question_id": "200900000", "image": "a.jpg", "text": "?"}',
+            "no line: 39 (200900001, 200900002, 200900003",
+        ),
         (LLAVA, '{"question_id": "200900000", "image": "a.jpg"}', "line 1 has no text"),
-        (LLAVA, '{"question_id": 1.5, "image": "a", "text": ""}', "llava_gqa_testdev_balanced.jsonl, line 1: question_id is 1.5"),
+        (
+            LLAVA,
+            '{"question_id": 1.5, "image": "a", "text": ""}',
+            "llava_gqa_testdev_balanced.jsonl, line 1: question_id is 1.5",
+        ),
         (LLAVA, '{"question_id": "2', f"{LLAVA}, line 1 is not valid JSON"),
     ],
 )

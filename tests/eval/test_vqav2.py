@@ -274,10 +274,22 @@ def annotation(**changes: object) -> str:
         (QUESTIONS, "", "is empty"),
         (QUESTIONS, '{"questions": [{"question_id": 1, "quest', "ends in the middle"),
         (QUESTIONS, "[]", "is []; expected an object with questions"),
-        (QUESTIONS, '{"questions": []}', "questions is []; expected a list of an object with question_id, image_id, question, at least one"),
-        (QUESTIONS, '{"questions": [{"question_id": 1, "question": "?"}]}', "questions[0] has no image_id; it has question_id, question"),
+        (
+            QUESTIONS,
+            '{"questions": []}',
+            "questions is []; expected a list of an object with question_id, image_id, question, at least one",
+        ),
+        (
+            QUESTIONS,
+            '{"questions": [{"question_id": 1, "question": "?"}]}',
+            "questions[0] has no image_id; it has question_id, question",
+        ),
         (QUESTIONS, '{"questions": [{"id": 1}]}', "questions[0] has no question_id, image_id, question; it has id"),
-        (ANNOTATIONS, '{"annotations": []}', "does not fit the questions: no annotation: 40 (900001000, 900001001, 900002000, ...)"),
+        (
+            ANNOTATIONS,
+            '{"annotations": []}',
+            "does not fit the questions: no annotation: 40 (900001000, 900001001, 900002000, ...)",
+        ),
         (
             ANNOTATIONS,
             '{"annotations": [{"question_id": 1}]}',
@@ -308,7 +320,11 @@ def annotation(**changes: object) -> str:
         ),
         (ANNOTATIONS, annotation(answer_type=["a"]), "annotations[0].answer_type is ['a']"),
         (ANNOTATIONS, annotation(question_id=None), "annotations[0].question_id is None"),
-        (QUESTIONS, '{"questions": [{"question_id": [1], "question": "?", "image_id": 3}]}', "questions[0].question_id is [1]"),
+        (
+            QUESTIONS,
+            '{"questions": [{"question_id": [1], "question": "?", "image_id": 3}]}',
+            "questions[0].question_id is [1]",
+        ),
         (
             QUESTIONS,
             '{"questions": [{"question_id": 1, "question": 2, "image_id": 3}]}',
