@@ -158,9 +158,9 @@ class GQA(Benchmark):
 
     def validate(self, file: Path, data: Path) -> str:
         questions = self.read_json(find_one(data, *NAMES, what="GQA questions"), QUESTIONS)
-        balanced = {i for i, question in questions.items() if question["isBalanced"]}
+        balanced = [i for i, question in questions.items() if question["isBalanced"]]
         results = self.read_json(file, SUBMISSION)
-        counted = [r for r in results if r["questionId"] in balanced or r["questionId"] not in questions]
+        counted = [r for r in results if questions.get(r["questionId"], {"isBalanced": True})["isBalanced"]]
         trouble = compare_ids([r["questionId"] for r in counted], balanced)
         return verdict(file, [r["prediction"] for r in counted], [("balanced questions", trouble)])
 

@@ -219,13 +219,13 @@ def test_llavas_file_must_fit(data, answers, recorded, capsys):
     first = recorded["expected"]["convert_sqa_to_llava_CQM-A"]["first_three"][0]
     change(data / LLAVA, lambda lines: lines.__setitem__(0, first))  # of LLaVA's own script: another layout
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and "the layout is another" in err and "eval.zip" in err
+    assert status == 2 and "layout differs" in err and "eval.zip" in err
     change(data / LLAVA, lambda lines: lines[0].pop("image"))
     status, _, err = run(capsys, "--answers", answers, "--data", data)
     assert status == 2 and "problem 90000: LLaVA's question file asks" in err and "layout differs" in err
     change(data / LLAVA, lambda lines: lines.pop(0))
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and "does not fit pid_splits.json: 1 questions have no question (90000)" in err
+    assert status == 2 and "pid_splits.json: no line: 1 (90000)" in err
     change(data / LLAVA, lambda lines: lines.insert(0, {"id": "90000", "conversations": []}))
     status, _, err = run(capsys, "--answers", answers, "--data", data)
     assert status == 2 and "question 90000: the first turn is 'None', not an object with value" in err

@@ -88,11 +88,11 @@ def joined(
 
 def compare_ids(found: Iterable[int | str], wanted: Iterable[int | str], noun: str = "answer") -> str:
     """What is wrong with the ids in `found`, with counts and examples; empty if nothing is."""
-    counts, wanted = Counter(iter(found)), set(wanted)
+    counts, wanted = Counter(iter(found)), dict.fromkeys(wanted)
     problems = {
         f"more than one {noun}": [i for i, count in counts.items() if count > 1],
         f"{noun} to a question that is not in the file": [i for i in counts if i not in wanted],
-        f"no {noun}": sorted((i for i in wanted if i not in counts), key=lambda i: (isinstance(i, str), i)),
+        f"no {noun}": [i for i in wanted if i not in counts],
     }
     return ", ".join(f"{trouble}: {len(ids)} ({examples(ids)})" for trouble, ids in problems.items() if ids)
 
