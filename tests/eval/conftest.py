@@ -55,18 +55,6 @@ def answers(data) -> Path:
 
 
 @pytest.fixture
-def refused(capsys) -> Callable[..., None]:
-    """`refused(run, *arguments, parts, status=2)`: the command line `run` refuses, and its error has all the parts."""
-
-    def check(run: Callable, *arguments: object, parts: str | tuple[str, ...], status: int = 2) -> None:
-        got, _, err = run(capsys, *arguments)
-        missing = [part for part in ((parts,) if isinstance(parts, str) else parts) if part not in err]
-        assert (got, missing) == (status, []), err
-
-    return check
-
-
-@pytest.fixture
 def official_error(golden, tmp_path) -> Callable[[str, str], tuple[dict, Path]]:
     """`official_error(name, case)`: an error case of the recording, and a folder with its files."""
 

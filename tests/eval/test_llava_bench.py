@@ -14,9 +14,9 @@ from llava_sp.eval.llava_bench import RULE, LLaVABench, read_anywhere, read_stri
 from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.scoring.judge import JUDGEMENTS
 from tests.eval.commands import results_of
+from tests.eval.judge_server import JudgeServer, user_text
 
 RECORDING = "llavabench"
-from tests.eval.judge_server import JudgeServer, user_text
 
 QUESTIONS, CONTEXT, REFERENCES = "questions.jsonl", "context.jsonl", "answers_gpt4.jsonl"
 

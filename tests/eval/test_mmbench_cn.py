@@ -9,9 +9,9 @@ import pytest
 
 from llava_sp.eval.cli import default_data, main
 from llava_sp.eval.mmbench_cn import MMBenchCN
+from tests.eval.test_mmbench import SCORERS, check_scores, sheet
 
 RECORDING = "mmbench_cn"
-from tests.eval.test_mmbench import SCORERS, check_scores, sheet
 
 FIRST = "请看图。\n第0张图中最显眼的东西是什么？\nA. 铁砧\nB. 书包\nC. 望远镜"
 

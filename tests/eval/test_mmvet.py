@@ -14,9 +14,9 @@ from llava_sp.eval.cli import main
 from llava_sp.eval.mmvet import AGAIN, PROMPT, MMVet, final_grade, one_decimal, read_grade
 from llava_sp.eval.scoring.judge import JUDGEMENTS, read_judgements
 from tests.eval.commands import results_of
+from tests.eval.judge_server import JudgeServer, user_text
 
 RECORDING = "mmvet"
-from tests.eval.judge_server import JudgeServer, user_text
 
 OFFICIAL, LLAVAS = "mm-vet.json", "llava-mm-vet.jsonl"
 

@@ -13,9 +13,9 @@ from llava_sp.eval.inputs.checks import find
 from llava_sp.eval.mmvp import MMVP, lmms_letter, parse_options
 from llava_sp.eval.run.evaluate import check_images
 from tests.eval.commands import results_of
+from tests.eval.judge_server import JudgeServer, user_text
 
 RECORDING = "mmvp"
-from tests.eval.judge_server import JudgeServer, user_text
 
 QUESTIONS = "Questions.csv"
 

@@ -228,4 +228,4 @@ def test_llavas_file_must_fit(data, answers, recorded, capsys):
     assert status == 2 and "pid_splits.json: no line: 1 (90000)" in err
     change(data / LLAVA, lambda lines: lines.insert(0, {"id": "90000", "conversations": []}))
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and "question 90000: the first turn is 'None', not an object with value" in err
+    assert status == 2 and "[0].conversations is []" in err

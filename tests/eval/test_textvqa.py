@@ -166,7 +166,10 @@ def test_answer_without_prompt(data, answers, capsys):
     del lines[1]["prompt"]
     write_lines(answers, lines)
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and "answer 1 (counted from 0, image 3b42553c4e3241e8): no question can be read from the prompt None" in err
+    assert (
+        status == 2
+        and "answer 1 (counted from 0, image 3b42553c4e3241e8): no question can be read from the prompt None" in err
+    )
 
 
 def test_the_same_question_twice_is_judged_by_the_last_answers(data, answers):
@@ -221,7 +224,11 @@ def llava_line(**changes: object) -> str:
         (OFFICIAL, "", "is empty"),
         (OFFICIAL, row()[:-9], "ends in the middle"),
         (OFFICIAL, "[]", "is []; expected an object with data"),
-        (OFFICIAL, '{"data": []}', "data is []; expected a list of an object with question, image_id, question_id, answers, at least one"),
+        (
+            OFFICIAL,
+            '{"data": []}',
+            "data is []; expected a list of an object with question, image_id, question_id, answers, at least one",
+        ),
         (
             OFFICIAL,
             '{"data": [{"question": "?"}]}',
@@ -240,7 +247,11 @@ def llava_line(**changes: object) -> str:
         (LLAVA, llava_line(question_id=5), "llava_textvqa_val_v051_ocr.jsonl, line 1: question_id is 5"),
         (LLAVA, llava_line(image=None), "llava_textvqa_val_v051_ocr.jsonl, line 1: image is None"),
         (LLAVA, llava_line()[:-5], f"{LLAVA}, line 1 is not valid JSON"),
-        (LLAVA, llava_line() + "\n" + llava_line(), "not in the file: 1 (efc5a59c4958ae38: what colour is the teapot?#2)"),
+        (
+            LLAVA,
+            llava_line() + "\n" + llava_line(),
+            "not in the file: 1 (efc5a59c4958ae38: what colour is the teapot?#2)",
+        ),
     ],
 )
 def test_broken_data_files_are_named(data, answers, capsys, name, content, message):
