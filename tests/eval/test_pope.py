@@ -210,9 +210,9 @@ def test_zero_denominators_give_zero(official_error, capsys, case):
     recorded, data = official_error("pope", case)
     assert "ZeroDivisionError" in recorded["official"]["message"]
     assert "looked for coco_pope_adversarial.json" in refused(capsys, data)
-    assert "2 of the former have no label" in refused(capsys, data, "--split", "random")  # its question is just "q"
+    assert "2 have no label" in refused(capsys, data, "--split", "random")  # its question is just "q"
     (data / QUESTIONS).unlink()
-    assert "question 1 was 'q', here it is 'Is there a harp in the image?'" in refused(
+    assert "question 1 was asked as 'q', here it is 'is there a harp in the image?'" in refused(
         capsys, data, "--split", "random"
     )
     answers = data / "answers" / "model.jsonl"
