@@ -327,7 +327,10 @@ def submission(tmp_path, data, answers, capsys):
         (lambda s: s.delete_rows(2, 2), "no answer: 2 (100, 107)"),
         (lambda s: s.append([7, "?", "a", "b"]), "answer to a question that is not in the file: 1 (7)"),
         (lambda s: s.append([100, "?", "a", "b"]), "more than one answer: 1 (100)"),
-        (lambda s: s.delete_cols(7), "edited.xlsx, row 2 has no prediction; it has index, question, A, B, C, D, answer, split"),
+        (
+            lambda s: s.delete_cols(7),
+            "edited.xlsx, row 2 has no prediction; it has index, question, A, B, C, D, answer, split",
+        ),
         (
             lambda s: s.__setitem__("B3", "Another?"),
             "another question than in the data: 1 (107); 107 has 'Another?'",
@@ -429,8 +432,16 @@ def test_options_that_other_programs_made_numbers_of(tmp_path, capsys):
         (3, {"index": "100"}, "more than one record with the same index: 100 (100: line 2, line 3)"),
         (3, {"answer": "E"}, "mmbench_dev.tsv, line 3 (index 107): answer is 'E'; its options are A, B, C"),
         (3, {"answer": ""}, "1 of 40 rows have no answer (index 107)"),
-        (3, {"image": PICTURE[:-1]}, "mmbench_dev.tsv, line 3: image is 'iVBORw0KGgoAAAANSUhE'..., not an image in base64 (Incorrect padding)"),
-        (3, {"image": "*" * 70}, "mmbench_dev.tsv, line 3: image is '********************'..., not an image in base64 (Only base64 data is allow"),
+        (
+            3,
+            {"image": PICTURE[:-1]},
+            "mmbench_dev.tsv, line 3: image is 'iVBORw0KGgoAAAANSUhE'..., not an image in base64 (Incorrect padding)",
+        ),
+        (
+            3,
+            {"image": "*" * 70},
+            "mmbench_dev.tsv, line 3: image is '********************'..., not an image in base64 (Only base64 data is allow",
+        ),
         (3, {"image": "12"}, "mmbench_dev.tsv, line 3: image is '12'..., not an image in base64 (Incorrect padding)"),
         (3, {"image": ""}, "mmbench_dev.tsv, line 3: image is ''..., not an image in base64 (its format is not known)"),
         (
@@ -439,9 +450,21 @@ def test_options_that_other_programs_made_numbers_of(tmp_path, capsys):
             "mmbench_dev.tsv, line 3: image is 'bm8gcGljdHVyZSBhdCBh'..., not an image in base64 (its format is not known)",
         ),
         (3, {"answer": "D"}, "mmbench_dev.tsv, line 3 (index 107): answer is 'D'; its options are A, B, C"),
-        (3, {"A": "", "B": "nan", "C": "", "D": ""}, "mmbench_dev.tsv, line 3 (index 107): answer is 'A'; its options are empty"),
-        (2, {"D": "fourth"}, "not one row for each rotation of the options: 1 questions (100): an interrupted download or copy?"),
-        (2, {"index": "5000100"}, "not one row for each rotation of the options: 1 questions (100): an interrupted download or copy?"),
+        (
+            3,
+            {"A": "", "B": "nan", "C": "", "D": ""},
+            "mmbench_dev.tsv, line 3 (index 107): answer is 'A'; its options are empty",
+        ),
+        (
+            2,
+            {"D": "fourth"},
+            "not one row for each rotation of the options: 1 questions (100): an interrupted download or copy?",
+        ),
+        (
+            2,
+            {"index": "5000100"},
+            "not one row for each rotation of the options: 1 questions (100): an interrupted download or copy?",
+        ),
     ],
 )
 def test_wrong_fields_are_named(data, answers, capsys, line, values, message):

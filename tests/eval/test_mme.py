@@ -275,8 +275,14 @@ def test_missing_images_are_counted(data):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("Is it? Please answer yes or no.\tYes\n", "is [{'question': 'Is it? Please answer yes or no.', 'answer': 'Yes'}]"),
-        ("Is it?\tYes\nIs it not?\tNo\nIs it?\tNo\n", "is [{'question': 'Is it?', 'answer': 'Yes'}, {'question': 'Is it not?', 'answer'"),
+        (
+            "Is it? Please answer yes or no.\tYes\n",
+            "is [{'question': 'Is it? Please answer yes or no.', 'answer': 'Yes'}]",
+        ),
+        (
+            "Is it?\tYes\nIs it not?\tNo\nIs it?\tNo\n",
+            "is [{'question': 'Is it?', 'answer': 'Yes'}, {'question': 'Is it not?', 'answer'",
+        ),
         ("Is it?\tYes\nIs it not?\tMaybe\n", "[1].answer is 'Maybe'"),
         ("Is it? Yes\nIs it not?\tNo\n", "[0].answer is ''; expected 'Yes' or 'No'"),
         ("Is it?\tYes\nIs it no", "[1].answer is ''; expected 'Yes' or 'No'"),
@@ -319,9 +325,7 @@ def test_wrong_question_files_are_named(data, capsys, change, message):
 def test_cut_off_and_doubled_question_files(data, capsys):
     lines = read_lines(data / QUESTIONS)
     write_lines(data / QUESTIONS, lines[:-3])
-    assert "no line: 3 (code_reasoning/cod_000: Is item 0 of code_reasoning short?" in refused(
-        capsys, data
-    )
+    assert "no line: 3 (code_reasoning/cod_000: Is item 0 of code_reasoning short?" in refused(capsys, data)
     write_lines(data / QUESTIONS, [*lines, lines[0]])
     assert "not in the file: 1 (existence/exi_000: Is item 0 of existence tall?#2)" in refused(capsys, data)
 
