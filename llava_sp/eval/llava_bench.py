@@ -48,7 +48,7 @@ from llava_sp.decoding import Generation
 from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, Category, Item, Scores
 from llava_sp.eval.cli import main
 from llava_sp.eval.inputs.checks import ID, LLAVA_LINE, by_id, find_one, first_folder, inside, joined
-from llava_sp.eval.scoring.judge import JudgedBenchmark, Run, check_foreign_ids
+from llava_sp.eval.scoring.judge import JudgedBenchmark, Run
 from llava_sp.eval.scoring.judge_client import Request
 from llava_sp.eval.scoring.records import grouped, row
 
@@ -148,9 +148,10 @@ class LLaVABench(JudgedBenchmark):
         if '"request_sha256"' in (text := read_text(file)) or '"content"' not in text:
             return None
         records = read_jsonl(file, REVIEW)
-        check_foreign_ids(file, (record["question_id"] for record in records), items)
-        replies = {record["question_id"]: [record["content"]] for record in records}
-        return [{item.key: replies[item.id] for item in items}], []
+        contents = [record["content"] for record in records]
+        ids = [record["question_id"] for record in records]
+        replies = joined(ids, contents, [item.id for item in items], file, "judgement")
+        return [{item.key: [replies[item.id]] for item in items}], []
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:
         per_item = [
