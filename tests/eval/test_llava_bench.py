@@ -258,12 +258,24 @@ def line(**changes: object) -> str:
         (QUESTIONS, '{"question_id": 0, "im', "line 1 is not valid JSON"),
         (QUESTIONS, line(text=None), "questions.jsonl, line 1: text is None"),
         (QUESTIONS, line() * 2, "more than one record with the same question_id: 0 (0: line 1, line 2)"),
-        (QUESTIONS, line(), "answers_gpt4.jsonl does not fit the questions: answer to a question that is not in the file: 39 (1, 2, 3"),
+        (
+            QUESTIONS,
+            line(),
+            "answers_gpt4.jsonl does not fit the questions: answer to a question that is not in the file: 39 (1, 2, 3",
+        ),
         (CONTEXT, '{"image": "000.jpg"}', "line 1 has no caption"),
         (CONTEXT, '{"image": "000.jpg", "caption": [1]}', "context.jsonl, line 1: caption is [1]"),
-        (CONTEXT, '{"image": "000.jpg", "caption": "x"}\n' * 2, "more than one record with the same image: 000.jpg (000.jpg: line 1, line 2)"),
+        (
+            CONTEXT,
+            '{"image": "000.jpg", "caption": "x"}\n' * 2,
+            "more than one record with the same image: 000.jpg (000.jpg: line 1, line 2)",
+        ),
         (CONTEXT, '{"image": "000.jpg", "caption": "x"}', "question 3: context.jsonl has no caption of 001.jpg"),
-        (REFERENCES, '{"question_id": 0, "text": "x"}', "answers_gpt4.jsonl does not fit the questions: no answer: 39 (1, 2, 3"),
+        (
+            REFERENCES,
+            '{"question_id": 0, "text": "x"}',
+            "answers_gpt4.jsonl does not fit the questions: no answer: 39 (1, 2, 3",
+        ),
         (REFERENCES, '{"question_id": 0}', "line 1 has no text"),
     ],
 )

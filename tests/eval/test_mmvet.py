@@ -269,9 +269,17 @@ def entry(**changes: object) -> dict:
         (OFFICIAL, json.dumps({"v1_0": entry(imagename="../x.png")}), "does not fit"),
         (OFFICIAL, json.dumps({"v1_0": entry()}), "line to a question that is not in the file: 39 (v1_1"),
         (LLAVAS, '{"question_id": 0, "image": "v1_0.png"}', "line 1 has no text"),
-        (LLAVAS, '{"question_id": "0", "image": "v1_0.png", "text": "?"}', "llava-mm-vet.jsonl, line 1: question_id is '0'"),
+        (
+            LLAVAS,
+            '{"question_id": "0", "image": "v1_0.png", "text": "?"}',
+            "llava-mm-vet.jsonl, line 1: question_id is '0'",
+        ),
         (LLAVAS, '{"question_id": 0, "image": "v1_0.png", "text": "?"}', "no line: 39 (v1_1, v1_2, v1_3"),
-        (LLAVAS, '{"question_id": 0, "image": "a", "text": ""}\n' * 2, "more than one line: 1 (v1_0), no line: 39 (v1_1, v1_2, v1_3"),
+        (
+            LLAVAS,
+            '{"question_id": 0, "image": "a", "text": ""}\n' * 2,
+            "more than one line: 1 (v1_0), no line: 39 (v1_1, v1_2, v1_3",
+        ),
         (LLAVAS, '{"question_id": 0, "im', "line 1 is not valid JSON"),
     ],
 )

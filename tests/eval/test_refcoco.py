@@ -320,8 +320,14 @@ def test_answers_that_do_not_fit(data, capsys):
     [
         ({"bbox": [0.1, 0.2, 0.3]}, "[1].bbox is [0.1, 0.2, 0.3]"),
         ({"bbox": [0.1, 0.2, 0.3, "x"]}, "[1].bbox[3] is 'x'; expected a number"),
-        ({"bbox": [0.3, 0.2, 0.1, 0.4]}, "question 1: the corners [0.3, 0.2, 0.1, 0.4] are not a box in fractions of width and height"),
-        ({"bbox": [10, 20, 30, 40]}, "question 1: the corners [10, 20, 30, 40] are not a box in fractions of width and height"),
+        (
+            {"bbox": [0.3, 0.2, 0.1, 0.4]},
+            "question 1: the corners [0.3, 0.2, 0.1, 0.4] are not a box in fractions of width and height",
+        ),
+        (
+            {"bbox": [10, 20, 30, 40]},
+            "question 1: the corners [10, 20, 30, 40] are not a box in fractions of width and height",
+        ),
         ({"image_width": 0}, "[1].image_width is 0"),
         ({"image_height": "x"}, "[1].image_height is 'x'"),
         ({"answer": None}, "[1].answer is None; expected text"),
@@ -408,7 +414,10 @@ def broken(form: str, folder: Path) -> None:
         ("doubled pictures", "more than one record with the same id: 1 (1: record 1, record 3)"),
         ("folder", "must be in a folder named after its data set: refcoco, refcoco+ or refcocog"),
         ("two boxes", "image 0: its boxes in annotations is [[64, 48, 128, 240], [64, 48, 128, 240]]"),
-        ("fractions for pixels", "line 0 (counted from 0): the corners [4, 3, 2, 1] are not a box in pixels of an image of 9 x 9"),
+        (
+            "fractions for pixels",
+            "line 0 (counted from 0): the corners [4, 3, 2, 1] are not a box in pixels of an image of 9 x 9",
+        ),
         ("cut", "refs(unc).json is not valid JSON"),
         ("nothing", "has no referring expressions: looked for annotations.json, refs(unc).json"),
     ],
