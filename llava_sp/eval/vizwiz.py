@@ -59,6 +59,7 @@ from llava_sp.eval.scoring.vqa import AccuracyBenchmark, evalai_answer, leave_on
 
 SUFFIX = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT_ANSWER
 UNANSWERABLE = "unanswerable"
+FILES = {split: (f"llava_{split}.jsonl", f"{split}.json") for split in ("val", "test")}
 ANSWER_TYPES = ("yes/no", "number", "other", UNANSWERABLE)
 
 QUESTIONS = some({"image": str, "question": str})
@@ -124,7 +125,7 @@ class VizWiz(AccuracyBenchmark):
         return path
 
     def validate(self, file: Path, data: Path) -> str:
-        self.split = self.split or ("test" if find(data, *_names("test")) else "val")
+        self.split = self.split or ("test" if find(data, *FILES["test"]) else "val")
         _, lines = self._questions(data)
         results = self.read_json(file, SUBMISSION)
         trouble = compare_ids([result["image"] for result in results], [line["image"] for line in lines])
@@ -136,7 +137,7 @@ class VizWiz(AccuracyBenchmark):
 
     def _questions(self, data: Path) -> tuple[Path, list[dict[str, Any]]]:
         """The question file of the split and its lines; those of the official file as LLaVA's file has them."""
-        file = find_one(data, *_names(self.split), what=f"{self.split} questions")
+        file = find_one(data, *FILES[self.split], what=f"{self.split} questions")
         lines: list[dict[str, Any]]
         if file.suffix == ".jsonl":
             lines = self.read_jsonl(file, LLAVA_LINE)
@@ -162,10 +163,6 @@ def unanswerability(unanswerable: Sequence[bool], said_so: Sequence[bool]) -> di
     average_precision = recall * precision + (1 - recall) * truth / len(unanswerable)
     f1 = 2 * both / (truth + said)
     return {"average_precision": round(100 * average_precision, 2), "f1_score": round(100 * f1, 2), **counts}
-
-
-def _names(split: str) -> tuple[str, str]:
-    return f"llava_{split}.jsonl", f"{split}.json"
 
 
 if __name__ == "__main__":

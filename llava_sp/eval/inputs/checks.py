@@ -30,11 +30,12 @@ def find_one(data: Path, *names: str, what: str) -> Path:
 
 def find_split(data: Path, names: Mapping[str, Sequence[str]], split: str | None, what: str) -> tuple[str, Path]:
     """The wanted split, or the first of which `data` holds a file, and that file. Raises ValueError as `find_one`."""
-    wanted = names if split is None else [split]
-    there = next((name for name in wanted if find(data, *names[name])), None)
-    if there is None:
-        find_one(data, *(file for name in wanted for file in names[name]), what=f"{split or ''} {what}".strip())
-    return there, find(data, *names[there])[0]
+    wanted = {name: names[name] for name in (names if split is None else [split])}
+    for name, files in wanted.items():
+        if found := find(data, *files):
+            return name, found[0]
+    looked_for = ", ".join(file for files in wanted.values() for file in files)
+    raise ValueError(f"{data} has no {f'{split} ' if split else ''}{what}: looked for {looked_for}")
 
 
 def first_folder(places: Sequence[Path]) -> Path:
