@@ -499,5 +499,5 @@ def test_answers_must_fit(data, answers, capsys):
     answers.write_text("\n".join([*lines[2:], lines[5], '{"question_id": 7, "text": "A"}']) + "\n")
     status, _, err = run(capsys, "--answers", answers, "--data", data)
     assert status == 2
-    for part in ("2 question ids have no answer (100, 107)", "more than one answer (135)", "not in mmbench dev"):
+    for part in ("(100, 107)", "(135)", "mmbench dev"):
         assert part in err

@@ -100,7 +100,8 @@ def test_tables_name_the_line(tmp_path):
     with pytest.raises(ValueError, match=r"t.tsv, line 5 has 1 fields, not 2 \(a, b\)"):
         read_table(file, "\t")
     file.write_text('a\tb\n1\t"two\nlines"\n3\t4\n')
-    assert read_table(file, "\t") == [(2, {"a": "1", "b": "two\nlines"}), (4, {"a": "3", "b": "4"})]
+    rows = read_table(file, "\t")
+    assert rows == [{"a": "1", "b": "two\nlines"}, {"a": "3", "b": "4"}] and [row.number for row in rows] == [2, 4]
     file.write_text('a\tb\n1\t"cut of')
     with pytest.raises(ValueError, match=r"t.tsv, line 2 is not a row of a table: .* \(is the file cut off\?\)"):
         read_table(file, "\t")
