@@ -1,9 +1,9 @@
-"""LLaVA-Bench (in the wild) (Liu et al. 2023): 60 open questions on 24 pictures; a judge rates each answer beside GPT-4's.
+"""LLaVA-Bench (in the wild) (Liu et al. 2023): 60 open questions on 24 images; a judge rates each answer beside GPT-4's.
 
     python -m llava_sp.eval.llava_bench --model M --data D --output O --judge MODEL [--judge-runs 3] [--rules rule.json]
     python -m llava_sp.eval.llava_bench --answers FILE --data D --judgements review.jsonl [more reviews ...]
 
-D holds LLaVA's files, in D itself or one folder below: questions.jsonl, context.jsonl (captions of each picture, which the
+D holds LLaVA's files, in D itself or one folder below: questions.jsonl, context.jsonl (captions of each image, which the
 judge reads in place of it), answers_gpt4.jsonl (the reference answers), and images/. The prompt is the question alone.
 `llava_sp.eval.scoring.judge` tells how judges are asked and their replies kept.
 
@@ -22,7 +22,7 @@ Protocols, which differ in how replies are read and added up:
 Several runs (--judge-runs, or several files of --judgements) are averaged.
 
 Published: 65.4 for LLaVA-1.5-7B is the mean of three runs of gpt-4-0314 (64.7, 65.3, 66.3), which is retired: a score by
-another judge does not compare with it. LLaVA's scripts of that time cropped pictures instead of padding (--image-aspect-ratio crop).
+another judge does not compare with it. LLaVA's scripts of that time cropped images instead of padding (--image-aspect-ratio crop).
 
 Kept on purpose: a reply that cannot be read ("8, 7", a trailing space, "8/10 7/10") counts as -1 for both sides, and numbers
 are read as Python does ("8_0" is 80); `metrics` counts such replies, and ratings outside 1 to 10. Different from LLaVA: where
@@ -43,14 +43,17 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from llava_sp.common.files import read_jsonl, read_text, sha256
+from llava_sp.common.schema import one_of
 from llava_sp.decoding import Generation
 from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, Category, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.inputs.checks import compare_ids, expect, expect_all, expect_once, find_one, first_folder, inside
-from llava_sp.eval.scoring.judge import JudgedBenchmark, Run, check_foreign_ids
+from llava_sp.eval.inputs.checks import ID, LLAVA_LINE, by_id, find_one, first_folder, inside, joined
+from llava_sp.eval.scoring.judge import JudgedBenchmark, Run
 from llava_sp.eval.scoring.judge_client import Request
+from llava_sp.eval.scoring.records import grouped, row
 
 CATEGORIES = ("conv", "detail", "complex")
+COLUMNS = ("relative", "reference_x10", "model_x10")
 UNREAD = (-1.0, -1.0)  # what LLaVA counts for a reply without two scores
 ROLE = "Assistant"
 SYSTEM = "You check the quality of answers, carefully and to the point."
@@ -62,7 +65,13 @@ RULE = (
     "Write nothing but the two scores on the first line, that of Assistant 1 before that of Assistant 2, with one space "
     "between them. From the second line on, explain your scores."
 )
-_QUESTION = {"question_id": (int, str), "image": str, "category": str, "text": str}
+QUESTION = {**LLAVA_LINE, "category": one_of(*CATEGORIES)}
+CAPTION = {"image": str, "caption": (str, [str])}
+ANSWER = {"question_id": ID, "text": str}
+RULES = {f"llava_bench_{category}": {"role": str, "prompt": str} for category in CATEGORIES} | {
+    "system?": {"prompt": str}
+}
+REVIEW = {"question_id": ID, "content": str}
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 Pair = tuple[float, float]
@@ -89,64 +98,34 @@ class LLaVABench(JudgedBenchmark):
     def from_arguments(cls, args: argparse.Namespace) -> LLaVABench:
         benchmark = super().from_arguments(args)
         if args.rules:
-            benchmark._read_rules(args.rules)
+            content = benchmark.read_json(args.rules, RULES)
+            entries = {category: content[f"llava_bench_{category}"] for category in CATEGORIES}
+            benchmark.rules = {category: (entry["role"], entry["prompt"]) for category, entry in entries.items()}
+            benchmark.system = content.get("system", {"prompt": SYSTEM})["prompt"]
+            benchmark.wording = f"{args.rules} (sha256 {sha256(args.rules)[:12]})"
         return benchmark
 
     def load(self, data: Path) -> list[Item]:
         self.data = data
         file = find_one(data, "questions.jsonl", what="questions of LLaVA-Bench")
-        questions = self.read_jsonl(file)
-        expect_all(questions, _QUESTION, file)
-        expect_once(questions, file, key="question_id")
-        captions = self._captions(find_one(data, "context.jsonl", what="descriptions of LLaVA-Bench's pictures"))
-        reference = self._references(find_one(data, "answers_gpt4.jsonl", what="answers of GPT-4"), questions)
+        questions = by_id(self.read_jsonl(file, QUESTION), file)
+        captions_file = find_one(data, "context.jsonl", what="descriptions of LLaVA-Bench's images")
+        captions = by_id(self.read_jsonl(captions_file, CAPTION), captions_file, "image")
+        answers_file = find_one(data, "answers_gpt4.jsonl", what="answers of GPT-4")
+        answers = self.read_jsonl(answers_file, ANSWER)
+        references = joined([answer["question_id"] for answer in answers], answers, questions, answers_file)
         folder = self.images or first_folder([file.parent / "images", data / "images"])
         items = []
-        for question in questions:
-            where = f"{file}: question {question['question_id']}"
-            if question["category"] not in CATEGORIES:
-                raise ValueError(f"{where}: category is {question['category']!r}, not one of {', '.join(CATEGORIES)}")
+        for i, question in questions.items():
+            where = f"{file}: question {i}"
             if question["image"] not in captions:
-                raise ValueError(f"{where}: context.jsonl has no caption of {question['image']}")
-            metadata = {"category": question["category"], "context": captions[question["image"]]}
-            images = (inside(folder, question["image"], where),)
-            identity = question["question_id"]
-            items.append(Item(identity, question["text"], images, reference[identity], metadata))
+                raise ValueError(f"{where}: {captions_file.name} has no caption of {question['image']}")
+            caption = captions[question["image"]]["caption"]
+            context = caption if isinstance(caption, str) else "\n".join(caption)
+            image = inside(folder, question["image"], where)
+            metadata = {"category": question["category"], "context": context}
+            items.append(Item(i, question["text"], (image,), references[i]["text"], metadata))
         return items
-
-    def _captions(self, file: Path) -> dict[str, str]:
-        records = self.read_jsonl(file)
-        expect_all(records, {"image": str, "caption": (str, list)}, file, "picture")
-        expect_once(records, file, "picture", key="image")
-        for record in records:
-            if isinstance(record["caption"], list) and not all(isinstance(line, str) for line in record["caption"]):
-                raise ValueError(f"{file}: picture {record['image']}: caption holds something that is not text")
-        return {
-            record["image"]: "\n".join(record["caption"]) if isinstance(record["caption"], list) else record["caption"]
-            for record in records
-        }
-
-    def _references(self, file: Path, questions: Sequence[Mapping[str, Any]]) -> dict[int | str, str]:
-        records = self.read_jsonl(file)
-        expect_all(records, {"question_id": (int, str), "text": str}, file, "answer")
-        trouble = compare_ids(
-            (record["question_id"] for record in records), (question["question_id"] for question in questions)
-        )
-        if trouble:
-            raise ValueError(f"{file} does not fit the questions: {trouble}")
-        return {record["question_id"]: record["text"] for record in records}
-
-    def _read_rules(self, file: Path) -> None:
-        content = self.read_json(file)
-        entries = {category: f"llava_bench_{category}" for category in CATEGORIES}
-        expect(content, dict.fromkeys(entries.values(), dict), str(file))
-        for entry in entries.values():
-            expect(content[entry], {"role": str, "prompt": str}, f"{file}: {entry}")
-        self.rules = {c: (content[entry]["role"], content[entry]["prompt"]) for c, entry in entries.items()}
-        if "system" in content:
-            expect(content["system"], {"prompt": str}, f"{file}: system")
-            self.system = content["system"]["prompt"]
-        self.wording = f"{file} (sha256 {sha256(file)[:12]})"
 
     def request(self, item: Item, answer: str, replies: Sequence[str]) -> Request | None:
         if replies:
@@ -168,23 +147,15 @@ class LLaVABench(JudgedBenchmark):
         """LLaVA's review file: one line per question, `content` is the reply."""
         if '"request_sha256"' in (text := read_text(file)) or '"content"' not in text:
             return None
-        records = read_jsonl(file)
-        expect_all(records, {"question_id": (int, str), "content": str}, file, "review")
-        check_foreign_ids(file, (record["question_id"] for record in records), items)
-        replies = {record["question_id"]: [record["content"]] for record in records}
-        return [{item.key: replies[item.id] for item in items}], []
+        records = read_jsonl(file, REVIEW)
+        contents = [record["content"] for record in records]
+        ids = [record["question_id"] for record in records]
+        replies = joined(ids, contents, [item.id for item in items], file, "judgement")
+        return [{item.key: [replies[item.id]] for item in items}], []
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:
         per_item = [
-            {
-                "question_id": item.id,
-                "answer": answer,
-                "question": item.text,
-                "image": item.images[0].name,
-                "category": item.metadata["category"],
-                "references": [item.reference],
-                "protocol": self.protocol,
-            }
+            row(item, answer, answer, category=item.metadata["category"], protocol=self.protocol)
             for item, answer in zip(items, answers)
         ]
         if self.judged is None:
@@ -195,35 +166,23 @@ class LLaVABench(JudgedBenchmark):
             record["ratings"] = [read(reply) for reply in replies]  # of the reference and of the model, by run
             record["score"] = 10 * fmean(min(10.0, max(0.0, model)) for _, model in record["ratings"])
             record["judgements"] = replies
-        rounded = _rounds(per_item)
-        categories = [category for category in CATEGORIES if any(r["category"] == category for r in per_item)]
-        parts = {"all": per_item} | {c: [r for r in per_item if r["category"] == c] for c in categories}
-        runs = [
-            {name: relative([record["ratings"][run] for record in part], rounded) for name, part in parts.items()}
-            for run in range(len(self.judged))
-        ]
+        by_category = grouped(per_item, "category", CATEGORIES)
+        figures = {name: _figures(records) for name, records in {"all": per_item, **by_category}.items()}
         ratings = [rating for record in per_item for rating in record["ratings"]]
-        columns = ("relative", "reference_x10", "model_x10")
-        metrics = {
-            name: {
-                column: round(fmean(run[name][place] for run in runs), 1 if rounded else 2)
-                for place, column in enumerate(columns)
-            }
-            for name in parts
+        read_ratings = [rating for rating in ratings if rating != UNREAD]
+        metrics: dict[str, Any] = {
+            **{name: dict(zip(COLUMNS, _means(runs, self.protocol))) for name, runs in figures.items()},
+            "runs": [run[0] for run in figures["all"]],
+            "unread_replies": len(ratings) - len(read_ratings),
+            "ratings_outside_1_to_10": sum(not all(1 <= value <= 10 for value in rating) for rating in read_ratings),
+            "judge": self.about_judge,
         }
-        metrics["runs"] = [run["all"][0] for run in runs]
-        metrics["unread_replies"] = sum(rating == UNREAD for rating in ratings)
-        metrics["ratings_outside_1_to_10"] = sum(
-            rating != UNREAD and not all(1 <= value <= 10 for value in rating) for rating in ratings
-        )
-        metrics["judge"] = self.about_judge
-        found = {name: Category(metrics[name]["relative"], len(parts[name])) for name in categories}
+        found = {name: Category(metrics[name]["relative"], len(records)) for name, records in by_category.items()}
         return Scores(metrics["all"]["relative"], metrics, per_item, found)
 
     @classmethod
     def headline(cls, per_item: Sequence[Mapping[str, Any]]) -> float:
-        rounded, runs = _rounds(per_item), zip(*(record["ratings"] for record in per_item))
-        return round(fmean(relative(run, rounded)[0] for run in runs), 1 if rounded else 2)
+        return _means(_figures(per_item), per_item[0]["protocol"])[0]
 
     def summary(self, scores: Scores) -> list[str]:
         lines = super().summary(scores)
@@ -231,9 +190,16 @@ class LLaVABench(JudgedBenchmark):
         return [*lines, f"{unread} replies could not be read; they count as -1 for both"] if unread else lines
 
 
-def _rounds(per_item: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the protocol rounds means before it divides them, and the score to one decimal."""
-    return per_item[0]["protocol"] != "vlmevalkit"
+def _figures(records: Sequence[Mapping[str, Any]]) -> list[tuple[float, float, float]]:
+    """`relative` of each run."""
+    rounded = records[0]["protocol"] != "vlmevalkit"
+    return [relative(ratings, rounded) for ratings in zip(*(record["ratings"] for record in records))]
+
+
+def _means(runs: Sequence[Sequence[float]], protocol: str) -> list[float]:
+    """The mean over the runs of each figure."""
+    digits = 2 if protocol == "vlmevalkit" else 1
+    return [round(fmean(figures), digits) for figures in zip(*runs)]
 
 
 def read_strictly(reply: str) -> Pair:

@@ -10,7 +10,7 @@ judges are asked and their replies kept.
 O/submission.json, {"v1_0": answer, ...}, is what the official online grader takes; `--validate FILE` checks such a file, and
 the grades that official code returns ({"v1_0": {"model", "content", "score"}}) are read by --judgements.
 
-The judge completes a table of question, truth, prediction and grade, at temperature 0, with at most 3 tokens. What is no
+The judge completes a table of question, truth, prediction and grade, at temperature 0, with at most 3 tokens. A reply that is not a
 number from 0 to 1 is asked again: at temperature 0, 0.5, 1, 1.5 and 2, five times at most; the reply to the last one is not
 read (the official code does so), and the grade is 0. The score is 100 * the mean grade, averaged over the runs; `metrics`
 holds the same by capability and by combination of capabilities, each run, and their standard deviation.
@@ -21,10 +21,10 @@ break); then the first message is the official one to the letter (checked agains
 used.
 
 Published for LLaVA-1.5-7B: 31.1, the mean of three runs of gpt-4 of 2023. A score by another judge does not compare with it.
-LLaVA's scripts of that time cropped pictures instead of padding them (--image-aspect-ratio crop).
+LLaVA's scripts of that time cropped images instead of padding them (--image-aspect-ratio crop).
 
-Different from the official code: "nan" is asked again (there it passes, and spoils every mean); grades of an interrupted run
-are never taken for those of a finished one; the capabilities in the name of a combination are sorted (there their order
+Different from the official code: "nan" is asked again (there it counts, and spoils every mean); grades of an interrupted run
+never count as those of a finished one; the capabilities in the name of a combination are sorted (there their order
 changes from run to run).
 """
 
@@ -34,28 +34,20 @@ import argparse
 import json
 import re
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, ClassVar
 
-from llava_sp.common.files import read_text, sha256, write_json
+from llava_sp.common.files import examples, read_text, sha256, write_json
+from llava_sp.common.schema import Check, expect, some
 from llava_sp.decoding import Generation
 from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, Category, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.inputs.checks import (
-    compare_ids,
-    expect,
-    expect_all,
-    expect_once,
-    find,
-    find_one,
-    first_folder,
-    inside,
-)
-from llava_sp.eval.scoring.judge import JudgedBenchmark, Run, check_foreign_ids
+from llava_sp.eval.inputs.checks import LLAVA_LINE, compare_ids, find, find_one, first_folder, inside, joined, verdict
+from llava_sp.eval.scoring.judge import JudgedBenchmark, Run
 from llava_sp.eval.scoring.judge_client import Request
+from llava_sp.eval.scoring.records import row
 
 OFFICIAL, LLAVAS = "mm-vet.json", "llava-mm-vet.jsonl"
 CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")  # in the order of the published tables
@@ -79,8 +71,12 @@ Why is the drawing funny? | The cat has put on the dog's collar so that the neig
 bone, while the dog looks on. | The joke is the disguise: wearing the dog's collar, the cat is mistaken for the dog by the \
 neighbour, who hands it the bone as the poor dog watches. | 1.0"""
 AGAIN = "\nThe grade of the last row, a number in digits: "
-_ENTRY = {"imagename": str, "question": str, "answer": str, "capability": list}
-_NAME = re.compile(r"v1_(\d+)")
+
+QUESTION = {"imagename": str, "question": str, "answer": str, "capability": some(str)}
+QUESTIONS = Check(bool, "questions by name", {str: QUESTION})
+NAMES = [Check(re.compile(r"v1_\d+").fullmatch, "v1_ and a number", str)]
+GRADE = Check(lambda grade: 0 <= grade <= 1, "a number from 0 to 1", float)
+GRADES = {str: {"score": some(GRADE), "model": list}}
 
 
 class MMVet(JudgedBenchmark):
@@ -108,44 +104,22 @@ class MMVet(JudgedBenchmark):
 
     def load(self, data: Path) -> list[Item]:
         self.data = data
-        file, entries = self._official(data)
-        folder = self.images or first_folder([file.parent / "images", data / "images"])
-        questions = {name: (entry["question"], entry["imagename"]) for name, entry in entries.items()}
-        if find(data, LLAVAS):
-            questions = self._llavas(find(data, LLAVAS)[0], entries)
-        items = []
-        for name, (text, image) in questions.items():
-            entry = entries[name]
-            capabilities = [c for c in CAPABILITIES if c in entry["capability"]]
-            capabilities += sorted(set(entry["capability"]).difference(CAPABILITIES))
-            metadata = {"name": name, "question": entry["question"], "capabilities": capabilities}
-            images = (inside(folder, image, f"{file}: {name}"),)
-            items.append(Item(int(_NAME.fullmatch(name)[1]), text, images, entry["answer"], metadata))
-        return items
-
-    def _official(self, data: Path) -> tuple[Path, dict[str, dict[str, Any]]]:
         file = find_one(data, OFFICIAL, what="official questions of MM-Vet")
-        entries = self.read_json(file)
-        if not isinstance(entries, dict) or not entries:
-            raise ValueError(f"{file} holds {type(entries).__name__}, not questions by name")
-        for name, entry in entries.items():
-            if not _NAME.fullmatch(name):
-                raise ValueError(f"{file}: {name!r} is no question of MM-Vet (v1_0, v1_1, ...)")
-            expect(entry, _ENTRY, f"{file}: {name}")
-            if not entry["capability"] or not all(isinstance(each, str) for each in entry["capability"]):
-                raise ValueError(f"{file}: {name}: capability is {entry['capability']}, not a list of names")
-        return file, entries
-
-    def _llavas(self, file: Path, entries: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-        """name -> prompt and picture, from LLaVA's question file."""
-        records = self.read_jsonl(file)
-        expect_all(records, {"question_id": int, "image": str, "text": str}, file)
-        expect_once(records, file, key="question_id")
-        found = {f"v1_{record['question_id']}": (record["text"], record["image"]) for record in records}
-        trouble = compare_ids(found, entries, "line")
-        if trouble:
-            raise ValueError(f"{file} does not fit {OFFICIAL}: {trouble}")
-        return found
+        entries = self.read_json(file, QUESTIONS)
+        expect(list(entries), NAMES, file)
+        folder = self.images or first_folder([file.parent / "images", data / "images"])
+        lines = {name: {"text": entry["question"], "image": entry["imagename"]} for name, entry in entries.items()}
+        for llava in find(data, LLAVAS)[:1]:
+            asked = self.read_jsonl(llava, {**LLAVA_LINE, "question_id": int})
+            lines = joined([f"v1_{line['question_id']}" for line in asked], asked, entries, llava, "line", file)
+        items = []
+        for name, line in lines.items():
+            entry, given = entries[name], set(entries[name]["capability"])
+            capabilities = [*(c for c in CAPABILITIES if c in given), *sorted(given.difference(CAPABILITIES))]
+            metadata = {"name": name, "question": entry["question"], "capabilities": capabilities}
+            image = inside(folder, line["image"], f"{file}: {name}")
+            items.append(Item(int(name.removeprefix("v1_")), line["text"], (image,), entry["answer"], metadata))
+        return items
 
     def request(self, item: Item, answer: str, replies: Sequence[str]) -> Request | None:
         if len(replies) == len(TEMPERATURES) or (replies and read_grade(replies[-1]) is not None):
@@ -162,16 +136,11 @@ class MMVet(JudgedBenchmark):
             return None
         if not isinstance(content, dict) or "request_sha256" in content:
             return None
-        for name, entry in content.items():
-            expect(entry, {"score": list, "model": list}, f"{file}: {name}")
-            for score in entry["score"]:
-                if isinstance(score, bool) or not isinstance(score, (int, float)) or not 0 <= score <= 1:
-                    raise ValueError(f"{file}: {name}: score is {score}, not a number from 0 to 1")
-        check_foreign_ids(file, (int(name[3:]) if _NAME.fullmatch(name) else name for name in content), items)
-        counts = Counter(len(entry["score"]) for entry in content.values())
-        if len(counts) > 1 or 0 in counts:
-            numbers = " or ".join(map(str, sorted(counts)))
-            raise ValueError(f"{file}: questions have {numbers} scores each; is the run unfinished?")
+        expect(content, GRADES, file)
+        joined(list(content), list(content), [item.metadata["name"] for item in items], file, "judgement")
+        counts = {len(entry["score"]) for entry in content.values()}
+        if len(counts) > 1:
+            raise ValueError(f"{file}: questions have {examples(sorted(counts))} scores each; is the run unfinished?")
         runs = [
             {item.key: [str(content[item.metadata["name"]]["score"][run])] for item in items} for run in range(*counts)
         ]
@@ -179,14 +148,7 @@ class MMVet(JudgedBenchmark):
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:
         per_item = [
-            {
-                "question_id": item.id,
-                "answer": answer,
-                "question": item.metadata["question"],
-                "image": item.images[0].name,
-                "category": "_".join(item.metadata["capabilities"]),
-                "references": [item.reference],
-            }
+            row(item, answer, answer, category="_".join(item.metadata["capabilities"]))
             for item, answer in zip(items, answers)
         ]
         if self.judged is None:
@@ -196,28 +158,27 @@ class MMVet(JudgedBenchmark):
             record["grades"] = [final_grade(replies) for replies in runs]
             record["score"] = 100 * fmean(record["grades"])
             record["judgements"] = [replies[-1] for replies in runs]
-        grades = {item.key: record["grades"] for item, record in zip(items, per_item)}
-        parts: dict[str, list[list[float]]] = {}
+        parts: dict[str, list[list[float]]] = {}  # capability -> the grades of its questions, by run
         combinations: dict[str, list[list[float]]] = {}
-        for item in items:
+        for record, item in zip(per_item, items):
             for capability in item.metadata["capabilities"]:
-                parts.setdefault(capability, []).append(grades[item.key])
-            combinations.setdefault("_".join(sorted(item.metadata["capabilities"])), []).append(grades[item.key])
-        ordered = [c for c in CAPABILITIES if c in parts] + sorted(set(parts).difference(CAPABILITIES))
-        totals = run_means(list(grades.values()))
+                parts.setdefault(capability, []).append(record["grades"])
+            combinations.setdefault("_".join(sorted(item.metadata["capabilities"])), []).append(record["grades"])
+        parts = {
+            name: parts[name] for name in (*CAPABILITIES, *sorted(set(parts).difference(CAPABILITIES))) if name in parts
+        }
+        combinations = dict(sorted(combinations.items(), key=lambda found: (-len(found[1]), found[0])))
+        totals = run_means([record["grades"] for record in per_item])
         metrics = {
-            "total": one_decimal(fmean(totals)),
+            "total": self.headline(per_item),
             "std": one_decimal(pstdev(totals)),
             "runs": [one_decimal(total) for total in totals],
-            "capabilities": {name: one_decimal(fmean(run_means(parts[name]))) for name in ordered},
-            "combinations": {
-                name: one_decimal(fmean(run_means(found)))
-                for name, found in sorted(combinations.items(), key=lambda entry: (-len(entry[1]), entry[0]))
-            },
-            "count_per_combination": {name: len(found) for name, found in sorted(combinations.items())},
+            "capabilities": {name: one_decimal(fmean(run_means(grades))) for name, grades in parts.items()},
+            "combinations": {name: one_decimal(fmean(run_means(grades))) for name, grades in combinations.items()},
+            "count_per_combination": {name: len(grades) for name, grades in sorted(combinations.items())},
             "judge": self.about_judge,
         }
-        categories = {name: Category(metrics["capabilities"][name], len(parts[name])) for name in ordered}
+        categories = {name: Category(metrics["capabilities"][name], len(grades)) for name, grades in parts.items()}
         return Scores(metrics["total"], metrics, per_item, categories)
 
     @classmethod
@@ -230,17 +191,11 @@ class MMVet(JudgedBenchmark):
         return path
 
     def validate(self, file: Path, data: Path) -> str:
-        _, entries = self._official(data)
-        results = self.read_json(file)
-        if not isinstance(results, dict):
-            raise ValueError(f"{file} holds {type(results).__name__}; the grader wants an object of answers by name")
-        problems = [compare_ids(results, entries)]
-        wrong = [name for name, answer in results.items() if not isinstance(answer, str)]
-        problems += [f"the answer of {name} is {str(results[name])[:60]!r}, not text" for name in wrong[:3]]
-        if any(problems):
-            raise ValueError(f"{file}: " + "; ".join(problem for problem in problems if problem))
-        empty = sum(not answer.strip() for answer in results.values())
-        return f"{file} answers all {len(entries)} questions ({empty} answers are empty)"
+        entries = self.read_json(find_one(data, OFFICIAL, what="official questions of MM-Vet"), QUESTIONS)
+        results = self.read_json(file, {str: str})
+        return verdict(
+            file, [answer.strip() for answer in results.values()], [("questions", compare_ids(results, entries))]
+        )
 
 
 def read_grade(reply: str) -> float | None:
@@ -261,8 +216,8 @@ def final_grade(replies: Sequence[str]) -> float:
 def run_means(grades: Sequence[Sequence[float]]) -> list[float]:
     """100 * the mean grade of each run, added up in the order of the questions as the official code does."""
     totals = [0.0] * len(grades[0])
-    for row in grades:
-        totals = [total + grade for total, grade in zip(totals, row)]
+    for of_question in grades:
+        totals = [total + grade for total, grade in zip(totals, of_question)]
     return [total / len(grades) * 100 for total in totals]
 
 

@@ -3,7 +3,7 @@
     python -m llava_sp.eval.pope --model M --data D --output O [--split random|popular|adversarial]
 
 D holds the official label files coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json (in D, in
-D/coco or in D/output/coco) and the images val2014/COCO_val2014_*.jpg. LLaVA's question file llava_pope_test.jsonl is taken
+D/coco or in D/output/coco) and the images val2014/COCO_val2014_*.jpg. LLaVA's question file llava_pope_test.jsonl is used
 if it is there, as published numbers come from it; without it the same prompts are made from the label files, with ids that
 run on over the categories in LLaVA's order. The absent objects were drawn at random, from the most frequent ones (popular)
 or from those that often occur beside what is there (adversarial).
@@ -12,11 +12,10 @@ The score is the mean of the three categories' F1, in percent: 85.9 is published
 the F1 of all questions together. `--split` scores one category alone; without it all three must be there.
 
 2910 or 3000: LLaVA's file asks 2910 random questions, those of POPE at commit e3e3926; POPE's label files of today have 3000.
-LLaVA's scorer pairs answers and labels by position and notices nothing (its random F1 then falls from 0.87 to 0.46). Here
-image and text of every question are compared with the label file first ("a" and "an" are the same: POPE mended that). Labels
-in another order, or with questions that LLaVA does not ask, are found by image and text (metrics.json says how many labels
-were not asked for); a question without a label, or with two different ones, is an error. The `prompt` of an answers file is
-compared too.
+LLaVA's scorer pairs answers and labels by position without a check (its random F1 then falls from 0.87 to 0.46). Here image
+and text of every question are compared with the label file first ("a" and "an" are the same: POPE corrected that). Labels in
+another order, or of questions that LLaVA does not ask, are found by image and text (metrics.json counts labels not asked for);
+a question without a label, or with two different ones, is an error. The `prompt` of an answers file is compared too.
 
 Protocols, all with the same prompts and greedy generation of up to 128 tokens; each judges the text differently
     llava15     LLaVA's and POPE's own scorer. "no" if the text up to the first period, without commas, has a word "No", "no"
@@ -26,30 +25,31 @@ Protocols, all with the same prompts and greedy generation of up to 128 tokens; 
     vlmevalkit  one of the words "yes" and "no" without the other, in any case; anything else is wrong and counts as not yes.
                 Score: F1 of all questions together
 
-Where a denominator is zero (no answer is yes, no label is yes) the official scorer stops with ZeroDivisionError; here
-precision, recall and F1 are then 0. LLaVA's scorer also passes over missing answers; here they are an error.
+Where a denominator is zero (no answer is yes, no label is yes) precision, recall and F1 are 0 (the official scorer stops with
+ZeroDivisionError).
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
+from llava_sp.common.schema import Check, one_of
 from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, SHORT_ANSWER, Benchmark, Category, Item, Scores
 from llava_sp.eval.cli import main
-from llava_sp.eval.inputs.answers_file import match_by_question_id
-from llava_sp.eval.inputs.checks import expect_all, expect_once, find, first_folder, inside
+from llava_sp.eval.inputs.checks import LLAVA_LINE, by_id, find, find_one, first_folder, inside
 from llava_sp.eval.scoring import yes_no
+from llava_sp.eval.scoring.records import grouped, row
 
 CATEGORIES = ("random", "popular", "adversarial")  # in the order of the paper's tables
 LLAVA_ORDER = ("adversarial", "popular", "random")  # in the order of LLaVA's question file
 QUESTIONS = "llava_pope_test.jsonl"
-_QUESTION = {"question_id": (int, str), "image": str, "text": str, "category": str}
-_LABEL = {"question_id": (int, str), "image": str, "text": str, "label": str}
+QUESTION = {**LLAVA_LINE, "category": one_of(*CATEGORIES)}
+LABEL = {**LLAVA_LINE, "label": Check(lambda label: label.strip().lower() in ("yes", "no"), "yes or no", str)}
 
 Row = dict[str, Any]
 
@@ -60,48 +60,59 @@ class POPE(Benchmark):
     splits = CATEGORIES
     protocols = ("llava15", "lmms_eval", "vlmevalkit")
     published: ClassVar = {LLAVA15: 85.9, LLAVA15_LORA: 86.4, LLAVA_SP: 86.6}
+    not_asked: Mapping[str, int] = {}  # set by load: labels that belong to no question, by category
 
     def load(self, data: Path) -> list[Item]:
-        wanted = CATEGORIES if self.split is None else (self.split,)
-        files = _label_files(data, wanted)
-        labels = {category: self._read_labels(file) for category, file in files.items()}
+        wanted = [category for category in LLAVA_ORDER if self.split in (None, category)]
+        files: dict[str, Path] = {}
+        for category in wanted:
+            name = f"coco_pope_{category}.json"
+            what = f"{category} labels (--split scores one category alone)"
+            files[category] = find_one(data, name, f"output/coco/{name}", what=what)
+        labels: dict[str, list[Row]] = {}
+        for category, file in files.items():
+            lines = by_id(self.read_jsonl(file, LABEL), file).values()
+            labels[category] = [line | {"category": category, "label": line["label"].strip().lower()} for line in lines]
+        asked = [line for category in wanted for line in labels[category]]
+        if self.split is None:
+            asked = [line | {"question_id": i} for i, line in enumerate(asked, 1)]
+        for source in find(data, QUESTIONS)[:1]:
+            lines = by_id(self.read_jsonl(source, QUESTION), source).values()
+            found: dict[Any, str] = {}
+            for category in wanted:
+                of_category = [line for line in lines if line["category"] == category]
+                found |= _labels_of(of_category, labels[category], source, files[category])
+            asked = [line | {"label": found[line["question_id"]]} for line in lines if line["category"] in wanted]
+        counts = Counter(line["category"] for line in asked)
+        self.not_asked = {c: len(labels[c]) - counts[c] for c in wanted if len(labels[c]) > counts[c]}
         folder = self.images or first_folder([data / "val2014", data / "images" / "val2014", data / "images"])
-        self.not_asked: dict[str, int] = {}
-        found = find(data, QUESTIONS)
-        if found:
-            return self._llava_items(found[0], files, labels, folder)
-        rows = [(category, row) for category in LLAVA_ORDER if category in labels for row in labels[category]]
-        ids = (row["question_id"] for _, row in rows) if self.split else range(1, len(rows) + 1)
-        return [
-            _item({**row, "question_id": i, "category": category}, row["label"], folder, files[category])
-            for i, (category, row) in zip(ids, rows)
-        ]
+        items = []
+        for line in asked:
+            about = {"question": _plain(line["text"]), "category": line["category"]}
+            image = inside(folder, line["image"], f"{line['category']} question {line['question_id']}")
+            text = line["text"].removesuffix(SHORT_ANSWER)
+            items.append(Item(line["question_id"], text, (image,), line["label"], about))
+        return items
 
     def prompt(self, item: Item) -> str:
-        return item.text if item.text.endswith(SHORT_ANSWER) else item.text + SHORT_ANSWER
+        return item.text + SHORT_ANSWER
+
+    def question(self, item: Item) -> str:
+        return _wording(item.text)
 
     def match(self, items: Sequence[Item], records: Sequence[dict[str, Any]]) -> list[str]:
-        answers = match_by_question_id(items, records, what=f"{self.name} {self.split or ''}".strip())
-        asked = {str(record["question_id"]): record.get("prompt") for record in records}
-        for item in items:
-            prompt = asked[str(item.id)]
-            if isinstance(prompt, str) and _wording(prompt) != _wording(item.text):
-                raise ValueError(
-                    f"the answers are to other questions: question {item.id} was {_plain(prompt)!r}, here it is "
-                    f"{_plain(item.text)!r} (another version of POPE, or its categories in another order?)"
-                )
-        return answers
+        worded = [{**r, "prompt": _wording(r["prompt"])} if isinstance(r.get("prompt"), str) else r for r in records]
+        return super().match(items, worded)
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:
         judge = {"llava15": llava_label, "lmms_eval": lmms_label, "vlmevalkit": yes_no.vlmevalkit}[self.protocol]
         per_item = []
         for item, text in zip(items, answers):
             prediction = judge(text)
-            line = {"question_id": item.id, "score": 100.0 * (prediction == item.reference), "answer": prediction}
-            line |= {"text": text, "question": item.metadata["question"], "image": item.images[0].name}
-            line |= {"references": [item.reference], "category": item.metadata["category"]}
-            per_item.append(line | {"label": item.reference, "prediction": prediction, "protocol": self.protocol})
-        figures = _by_category(per_item)
+            about = {"category": item.metadata["category"], "label": item.reference, "prediction": prediction}
+            right = 100.0 * (prediction == item.reference)
+            per_item.append(row(item, prediction, text, right, **about, protocol=self.protocol))
+        figures = {name: _figures(records) for name, records in grouped(per_item, "category", CATEGORIES).items()}
         metrics = {**figures, "overall": _figures(per_item), "labels_not_asked": self.not_asked}
         categories = {name: Category(round(100 * f["f1"], 2), f["count"]) for name, f in figures.items()}
         return Scores(self.headline(per_item), metrics, per_item, categories)
@@ -109,42 +120,14 @@ class POPE(Benchmark):
     @classmethod
     def headline(cls, per_item: Sequence[Mapping[str, Any]]) -> float:
         """The mean of the categories' F1 in percent; for other protocols than LLaVA's the F1 of all records."""
-        if per_item[0]["protocol"] != "llava15":
-            return round(100 * _figures(per_item)["f1"], 2)
-        return round(100 * fmean(figures["f1"] for figures in _by_category(per_item).values()), 2)
+        groups = (
+            grouped(per_item, "category", CATEGORIES).values() if per_item[0]["protocol"] == "llava15" else [per_item]
+        )
+        return round(100 * fmean(_figures(records)["f1"] for records in groups), 2)
 
     def summary(self, scores: Scores) -> list[str]:
-        unasked = [f"{n} labels of {category} belong to no question" for category, n in self.not_asked.items()]
-        return super().summary(scores) + unasked
-
-    def _read_labels(self, file: Path) -> list[Row]:
-        rows = self.read_jsonl(file)
-        expect_all(rows, _LABEL, file)
-        expect_once(rows, file, key="question_id")
-        for row in rows:
-            if row["label"].strip().lower() not in ("yes", "no"):
-                raise ValueError(f"{file}: question {row['question_id']}: label is {row['label']!r}, not yes or no")
-        return [row | {"label": row["label"].strip().lower()} for row in rows]
-
-    def _llava_items(
-        self, file: Path, label_files: Mapping[str, Path], labels: Mapping[str, list[Row]], folder: Path
-    ) -> list[Item]:
-        rows = self.read_jsonl(file)
-        expect_all(rows, _QUESTION, file)
-        expect_once(rows, file, key="question_id")
-        strange = next((row for row in rows if row["category"] not in CATEGORIES), None)
-        if strange is not None:
-            raise ValueError(
-                f"{file}: question {strange['question_id']}: category is {strange['category']!r}, not one of "
-                f"{', '.join(CATEGORIES)}"
-            )
-        found: dict[Any, str] = {}
-        for category in labels:
-            asked = [row for row in rows if row["category"] == category]
-            found |= _find_labels(asked, labels[category], category, file, label_files[category])
-            if len(asked) < len(labels[category]):
-                self.not_asked[category] = len(labels[category]) - len(asked)
-        return [_item(row, found[row["question_id"]], folder, file) for row in rows if row["question_id"] in found]
+        unasked = scores.metrics["labels_not_asked"].items()
+        return super().summary(scores) + [f"{n} labels of {category} belong to no question" for category, n in unasked]
 
 
 def llava_label(answer: str) -> str:
@@ -183,53 +166,27 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _by_category(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """The figures of each category that occurs, in the order of `CATEGORIES`."""
-    groups: dict[str, list[Mapping[str, Any]]] = {category: [] for category in CATEGORIES}
-    for record in records:
-        groups[record["category"]].append(record)
-    return {category: _figures(group) for category, group in groups.items() if group}
-
-
-def _label_files(data: Path, wanted: Sequence[str]) -> dict[str, Path]:
-    names = {category: f"coco_pope_{category}.json" for category in wanted}
-    found = {category: find(data, name, f"output/coco/{name}") for category, name in names.items()}
-    missing = [names[category] for category, files in found.items() if not files]
-    if missing:
-        hint = "; --split scores one category alone" if len(missing) < len(wanted) else ""
-        raise ValueError(f"{data} has no {', '.join(missing)} (looked there, in coco/ and in output/coco/){hint}")
-    return {category: files[0] for category, files in found.items()}
-
-
-def _find_labels(
-    asked: Sequence[Row], labelled: Sequence[Row], category: str, file: Path, label_file: Path
-) -> dict[Any, str]:
+def _labels_of(asked: Sequence[Row], labelled: Sequence[Row], file: Path, label_file: Path) -> dict[Any, str]:
     """question_id -> label, by position if both files have the same questions in the same order, else by image and text."""
-    if not asked:
-        raise ValueError(f"{file} has no questions of {category}")
-    ids = [row["question_id"] for row in asked]
-    if [_identity(row) for row in asked] == [_identity(row) for row in labelled]:
-        return dict(zip(ids, (row["label"] for row in labelled)))
+    ids, same = [line["question_id"] for line in asked], [_identity(line) for line in asked]
+    if asked and same == [_identity(line) for line in labelled]:
+        return dict(zip(ids, (line["label"] for line in labelled)))
     known: dict[tuple[str, str], set[str]] = {}
-    for row in labelled:
-        known.setdefault(_identity(row), set()).add(row["label"])
-    unclear = [row for row in asked if len(known.get(_identity(row), ())) != 1]
-    if unclear:
-        first = unclear[0]
-        raise ValueError(
-            f"{file} has {len(asked)} questions of {category}, {label_file} has {len(labelled)}, and {len(unclear)} of the "
-            f"former have no label in the latter, or two different ones; the first is question {first['question_id']}, "
-            f"{_plain(first['text'])!r} about {first['image']}. LLaVA's file goes with the label files of POPE at commit "
-            f"e3e3926 (2910 random questions; today's have 3000): get those, or take {file.name} away to ask the questions "
-            "of the label files (published numbers are of LLaVA's)"
+    for line in labelled:
+        known.setdefault(_identity(line), set()).add(line["label"])
+    unclear = [line for line in asked if len(known.get(_identity(line), ())) != 1]
+    if unclear or not asked:
+        first = (
+            f", such as {unclear[0]['question_id']}: {_plain(unclear[0]['text'])!r} about {unclear[0]['image']}"
+            if unclear
+            else ""
         )
-    return {i: next(iter(known[_identity(row)])) for i, row in zip(ids, asked)}
-
-
-def _item(row: Row, label: str, folder: Path, file: Path) -> Item:
-    where = f"{file}: question {row['question_id']}"
-    about = {"question": _plain(row["text"]), "category": row["category"]}
-    return Item(row["question_id"], row["text"], (inside(folder, row["image"], where),), label, about)
+        raise ValueError(
+            f"{file} does not fit {label_file}: of {len(asked)} questions, {len(unclear)} have no label or two different ones "
+            f"among {len(labelled)}{first}. LLaVA's file fits the label files of POPE at commit e3e3926 (2910 random questions; "
+            f"today's have 3000): get those, or remove {file.name} to ask the questions of the label files"
+        )
+    return {i: next(iter(known[key])) for i, key in zip(ids, same)}
 
 
 def _plain(text: str) -> str:
@@ -241,8 +198,8 @@ def _wording(text: str) -> str:
     return _plain(text).replace(" an ", " a ")
 
 
-def _identity(row: Row) -> tuple[str, str]:
-    return row["image"], _wording(row["text"])
+def _identity(line: Row) -> tuple[str, str]:
+    return line["image"], _wording(line["text"])
 
 
 if __name__ == "__main__":

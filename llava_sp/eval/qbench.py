@@ -7,7 +7,7 @@ D holds (in D itself or one folder below) llvisionqa_dev.json (or llvisionqa_tes
 images/<img_path> (or LLVisionQA-QBench/images/<img_path>, or beside the JSON). The questions have no ids: here they
 are counted from 0.
 
-LLaVA asked with the conversation `llava_v1`, cropped the middle of each image (it did not pad), and let the model
+LLaVA asked with the conversation template `llava_v1`, cropped the middle of each image (it did not pad), and let the model
 write up to 1024 tokens; so does this command. Its script does not score: answers were sent to the authors of the
 benchmark by mail. No figure of LLaVA-1.5-7B is in LLaVA's documents.
 
@@ -21,8 +21,8 @@ random, the answer is wrong here (and where it stops with a NameError, at severa
 authors meant).
 
 O/llvisionqa_<split>_answers.json holds the official records with `response`, LLaVA's answers file. LLaVA's has neither
-line breaks nor brackets around the records, so that no JSON reader takes it; ours is a JSON list. `--answers` reads
-both, and answers.jsonl of this command. Answers in LLaVA's file are matched by image and question; those in answers.jsonl by
+line breaks nor brackets around the records, which is not valid JSON; ours is a JSON list. `--answers` reads both, and
+answers.jsonl of this command. Answers in LLaVA's file are matched by image and question; those in answers.jsonl by
 number, and where a line says what was asked (`prompt`, `img_path`), question, options and image must be those of the number
 here: an answer of another split is an error.
 """
@@ -35,16 +35,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava_sp.common.files import read_json, read_text, write_json
+from llava_sp.common.files import examples, read_json, read_text, write_json
+from llava_sp.common.schema import Check, expect, some
 from llava_sp.decoding import Generation
-from llava_sp.eval.base import OPTION_LETTER, Benchmark, Category, Item, Scores
+from llava_sp.eval.base import OPTION_LETTER, Benchmark, Item, Scores
 from llava_sp.eval.cli import main
 from llava_sp.eval.inputs.answers_file import read_answers
-from llava_sp.eval.inputs.checks import compare_ids, expect_all, find, first_folder, inside
-from llava_sp.eval.scoring.letters import by_letter, lettered, lmms_qbench, not_in, percent, vlmevalkit
+from llava_sp.eval.inputs.checks import find, find_split, first_folder, inside, joined, verdict
+from llava_sp.eval.scoring.letters import by_letter, lettered, lmms_qbench, not_in, vlmevalkit
+from llava_sp.eval.scoring.records import categories, grouped, row, share_right
 
-_FILES = {split: f"llvisionqa_{split}.json" for split in ("dev", "test")}
-_QUESTION = {"img_path": str, "question": str, "candidates": list}
+_FILES = {split: (f"llvisionqa_{split}.json",) for split in ("dev", "test")}
+CANDIDATES = Check(lambda texts: len(texts) >= 2, "a list of two or more texts", [str])
+QUESTION = {"img_path": str, "question": str, "candidates": CANDIDATES, "correct_ans?": (str, None)}
+ANSWER = {"img_path": str, "question": str, "response": str}
 _CONCERNS = ("global distortion", "global others", "local distortion", "local others")
 _TYPES = ("yes/no", "how", "what")
 
@@ -68,20 +72,15 @@ class QBench(Benchmark):
         self.image_aspect_ratio = {"llava15": "crop", "vlmevalkit": "pad"}.get(self.protocol)
 
     def load(self, data: Path) -> list[Item]:
-        splits = self.splits if self.split is None else (self.split,)
-        found = [(split, path) for split in splits for path in find(data, _FILES[split])]
-        if not found:
-            raise ValueError(f"{data} has no questions: looked for {', '.join(_FILES[split] for split in splits)}")
-        self.split, file = found[0]
-        questions = self.read_json(file)
-        expect_all(questions, _QUESTION, file)
+        self.split, file = find_split(data, _FILES, self.split, "questions")
+        questions = self.read_json(file, some(QUESTION))
         folder = self.images or first_folder(
             [file.parent / "images", data / "images", data / "LLVisionQA-QBench" / "images", file.parent]
         )
         items = [_item(number, question, folder, file) for number, question in enumerate(questions)]
         lost = [item.id for item in items if item.reference is None]
         if lost and len(lost) < len(items):
-            raise ValueError(f"{file}: {len(lost)} questions have no correct_ans, the first is question {lost[0]}")
+            raise ValueError(f"{file}: {len(lost)} of {len(items)} questions have no correct_ans ({examples(lost)})")
         return items
 
     def prompt(self, item: Item) -> str:
@@ -104,63 +103,48 @@ class QBench(Benchmark):
             records = _one_after_another(text, path)
         else:
             return read_answers(path)
-        expect_all(records, {"img_path": str, "question": str, "response": str}, path, "record")
+        expect(records, some(ANSWER), path)
         return [{**record, "question_id": _place(record), "text": record["response"]} for record in records], None
 
     def match(self, items: Sequence[Item], records: Sequence[dict[str, Any]]) -> list[str]:
         """By image and question for LLaVA's file, by number for answers.jsonl."""
         if not any("response" in record for record in records):
             texts = super().match(items, records)
-            self._check_asked(items, records)
+            asked = {str(record["question_id"]): record for record in records}
+            others = [item for item in items if _is_other(item, asked[str(item.id)])]
+            for other in others[:1]:
+                was = " about ".join(str(asked[str(other.id)].get(key))[:80] for key in ("prompt", "img_path"))
+                here = f"{other.text[:80]!r} about {other.metadata['official']['img_path']}"
+                raise ValueError(
+                    f"{len(others)} of {len(items)} answers are to other questions than {self.name} {self.split} has under their "
+                    f"numbers (of another split?): question {other.id} was {was!r}, here it is {here}"
+                )
             return texts
-        trouble = compare_ids([record["question_id"] for record in records], [item.metadata["place"] for item in items])
-        if trouble:
-            raise ValueError(
-                f"the {len(records)} answers do not fit the questions of {self.name} {self.split}: {trouble}"
-            )
-        texts = {record["question_id"]: record["text"] for record in records}
-        return [texts[item.metadata["place"]] for item in items]
-
-    def _check_asked(self, items: Sequence[Item], records: Sequence[dict[str, Any]]) -> None:
-        """Raises ValueError if lines say that they answer something else than the questions of their numbers here."""
-        asked = {str(record["question_id"]): record for record in records}
-        wrong = [item for item in items if _is_other(item, asked[str(item.id)])]
-        if wrong:
-            record = asked[str(wrong[0].id)]
-            was = " about ".join(str(record[key])[:80] for key in ("prompt", "img_path") if record.get(key))
-            raise ValueError(
-                f"{len(wrong)} of {len(records)} answers are to other questions than {self.name} {self.split} has under their "
-                f"numbers (answers of another split?): question {wrong[0].id} was {was!r}, here it is "
-                f"{wrong[0].text[:80]!r} about {wrong[0].metadata['official']['img_path']}"
-            )
+        ids, texts = [record["question_id"] for record in records], [record["text"] for record in records]
+        places = [item.metadata["place"] for item in items]
+        what = f"the questions of {self.name} {self.split}"
+        found = joined(ids, texts, places, f"the answers file ({len(records)} records)", questions=what)
+        return [found[place] for place in places]
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:
         infer = lmms_qbench if self.protocol == "lmms_eval" else vlmevalkit
         per_item = []
         for item, text in zip(items, answers):
             letter = infer(text, item.metadata["options"])
-            record: dict[str, Any] = {"question_id": item.id}
-            if item.reference is not None:
-                record["score"] = 100.0 if letter == item.reference else 0.0
-            record |= {"answer": letter, "text": text, "question": item.text, "image": item.images[0].name}
-            record["references"] = [] if item.reference is None else [item.reference]
-            record |= {key: item.metadata[key] for key in ("options", "type", "concern")}
-            per_item.append(record)
+            score = None if item.reference is None else 100.0 * (letter == item.reference)
+            facts = {key: item.metadata[key] for key in ("options", "type", "concern")}
+            per_item.append(row(item, letter, text, score, **facts))
         if any(item.reference is None for item in items):
             return Scores(score=None, metrics={}, per_item=per_item)
-        categories = {}
-        for key, known in (("type", _TYPES), ("concern", _CONCERNS)):
-            names = {record[key] for record in per_item if record[key]}
-            for name in (*(n for n in known if n in names), *sorted(names.difference(known))):
-                members = [record for record in per_item if record[key] == name]
-                categories[name] = Category(self.headline(members), len(members))
+        groups = grouped(per_item, "type", _TYPES) | grouped(per_item, "concern", _CONCERNS)
+        found = categories(groups, share_right)
         metrics = {"count": len(per_item), "not_understood": sum(record["answer"] is None for record in per_item)}
-        metrics |= {name: category.score for name, category in categories.items()}
-        return Scores(self.headline(per_item), metrics, per_item, categories)
+        metrics |= {name: category.score for name, category in found.items()}
+        return Scores(self.headline(per_item), metrics, per_item, found)
 
     @classmethod
     def headline(cls, per_item: Sequence[Mapping[str, Any]]) -> float:
-        return percent(sum(record["score"] > 0 for record in per_item), len(per_item))
+        return share_right(per_item)
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], output: Path) -> Path | None:
         path = output / f"llvisionqa_{self.split}_answers.json"
@@ -168,30 +152,28 @@ class QBench(Benchmark):
         return path
 
     def validate(self, file: Path, data: Path) -> str:
-        there = [split for split in self.splits if find(data, _FILES[split])]
-        splits = there if self.split is None and there else [self.split]
+        there = [split for split in self.splits if find(data, *_FILES[split])]
+        splits = [self.split] if self.split or not there else there
         records, _ = self.read_answers(file)
-        problems = []
-        for split in splits:
+
+        def trouble(split: str | None) -> str:
             benchmark = type(self)(split)
-            items = benchmark.load(data)
             try:
-                empty = benchmark.match(items, records).count("")
-                return f"{file} answers all {len(items)} questions of {split} once ({empty} answers are empty)"
+                benchmark.match(benchmark.load(data), records)
             except ValueError as error:
-                problems.append(str(error))
-        raise ValueError(f"{file}: " + "; ".join(problems))
+                return str(error)
+            return ""
+
+        tries = ((f"questions of {split}", trouble(split)) for split in splits)
+        return verdict(file, [record["text"] for record in records], tries)
 
 
 def _item(number: int, question: dict[str, Any], folder: Path, file: Path) -> Item:
     where = f"{file}: question {number} (counted from 0)"
-    candidates = question["candidates"]
-    if len(candidates) < 2 or not all(isinstance(candidate, str) for candidate in candidates):
-        raise ValueError(f"{where}: candidates is {str(candidates)[:60]}, not a list of two or more texts")
-    options = by_letter(candidates)
-    right = question.get("correct_ans")
+    candidates, right = question["candidates"], question.get("correct_ans")
     if right is not None and candidates.count(right) != 1:
-        raise ValueError(f"{where}: correct_ans is {str(right)[:60]!r}, not one of {candidates}")
+        raise ValueError(f"{where}: correct_ans is {right[:60]!r}, not one of {candidates}")
+    options = by_letter(candidates)
     facts = {
         "options": options,
         "type": _name(question.get("type"), _TYPES, "type"),

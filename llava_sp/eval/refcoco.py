@@ -14,11 +14,11 @@ often the middle of the answered box lies in the true one (`Center_ACC`), and th
 
 RefCOCO is no part of LLaVA-1.5's evaluation, so there is no published figure of its authors. lmms-eval measured 56.2 on
 RefCOCO val, 64.4 on testA (pull request 52) with the rule `lmms_eval` below, which does LLaVA injustice: LLaVA is trained on
-boxes as fractions of the square that the picture is padded to, and is there compared with fractions of the picture itself.
+boxes as fractions of the square that the image is padded to, and is there compared with fractions of the image itself.
 
 Protocols
     llava15         the prompt of LLaVA's training data; the first [a, b, c, d] of four numbers in the answer; brought from the
-                    padded square to the picture before it is compared (S = max(w, h): x * S - (S - w) // 2, and so on). The
+                    padded square to the image before it is compared (S = max(w, h): x * S - (S - w) // 2, and so on). The
                     default, as it measures where the model points
     lmms_eval       lmms-eval's prompt, which explains the format; the first [a, b, c, d] of four plain decimals (.5 is none),
                     else the box [0, 0, 0, 0]; compared as they are. Up to 1024 tokens
@@ -26,8 +26,8 @@ Protocols
                     with x1 < x2 and y1 < y2; compared as they are. (TRI-ML rounds the true boxes to two decimals when it
                     builds its index; here they stay as they are.) TRI-ML reports each data set, `datasets` in the metrics
 
-All generate greedily, on padded images: in any other image mode coordinates mean something else, so --image-aspect-ratio crop is
-refused and checkpoints that crop are asked to pad. For a square picture the first and second rule agree.
+All generate greedily, on padded images: otherwise coordinates mean something else, so --image-aspect-ratio crop is refused and
+checkpoints that crop are asked to pad. For a square image the first and second rule agree.
 
 An answered box with its corners the wrong way round overlaps nothing. It can have minus the area of the true box: lmms-eval
 then divides by zero; here the overlap is 0. Answers on which TRI-ML's parser would stop otherwise are invalid.
@@ -51,6 +51,7 @@ from llava_sp.eval.base import Benchmark, Category, Item, Scores
 from llava_sp.eval.cli import main
 from llava_sp.eval.inputs.checks import first_folder, inside
 from llava_sp.eval.inputs.refcoco_files import SPLITS, Box, Expression, read_expressions
+from llava_sp.eval.scoring.records import grouped, row
 
 REQUEST = "Please provide the bounding box coordinate of the region this sentence describes: "
 FORMAT = (
@@ -75,17 +76,22 @@ class RefCOCO(Benchmark):
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> Benchmark:
         if args.image_aspect_ratio not in (None, cls.image_aspect_ratio):
-            raise ValueError(
-                f"refcoco has no --image-aspect-ratio {args.image_aspect_ratio}: LLaVA's boxes are fractions of the padded square "
-                f"(use --image-aspect-ratio {cls.image_aspect_ratio}, or leave it out)"
-            )
+            given = f"--image-aspect-ratio {args.image_aspect_ratio}"
+            raise ValueError(f"refcoco has no {given}: LLaVA's boxes are fractions of the padded square (pad)")
         return super().from_arguments(args)
 
     def load(self, data: Path) -> list[Item]:
         expressions = self._of_split(read_expressions(data, self.read_json, self.read_jsonl), data)
         names = ("train2014", "images/train2014", "images/mscoco/images/train2014", "coco/train2014", "images")
         folder = self.images or first_folder([data / name for name in names])
-        return [_item(expression, folder) for expression in expressions]
+        items = []
+        for expression in expressions:
+            images = (
+                () if expression.image is None else (inside(folder, expression.image, f"question {expression.id}"),)
+            )
+            about = {key: getattr(expression, key) for key in ("dataset", "split", "width", "height")}
+            items.append(Item(expression.id, expression.text, images, expression.box, about))
+        return items
 
     def prompt(self, item: Item) -> str:
         if not item.images:
@@ -102,19 +108,26 @@ class RefCOCO(Benchmark):
             if box is not None and self.protocol == "llava15":
                 box = unpad(box, item.metadata["width"], item.metadata["height"])
             overlap = iou(box, item.reference) if box is not None else 0.0
-            line = {
-                "question_id": item.id,
-                "score": 100.0 * (overlap >= 0.5),
-                "answer": _shown(None if found is None else box),
+            facts = {
+                "references": [_shown(item.reference)],
+                "category": item.metadata["dataset"],
+                "box": box and list(box),
+                "reference_box": list(item.reference),
+                "iou": overlap,
+                "center": box is not None and middle_inside(box, item.reference),
+                "invalid": found is None,
             }
-            line |= {"text": text, "question": item.text, "image": item.images[0].name if item.images else None}
-            line |= {"references": [_shown(item.reference)], "category": item.metadata["dataset"]}
-            line |= {"box": box and list(box), "reference_box": list(item.reference), "iou": overlap}
-            line |= {"center": box is not None and middle_inside(box, item.reference), "invalid": found is None}
-            per_item.append(line)
-        datasets = _by_dataset(per_item)
+            per_item.append(row(item, _shown(None if found is None else box), text, 100.0 * (overlap >= 0.5), **facts))
+        datasets = {name: _figures(records) for name, records in grouped(per_item, "category").items()}
+        metrics: dict[str, Any] = {
+            "IoU": sum(record["iou"] for record in per_item) / len(per_item),
+            **{f"ACC@{t}": fmean(record["iou"] >= t for record in per_item) for t in THRESHOLDS},
+            "Center_ACC": fmean(record["center"] for record in per_item),
+            "invalid": sum(record["invalid"] for record in per_item),
+            "datasets": datasets,
+        }
         categories = {name: Category(round(100 * d["accuracy"], 2), d["total"]) for name, d in datasets.items()}
-        return Scores(self.headline(per_item), {**_figures(per_item), "datasets": datasets}, per_item, categories)
+        return Scores(self.headline(per_item), metrics, per_item, categories)
 
     def _read_box(self, text: str) -> Box | None:
         if self.protocol == "vlm_evaluation":
@@ -125,19 +138,17 @@ class RefCOCO(Benchmark):
 
     def _of_split(self, expressions: list[Expression], data: Path) -> list[Expression]:
         found = {expression.split for expression in expressions}
-        if None in found and len(found) > 1:
-            raise ValueError(f"{data}: some expressions say of which split they are, others do not")
+        if None in found and (self.split is not None or len(found) > 1):
+            lost = sum(expression.split is None for expression in expressions)
+            raise ValueError(f"{data}: {lost} of {len(expressions)} expressions do not say of which split they are")
         if None in found:
-            if self.split is not None:
-                raise ValueError(f"--split {self.split}: the expressions in {data} do not say of which split they are")
             return expressions
-        if self.split is None:
-            self.split = next((split for split in SPLITS if split in found), None)
-        chosen = [expression for expression in expressions if expression.split == self.split]
-        if self.split is None or not chosen:
+        wanted = self.split or next((split for split in SPLITS if split in found), None)
+        if wanted not in found:
             there = ", ".join(sorted(map(str, found)))
             raise ValueError(f"{data} has no {self.split or ' or '.join(SPLITS)} expressions, only those of {there}")
-        return chosen
+        self.split = wanted
+        return [expression for expression in expressions if expression.split == wanted]
 
 
 def box_as_list(text: str) -> Box | None:
@@ -153,7 +164,7 @@ def box_as_list(text: str) -> Box | None:
 
 
 def unpad(box: Box, width: float, height: float) -> Box:
-    """From fractions of the padded square to fractions of the picture; the padding is as the image processor adds it."""
+    """From fractions of the padded square to fractions of the image; the padding is as the image processor adds it."""
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
     x1, y1, x2, y2 = (number * side for number in box)
@@ -174,33 +185,9 @@ def middle_inside(box: Box, reference: Box) -> bool:
 
 
 def _figures(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """As fractions, under the names of lmms-eval."""
-    return {
-        "IoU": sum(record["iou"] for record in records) / len(records),
-        **{f"ACC@{t}": fmean(record["iou"] >= t for record in records) for t in THRESHOLDS},
-        "Center_ACC": fmean(record["center"] for record in records),
-        "invalid": sum(record["invalid"] for record in records),
-    }
-
-
-def _by_dataset(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for record in records:
-        groups.setdefault(record["category"], []).append(record)
-    found = {}
-    for name in sorted(groups):
-        correct = sum(record["score"] == 100 for record in groups[name])
-        invalid = sum(record["invalid"] for record in groups[name])
-        total = len(groups[name])
-        found[name] = {"total": total, "correct": correct, "invalid": invalid, "accuracy": correct / total}
-    return found
-
-
-def _item(expression: Expression, folder: Path) -> Item:
-    where = f"question {expression.id}"
-    images = () if expression.image is None else (inside(folder, expression.image, where),)
-    about = {key: getattr(expression, key) for key in ("dataset", "split", "width", "height")}
-    return Item(expression.id, expression.text, images, expression.box, about)
+    correct, total = sum(record["score"] == 100 for record in records), len(records)
+    invalid = sum(record["invalid"] for record in records)
+    return {"total": total, "correct": correct, "invalid": invalid, "accuracy": correct / total}
 
 
 def _shown(box: Box | None) -> str:

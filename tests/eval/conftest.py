@@ -35,6 +35,26 @@ def official(golden, tmp_path) -> Callable[[str], tuple[dict, Path]]:
 
 
 @pytest.fixture
+def recorded(request, golden) -> dict:
+    """What was recorded of the benchmark that the test module names in `RECORDING`."""
+    return json.loads((golden / "eval" / f"{request.module.RECORDING}.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def data(request, official) -> Path:
+    """A folder with the files of the module's recording."""
+    return official(request.module.RECORDING)[1]
+
+
+@pytest.fixture
+def answers(data) -> Path:
+    """The recorded answers file."""
+    return next(
+        data / "answers" / name for name in ("merge.jsonl", "model.jsonl") if (data / "answers" / name).exists()
+    )
+
+
+@pytest.fixture
 def official_error(golden, tmp_path) -> Callable[[str, str], tuple[dict, Path]]:
     """`official_error(name, case)`: an error case of the recording, and a folder with its files."""
 

@@ -16,17 +16,9 @@ from llava_sp.eval.scoring.judge import JUDGEMENTS
 from tests.eval.commands import results_of
 from tests.eval.judge_server import JudgeServer, user_text
 
+RECORDING = "llavabench"
+
 QUESTIONS, CONTEXT, REFERENCES = "questions.jsonl", "context.jsonl", "answers_gpt4.jsonl"
-
-
-@pytest.fixture
-def recorded(golden) -> dict:
-    return json.loads((golden / "eval" / "llavabench.json").read_text())
-
-
-@pytest.fixture
-def data(official) -> Path:
-    return official("llavabench")[1]
 
 
 def run(capsys, data: Path, *arguments: object) -> tuple[int, str, str]:
@@ -182,7 +174,7 @@ def test_llavas_review_files_are_read(tmp_path, data, recorded, capsys):
     assert result["metrics"]["runs"] == [78.4, 50.0] and result["score"] == 64.2
     short = review_file(tmp_path / "review3.jsonl", recorded, replies[:-2])
     status, _, err = run(capsys, data, "--judgements", first, short)
-    assert status == 2 and "review3.jsonl does not fit the questions: 2 questions have no judgement (38, 39)" in err
+    assert status == 2 and "no judgement: 2 (38, 39)" in err
     output = tmp_path / "out"
     with JudgeServer(recorded_judge(recorded)) as server:
         assert run(capsys, data, "--output", output, *server.arguments)[0] == 0
@@ -219,8 +211,8 @@ def test_other_rules_may_be_used(tmp_path, data, capsys):
     [
         ({}, "has no llava_bench_conv, llava_bench_detail, llava_bench_complex"),
         (rules(llava_bench_detail={"role": "Assistant"}), "llava_bench_detail has no prompt"),
-        (rules(llava_bench_detail="x"), "llava_bench_detail is 'x', not an object"),
-        (rules(system="x"), "system is 'x', not an object"),
+        (rules(llava_bench_detail="x"), "llava_bench_detail is 'x'"),
+        (rules(system="x"), "system is 'x'; expected an object with prompt"),
     ],
 )
 def test_rules_that_are_none(tmp_path, data, capsys, content, message):
@@ -264,14 +256,26 @@ def line(**changes: object) -> str:
     [
         (QUESTIONS, "", "is empty"),
         (QUESTIONS, '{"question_id": 0, "im', "line 1 is not valid JSON"),
-        (QUESTIONS, line(text=None), "line 1: text is 'None', not text"),
-        (QUESTIONS, line() * 2, "1 question ids occur more than once (0)"),
-        (QUESTIONS, line(), "does not fit the questions: 39 answers are for questions that are not in the file"),
+        (QUESTIONS, line(text=None), "questions.jsonl, line 1: text is None"),
+        (QUESTIONS, line() * 2, "more than one record with the same question_id: 0 (0: line 1, line 2)"),
+        (
+            QUESTIONS,
+            line(),
+            "answers_gpt4.jsonl does not fit the questions: answer to a question that is not in the file: 39 (1, 2, 3",
+        ),
         (CONTEXT, '{"image": "000.jpg"}', "line 1 has no caption"),
-        (CONTEXT, '{"image": "000.jpg", "caption": [1]}', "picture 000.jpg: caption holds something that is not text"),
-        (CONTEXT, '{"image": "000.jpg", "caption": "x"}\n' * 2, "1 pictures occur more than once (000.jpg)"),
+        (CONTEXT, '{"image": "000.jpg", "caption": [1]}', "context.jsonl, line 1: caption is [1]"),
+        (
+            CONTEXT,
+            '{"image": "000.jpg", "caption": "x"}\n' * 2,
+            "more than one record with the same image: 000.jpg (000.jpg: line 1, line 2)",
+        ),
         (CONTEXT, '{"image": "000.jpg", "caption": "x"}', "question 3: context.jsonl has no caption of 001.jpg"),
-        (REFERENCES, '{"question_id": 0, "text": "x"}', "39 questions have no answer (1, 2, 3, ...)"),
+        (
+            REFERENCES,
+            '{"question_id": 0, "text": "x"}',
+            "answers_gpt4.jsonl does not fit the questions: no answer: 39 (1, 2, 3",
+        ),
         (REFERENCES, '{"question_id": 0}', "line 1 has no text"),
     ],
 )
@@ -284,7 +288,7 @@ def test_broken_data_files_are_named(data, capsys, name, content, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"category": "poem"}, "question 0: category is 'poem', not one of conv, detail, complex"),
+        ({"category": "poem"}, "questions.jsonl, line 1: category is 'poem'"),
         ({"image": "../000.jpg"}, "context.jsonl has no caption of ../000.jpg"),
     ],
 )
@@ -310,4 +314,4 @@ def test_answers_that_do_not_fit(data, capsys):
     file.write_text("\n".join([*lines[2:], lines[5]]) + "\n")
     status, _, err = run(capsys, data)
     assert status == 2
-    assert "1 question ids have more than one answer (5)" in err and "2 question ids have no answer (0, 1)" in err
+    assert "(5)" in err and "(0, 1)" in err

@@ -17,6 +17,8 @@ from llava_sp.eval.cli import main
 from llava_sp.eval.mmbench import ABILITIES, MMBench
 from tests.eval.commands import command_of
 
+RECORDING = "mmbench"
+
 TABLE = "mmbench_dev.tsv"
 SCORERS = {
     "vlmevalkit": "vlmevalkit_head.exact_matching",
@@ -25,21 +27,6 @@ SCORERS = {
 }
 HEADER = "index question hint A B C D answer category image source l2-category comment split".split()  # noqa: SIM905
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR4nGOce8OGgYGBiYGBgYGBAQAU1wG1aBeXFgAAAABJRU5ErkJggg=="
-
-
-@pytest.fixture
-def recorded(official):
-    return official("mmbench")[0]
-
-
-@pytest.fixture
-def data(official) -> Path:
-    return official("mmbench")[1]
-
-
-@pytest.fixture
-def answers(data) -> Path:
-    return data / "answers" / "model.jsonl"
 
 
 run = command_of(MMBench)
@@ -244,7 +231,7 @@ def test_pictures_of_other_rows_and_line_breaks(tmp_path):
 def test_splits_are_files(tmp_path, data, capsys):
     assert loaded(data)[0].reference == "A"
     with pytest.raises(
-        ValueError, match="has no table of mmbench: looked for mmbench_test_20230712.tsv, MMBench_TEST_EN"
+        ValueError, match="has no test table of mmbench: looked for mmbench_test_20230712.tsv, MMBench_TEST_EN"
     ):
         loaded(data, split="test")
     benchmark = MMBench()
@@ -337,35 +324,38 @@ def submission(tmp_path, data, answers, capsys):
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda s: s.delete_rows(2, 2), "2 questions have no answer (100, 107)"),
-        (lambda s: s.append([7, "?", "a", "b"]), "1 answers are for questions that are not in the file (7)"),
-        (lambda s: s.append([100, "?", "a", "b"]), "1 questions have more than one answer (100)"),
-        (lambda s: s.delete_cols(7), "has no column prediction; it has index, question"),
+        (lambda s: s.delete_rows(2, 2), "no answer: 2 (100, 107)"),
+        (lambda s: s.append([7, "?", "a", "b"]), "answer to a question that is not in the file: 1 (7)"),
+        (lambda s: s.append([100, "?", "a", "b"]), "more than one answer: 1 (100)"),
+        (
+            lambda s: s.delete_cols(7),
+            "edited.xlsx, row 2 has no prediction; it has index, question, A, B, C, D, answer, split",
+        ),
         (
             lambda s: s.__setitem__("B3", "Another?"),
-            "1 rows have another question than the data (107): 107 has 'Another?'",
+            "another question than in the data: 1 (107); 107 has 'Another?'",
         ),
-        (lambda s: s.__setitem__("G3", "=1+1"), "1 rows hold a formula where a text begins with = (row 3)"),
-        (lambda s: s.__setitem__("A3", "x"), "1 rows have no whole number as index (row 3)"),
+        (lambda s: s.__setitem__("G3", "=1+1"), "edited.xlsx, row 3: '=1+1' is a formula"),
+        (lambda s: s.__setitem__("A3", "x"), "edited.xlsx, row 3: index is 'x'"),
         (
             lambda s: s.delete_cols(3),
-            "as dev: has no column A; it has index, question, B, C, D, prediction, answer, split",
+            "it has no column A, but index, question, B, C, D, prediction, answer, split",
         ),
         (lambda s: s.delete_cols(6), "has no column D"),
         (lambda s: s.delete_cols(8), "has no column answer"),
         (lambda s: s.delete_cols(9), "has no column split"),
         (lambda s: s.__setitem__("J1", "prediction"), "has more than one column prediction"),
-        (lambda s: s.__setitem__("D4", "changed"), "1 rows have another B than the data (114): 114 has 'changed'"),
-        (lambda s: s.__setitem__("D4", 5), "1 rows have another B than the data (114): 114 has '5'"),
-        (lambda s: s.__setitem__("F2", "fourth"), "1 rows have another D than the data (100): 100 has 'fourth'"),
-        (lambda s: s.__setitem__("C3", None), "1 rows have another A than the data (107): 107 has 'None'"),
-        (lambda s: s.__setitem__("H3", "D"), "1 rows have another answer than the data (107)"),
-        (lambda s: s.__setitem__("I3", "test"), "1 rows have another split than the data (107): 107 has 'test'"),
-        (lambda s: s.__setitem__("G3", 5), "1 predictions are no text (107): 107 has 5"),
-        (lambda s: s.__setitem__("G3", True), "1 predictions are no text (107): 107 has True"),
-        (lambda s: s.__setitem__("A3", True), "1 rows have no whole number as index (row 3)"),
+        (lambda s: s.__setitem__("D4", "changed"), "another B than in the data: 1 (114); 114 has 'changed'"),
+        (lambda s: s.__setitem__("D4", 5), "another B than in the data: 1 (114); 114 has '5'"),
+        (lambda s: s.__setitem__("F2", "fourth"), "another D than in the data: 1 (100); 100 has 'fourth'"),
+        (lambda s: s.__setitem__("C3", None), "another A than in the data: 1 (107); 107 has 'None'"),
+        (lambda s: s.__setitem__("H3", "D"), "another answer than in the data: 1 (107); 107 has 'D'"),
+        (lambda s: s.__setitem__("I3", "test"), "another split than in the data: 1 (107); 107 has 'test'"),
+        (lambda s: s.__setitem__("G3", 5), "edited.xlsx, row 3: prediction is 5"),
+        (lambda s: s.__setitem__("G3", True), "edited.xlsx, row 3: prediction is True"),
+        (lambda s: s.__setitem__("A3", True), "edited.xlsx, row 3: index is True"),
         (lambda s: s.delete_rows(2, 99), "has no rows below its header"),
-        (lambda s: s.delete_rows(1, 99), "has no column index, question, prediction; it has nothing"),
+        (lambda s: s.delete_rows(1, 99), "has no rows below its header"),
     ],
 )
 def test_validator_says_what_is_wrong(data, submission, capsys, edit, message):
@@ -378,9 +368,9 @@ def test_validator_finds_the_split(data, submission, capsys):
     file = submission(lambda sheet: None)
     assert "40 rows of mmbench dev" in run(capsys, "--validate", file, "--data", data)[1]
     status, _, err = run(capsys, "--validate", file, "--data", data, "--split", "test")
-    assert status == 1 and "as test: 40 answers are for questions that are not in the file" in err and "dev" not in err
+    assert status == 1 and "(as rows of mmbench test)" in err and "mmbench dev" not in err
     status, _, err = run(capsys, "--validate", submission(lambda s: s.delete_rows(2)), "--data", data)
-    assert status == 1 and "as dev: 1 questions have no answer (100); as test: 39 answers are for" in err
+    assert status == 1 and "no answer: 1 (100) (as rows of mmbench dev); " in err
 
 
 def test_validator_of_another_kind_of_file(tmp_path, data, capsys):
@@ -394,7 +384,7 @@ def test_validator_of_another_kind_of_file(tmp_path, data, capsys):
     book.remove(book.worksheets[0])
     book.save(tmp_path / "chart.xlsx")
     status, _, err = run(capsys, "--validate", tmp_path / "chart.xlsx", "--data", data)
-    assert status == 1 and "chart.xlsx is not an .xlsx table, or a damaged one (" in err
+    assert status == 1 and "chart.xlsx is not an .xlsx table, or is damaged (" in err
     status, _, err = run(capsys, "--validate", tmp_path / "absent.xlsx", "--data", data)
     assert status == 1 and "absent.xlsx does not exist" in err
 
@@ -420,7 +410,7 @@ def test_damaged_tables_are_told(data, submission, capsys):
                 archive.writestr(part, bytes(text) if part == name else kept)
         assert main(MMBench, ["--validate", str(file), "--data", str(data)]) in (0, 1)
     err = capsys.readouterr().err
-    assert err.count("or a damaged one") > 150 and "Error -3 while decompressing" in err
+    assert err.count("or is damaged") > 150 and "Error -3 while decompressing" in err
 
 
 def test_options_that_other_programs_made_numbers_of(tmp_path, capsys):
@@ -438,23 +428,43 @@ def test_options_that_other_programs_made_numbers_of(tmp_path, capsys):
 @pytest.mark.parametrize(
     "line, values, message",
     [
-        (3, {"index": "x"}, "line 3: index is 'x', not a whole number"),
-        (3, {"index": "100"}, "1 index numbers occur more than once (100)"),
-        (3, {"answer": "E"}, "line 3 (index 107): answer is 'E', not A, B, C or D"),
-        (3, {"answer": ""}, "1 rows have no answer, the first with index 107"),
-        (3, {"image": PICTURE[:-1]}, "line 3: image is 'iVBORw0KGgoAAAANSUhE'..., not a picture in base64"),
-        (3, {"image": "*" * 70}, "line 3: image is '********************'..., not a picture in base64"),
-        (3, {"image": "12"}, "line 3: image is '12'..., not a picture"),
-        (3, {"image": ""}, "line 3: image is empty"),
+        (3, {"index": "x"}, "mmbench_dev.tsv, line 3: index is 'x'"),
+        (3, {"index": "100"}, "more than one record with the same index: 100 (100: line 2, line 3)"),
+        (3, {"answer": "E"}, "mmbench_dev.tsv, line 3 (index 107): answer is 'E'; its options are A, B, C"),
+        (3, {"answer": ""}, "1 of 40 rows have no answer (index 107)"),
+        (
+            3,
+            {"image": PICTURE[:-1]},
+            "mmbench_dev.tsv, line 3: image is 'iVBORw0KGgoAAAANSUhE'..., not an image in base64 (Incorrect padding)",
+        ),
+        (
+            3,
+            {"image": "*" * 70},
+            "mmbench_dev.tsv, line 3: image is '********************'..., not an image in base64 (Only base64 data is allow",
+        ),
+        (3, {"image": "12"}, "mmbench_dev.tsv, line 3: image is '12'..., not an image in base64 (Incorrect padding)"),
+        (3, {"image": ""}, "mmbench_dev.tsv, line 3: image is ''..., not an image in base64 (its format is not known)"),
         (
             3,
             {"image": base64.b64encode(b"no picture at all " * 4).decode()},
-            "line 3: image is 'bm8gcGljdHVyZSBhdCBh'..., in base64, but not a picture (no kind of picture that is known)",
+            "mmbench_dev.tsv, line 3: image is 'bm8gcGljdHVyZSBhdCBh'..., not an image in base64 (its format is not known)",
         ),
-        (3, {"answer": "D"}, "line 3 (index 107): answer is D, but the row has no such option (A, B, C)"),
-        (3, {"A": "", "B": "nan", "C": "", "D": ""}, "line 3 (index 107) has no options"),
-        (2, {"D": "fourth"}, "1 questions do not have one row for each rotation of their options (100)"),
-        (2, {"index": "5000100"}, "1 questions do not have one row for each rotation"),
+        (3, {"answer": "D"}, "mmbench_dev.tsv, line 3 (index 107): answer is 'D'; its options are A, B, C"),
+        (
+            3,
+            {"A": "", "B": "nan", "C": "", "D": ""},
+            "mmbench_dev.tsv, line 3 (index 107): answer is 'A'; its options are empty",
+        ),
+        (
+            2,
+            {"D": "fourth"},
+            "not one row for each rotation of the options: 1 questions (100): an interrupted download or copy?",
+        ),
+        (
+            2,
+            {"index": "5000100"},
+            "not one row for each rotation of the options: 1 questions (100): an interrupted download or copy?",
+        ),
     ],
 )
 def test_wrong_fields_are_named(data, answers, capsys, line, values, message):
@@ -478,10 +488,10 @@ def test_tables_cut_off_are_told(data, answers, capsys):
     assert status == 2 and f"{TABLE}, line 41 has 10 fields, not 14" in err
     (data / TABLE).write_text("\n".join(text.splitlines()[:-3]) + "\n")
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and "3 questions do not have one row for each rotation" in err
+    assert status == 2 and "rotation of the options: 3 questions (128, 135, 163)" in err
     (data / TABLE).write_text("index\tquestion\n1\tWhich?\n")
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and "has no column A, B, image; it has index, question" in err
+    assert status == 2 and "line 2 has no A, B, image; it has index, question" in err
 
 
 def test_answers_must_fit(data, answers, capsys):
@@ -489,5 +499,5 @@ def test_answers_must_fit(data, answers, capsys):
     answers.write_text("\n".join([*lines[2:], lines[5], '{"question_id": 7, "text": "A"}']) + "\n")
     status, _, err = run(capsys, "--answers", answers, "--data", data)
     assert status == 2
-    for part in ("2 question ids have no answer (100, 107)", "more than one answer (135)", "not in mmbench dev"):
+    for part in ("(100, 107)", "(135)", "mmbench dev"):
         assert part in err

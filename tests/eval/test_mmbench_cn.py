@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
@@ -12,17 +11,9 @@ from llava_sp.eval.cli import default_data, main
 from llava_sp.eval.mmbench_cn import MMBenchCN
 from tests.eval.test_mmbench import SCORERS, check_scores, sheet
 
+RECORDING = "mmbench_cn"
+
 FIRST = "请看图。\n第0张图中最显眼的东西是什么？\nA. 铁砧\nB. 书包\nC. 望远镜"
-
-
-@pytest.fixture
-def recorded(official):
-    return official("mmbench_cn")[0]
-
-
-@pytest.fixture
-def data(official) -> Path:
-    return official("mmbench_cn")[1]
 
 
 @pytest.mark.parametrize("protocol", SCORERS)

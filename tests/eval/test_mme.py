@@ -15,18 +15,10 @@ from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.scoring.yes_no import vlmevalkit
 from tests.eval.commands import command_of, read_lines, write_lines
 
+RECORDING = "mme"
+
 QUESTIONS = "llava_mme.jsonl"
 ROOT = "MME_Benchmark_release_version"
-
-
-@pytest.fixture
-def recorded(official) -> dict:
-    return official("mme")[0]
-
-
-@pytest.fixture
-def data(official) -> Path:
-    return official("mme")[1]
 
 
 run = command_of(MME)
@@ -186,7 +178,7 @@ def test_tabs_and_line_breaks_are_spaces(tmp_path, official_error, capsys, case)
 def test_a_missing_answer_is_named(official_error, capsys):
     recorded, data = official_error("mme", "odd-number-of-lines")
     assert recorded["official"]["message"] == "AssertionError"
-    assert "1 pictures with 1 answers for 2 questions (code_reasoning/cod_001)" in refused(capsys, data)
+    assert "no answer: 1 (code_reasoning/cod_001#2)" in refused(capsys, data)
 
 
 def test_answers_are_told_apart_by_their_prompts(data, capsys):
@@ -207,9 +199,8 @@ def test_answers_that_do_not_fit(data, capsys):
     lines = read_lines(answers)
     write_lines(answers, [*lines[2:], lines[5], lines[5] | {"question_id": 7}])
     err = refused(capsys, data)
-    assert "1 pictures which are not here (another data set?) (7)" in err
-    assert "1 pictures with 0 answers for 2 questions (existence/exi_000)" in err
-    assert "1 pictures with 3 answers for 2 questions (count/cou_000)" in err
+    assert "not in the file: 2 (count/cou_000#3, 7)" in err
+    assert "no answer: 2 (existence/exi_000, existence/exi_000#2)" in err
     write_lines(answers, [lines[0], lines[0], *lines[2:]])
     assert "no answer on existence/exi_000 has the question 'Is item 0 of existence short?'" in refused(capsys, data)
 
@@ -236,7 +227,7 @@ def test_without_perception_there_is_no_score(tmp_path, data, capsys):
     status, out, _ = run(capsys, "--answers", answers, "--data", data, "--output", tmp_path / "out")
     result = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert status == 0 and result["score"] is None and result["metrics"]["cognition"] > 0
-    assert "16 questions answered; none of them is of a perception subtask" in out
+    assert "16 questions answered; none is of a perception subtask" in out
 
 
 def test_folder_itself_or_nested(tmp_path, data, capsys):
@@ -284,11 +275,17 @@ def test_missing_images_are_counted(data):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("Is it? Please answer yes or no.\tYes\n", "has 1 questions; a picture of MME has two"),
-        ("Is it?\tYes\nIs it not?\tNo\nIs it?\tNo\n", "has 3 questions"),
-        ("Is it?\tYes\nIs it not?\tMaybe\n", "line 2 is 'Is it not?\\tMaybe', not a question, a tab, and Yes or No"),
-        ("Is it? Yes\nIs it not?\tNo\n", "line 1 is 'Is it? Yes', not a question"),
-        ("Is it?\tYes\nIs it no", "line 2 is 'Is it no'"),
+        (
+            "Is it? Please answer yes or no.\tYes\n",
+            "is [{'question': 'Is it? Please answer yes or no.', 'answer': 'Yes'}]",
+        ),
+        (
+            "Is it?\tYes\nIs it not?\tNo\nIs it?\tNo\n",
+            "is [{'question': 'Is it?', 'answer': 'Yes'}, {'question': 'Is it not?', 'answer'",
+        ),
+        ("Is it?\tYes\nIs it not?\tMaybe\n", "[1].answer is 'Maybe'"),
+        ("Is it? Yes\nIs it not?\tNo\n", "[0].answer is ''; expected 'Yes' or 'No'"),
+        ("Is it?\tYes\nIs it no", "[1].answer is ''; expected 'Yes' or 'No'"),
         ("", "is empty"),
     ],
 )
@@ -311,10 +308,10 @@ def test_windows_line_ends_and_other_files(data, capsys):
     [
         (
             {"question_id": "count/zzz.png"},
-            "question 1 (counted from 0), count/zzz.png: the official files have no count/zzz",
+            "not in the file: 1 (count/zzz: Is item 0 of existence short?)",
         ),
-        ({"text": "Is it?"}, "'Is it?' is not what existence/exi_000.txt asks (Is item 0 of existence short?)"),
-        ({"text": None}, "line 2: text is 'None', not text"),
+        ({"text": "Is it?"}, "not in the file: 1 (existence/exi_000: Is it?)"),
+        ({"text": None}, "llava_mme.jsonl, line 2: text is None"),
         ({"image": "../../x.png"}, "image '../../x.png' is outside"),
     ],
 )
@@ -328,11 +325,9 @@ def test_wrong_question_files_are_named(data, capsys, change, message):
 def test_cut_off_and_doubled_question_files(data, capsys):
     lines = read_lines(data / QUESTIONS)
     write_lines(data / QUESTIONS, lines[:-3])
-    assert "does not ask all questions on 2 pictures (code_reasoning/cod_000, code_reasoning/cod_001)" in refused(
-        capsys, data
-    )
+    assert "no line: 3 (code_reasoning/cod_000: Is item 0 of code_reasoning short?" in refused(capsys, data)
     write_lines(data / QUESTIONS, [*lines, lines[0]])
-    assert "'Is item 0 of existence tall?' is not what existence/exi_000.txt asks (its two" in refused(capsys, data)
+    assert "not in the file: 1 (existence/exi_000: Is item 0 of existence tall?#2)" in refused(capsys, data)
 
 
 def test_no_questions_at_all(tmp_path, data, capsys):

@@ -15,9 +15,9 @@ from llava_sp.eval.scoring.letters import (
     lmms_scienceqa,
     lmms_seedbench,
     not_in,
-    percent,
     vlmevalkit,
 )
+from llava_sp.eval.scoring.records import share_right
 
 COLOURS = by_letter(["red", "green", "dark blue"])
 
@@ -25,7 +25,7 @@ COLOURS = by_letter(["red", "green", "dark blue"])
 def test_options_are_lettered():
     assert COLOURS == {"A": "red", "B": "green", "C": "dark blue"}
     assert lettered(COLOURS) == "A. red\nB. green\nC. dark blue"
-    assert percent(1, 3) == 33.33 and percent(0, 0) == 0.0
+    assert share_right([{"score": score} for score in (100.0, 0.0, 0.0)]) == 33.33 and share_right([]) == 0.0
     assert not_in("a  b\nc", ["b c", "a b"]) is None and not_in("a b", ["a", "ab"]) == "ab"
 
 

@@ -14,18 +14,10 @@ from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.scoring.yes_no import vlmevalkit
 from tests.eval.commands import command_of, read_lines, write_lines
 
+RECORDING = "pope"
+
 QUESTIONS = "llava_pope_test.jsonl"
 RANDOM = "coco/coco_pope_random.json"
-
-
-@pytest.fixture
-def recorded(official) -> dict:
-    return official("pope")[0]
-
-
-@pytest.fixture
-def data(official) -> Path:
-    return official("pope")[1]
 
 
 run = command_of(POPE)
@@ -160,7 +152,7 @@ def test_one_category(data, capsys):
     write_lines(answers, [line | {"question_id": line["question_id"] - 28} for line in read_lines(answers)])
     (data / "coco" / "coco_pope_popular.json").unlink()
     assert scored(capsys, data, "--split", "random")["score"] == 80.0
-    assert "has no coco_pope_popular.json" in (err := refused(capsys, data)) and "--split scores one" in err
+    assert "looked for coco_pope_popular.json" in (err := refused(capsys, data)) and "--split scores one" in err
 
 
 def test_headline_of_a_sample(data):
@@ -200,27 +192,27 @@ def test_labels_of_other_questions_are_refused(data, capsys):
     write_lines(file, [*labels, labels[5] | {"question_id": 15}])
     err = refused(capsys, data)
     for part in (
-        f"{data / QUESTIONS} has 14 questions of random",
-        f"{file} has 15",
-        "the first is question 31",  # harp: asked twice of one picture, with two labels
+        f"{data / QUESTIONS} does not fit {file}: of 14 questions",
+        "among 15",
+        "such as 31: ",  # harp: asked twice of one picture, with two labels
         "e3e3926 (2910 random questions; today's have 3000)",
-        f"take {QUESTIONS} away",
+        f"remove {QUESTIONS}",
     ):
         assert part in err
     labels[2] |= {"text": "Is there a goat in the image?"}
     labels[3] |= {"text": "Is there a goat in the image?"}
     write_lines(file, labels)
-    assert "3 of the former have no label in the latter" in refused(capsys, data)
+    assert "3 have no label" in refused(capsys, data)
 
 
 @pytest.mark.parametrize("case", ["never-says-yes", "no-positive-labels", "no-true-positive"])
 def test_zero_denominators_give_zero(official_error, capsys, case):
     recorded, data = official_error("pope", case)
     assert "ZeroDivisionError" in recorded["official"]["message"]
-    assert "has no coco_pope_popular.json, coco_pope_adversarial.json" in refused(capsys, data)
-    assert "2 of the former have no label" in refused(capsys, data, "--split", "random")  # its question is just "q"
+    assert "looked for coco_pope_adversarial.json" in refused(capsys, data)
+    assert "2 have no label" in refused(capsys, data, "--split", "random")  # its question is just "q"
     (data / QUESTIONS).unlink()
-    assert "question 1 was 'q', here it is 'Is there a harp in the image?'" in refused(
+    assert "question 1 was asked as 'q', here it is 'is there a harp in the image?'" in refused(
         capsys, data, "--split", "random"
     )
     answers = data / "answers" / "model.jsonl"
@@ -236,7 +228,7 @@ def test_answers_to_other_questions_are_refused(data, capsys):
     answers = data / "answers" / "model.jsonl"
     lines = read_lines(answers)
     write_lines(answers, [line | {"question_id": 43 - line["question_id"]} for line in lines])
-    assert "the answers are to other questions: question 1 was 'Is there a harp in the image?'" in refused(capsys, data)
+    assert "question 42 was asked as 'Is there a gondola in the image?'" in refused(capsys, data)
     write_lines(answers, [{"question_id": line["question_id"], "text": line["text"]} for line in lines])
     assert scored(capsys, data)["score"] == 67.94
 
@@ -247,7 +239,7 @@ def test_answers_of_another_split_missing_and_doubled(data, capsys):
     assert "28 question ids are not in pope random: answers of another" in refused(capsys, data, "--split", "random")
     write_lines(answers, [*lines[1:], lines[5]])
     err = refused(capsys, data)
-    assert "1 question ids have more than one answer (6)" in err and "1 question ids have no answer (1)" in err
+    assert "(6)" in err and "(1)" in err
 
 
 def test_missing_images_are_counted(data):
@@ -268,13 +260,13 @@ def changed(file: Path, **changes: object) -> str:
 @pytest.mark.parametrize(
     "name, changes, message",
     [
-        (RANDOM, {"label": "maybe"}, "question 2: label is 'maybe', not yes or no"),
-        (RANDOM, {"question_id": 1}, "1 question ids occur more than once (1)"),
-        (RANDOM, {"text": 7}, "line 2: text is '7', not text"),
-        (QUESTIONS, {"category": "easy"}, "question 2: category is 'easy', not one of random, popular, adversarial"),
-        (QUESTIONS, {"question_id": 1}, "1 question ids occur more than once (1)"),
-        (QUESTIONS, {"image": None}, "line 2: image is 'None', not text"),
-        (QUESTIONS, {"image": "other.jpg"}, "the first is question 2, 'Is there a thimble in the image?' about other"),
+        (RANDOM, {"label": "maybe"}, "coco_pope_random.json, line 2: label is 'maybe'"),
+        (RANDOM, {"question_id": 1}, "more than one record with the same question_id: 1 (1: line 1, line 2)"),
+        (RANDOM, {"text": 7}, "coco_pope_random.json, line 2: text is 7"),
+        (QUESTIONS, {"category": "easy"}, "llava_pope_test.jsonl, line 2: category is 'easy'"),
+        (QUESTIONS, {"question_id": 1}, "more than one record with the same question_id: 1 (1: line 1, line 2)"),
+        (QUESTIONS, {"image": None}, "llava_pope_test.jsonl, line 2: image is None"),
+        (QUESTIONS, {"image": "other.jpg"}, "such as 2: 'Is there a thimble in the image?' about other"),
     ],
 )
 def test_wrong_fields_are_named(data, capsys, name, changes, message):
@@ -288,10 +280,10 @@ def test_cut_off_files_are_named(data, capsys):
     (data / RANDOM).write_text(whole[:-20])
     assert f"{data / RANDOM}, line 14 is not valid JSON" in refused(capsys, data)
     (data / RANDOM).write_text("".join(whole.splitlines(keepends=True)[:-1]))
-    assert "has 14 questions of random" in (err := refused(capsys, data)) and "have no label" in err
+    assert "of 14 questions" in (err := refused(capsys, data)) and "have no label" in err
     (data / RANDOM).write_text(whole)
     write_lines(data / QUESTIONS, read_lines(data / QUESTIONS)[:28])
-    assert f"{data / QUESTIONS} has no questions of random" in refused(capsys, data)
+    assert f"{data / QUESTIONS} does not fit {data / RANDOM}: of 0 questions" in refused(capsys, data)
 
 
 def test_image_outside_the_folder_is_refused(data, capsys):

@@ -12,17 +12,9 @@ from llava_sp.eval.qbench import QBench
 from llava_sp.eval.run.evaluate import check_images
 from tests.eval.commands import command_of
 
+RECORDING = "qbench"
+
 QUESTIONS, ANSWERS = "llvisionqa_dev.json", "llvisionqa_dev_answers.json"
-
-
-@pytest.fixture
-def recorded(official):
-    return official("qbench")[0]
-
-
-@pytest.fixture
-def data(official) -> Path:
-    return official("qbench")[1]
 
 
 @pytest.fixture
@@ -169,11 +161,14 @@ def test_own_answers_file_is_read_too(data, answers, recorded):
         (lambda text: "[" + text, "is not valid JSON"),
         (
             lambda text: text.replace('"response": "C"', '"response": 5', 1),
-            "record 0 (counted from 0): response is '5', not",
+            "[0].response is 5; expected text",
         ),
-        (lambda text: text.replace('"response": "C."', '"text": "C."', 1), "record 1 (counted from 0) has no response"),
-        (lambda text: "[]", "holds no records"),
-        (lambda text: '{"question_id": 5}', "line 1 has no question_id or no text"),
+        (
+            lambda text: text.replace('"response": "C."', '"text": "C."', 1),
+            "[1] has no response; it has img_path, question, candidates, correct_ans, type, concern, text",
+        ),
+        (lambda text: "[]", "is []; expected a list of an object with img_path, question, response, at least one"),
+        (lambda text: '{"question_id": 5}', "line 1 has no "),
         (lambda text: "nothing", "line 1 is cut off"),
     ],
 )
@@ -193,17 +188,18 @@ def test_answers_must_fit(data, answers, capsys):
     benchmark = QBench()
     items = benchmark.load(data)
     file.write_text(as_llava([*records[1:], records[5], {**records[0], "question": "Another?"}]))
-    with pytest.raises(
-        ValueError, match=r"1 questions have more than one answer \(m_5.jpg: How does region 5"
-    ) as raised:
+    with pytest.raises(ValueError, match=r"more than one answer: 1 \(m_5.jpg: How does region 5") as raised:
         benchmark.match(items, benchmark.read_answers(file)[0])
-    assert "1 answers are for questions that are not in the file (m_0.jpg: Another?)" in str(raised.value)
-    assert "1 questions have no answer (m_0.jpg: How does region 0 look?)" in str(raised.value)
+    assert (
+        "answers file (41 records) does not fit the questions of qbench dev: more than one answer: 1 (m_5.jpg: How does"
+        in str(raised.value)
+    )
+    assert "no answer: 1 (m_0.jpg: How does region 0 look?)" in str(raised.value)
     answers.write_text(
         "".join(answers.read_text().splitlines(keepends=True)[2:]) + '{"question_id": 99, "text": "A"}\n'
     )
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and "2 question ids have no answer (0, 1)" in err and "not in qbench dev" in err
+    assert status == 2 and "(0, 1)" in err and "qbench dev" in err
 
 
 def split_files(folder: Path, split: str, images: str, question: str = "How is it?") -> Path:
@@ -260,7 +256,7 @@ def test_writes_llavas_file_and_validates_it(tmp_path, data, answers, capsys):
     assert status == 0 and "answers all 40 questions of dev once (0 answers are empty)" in out
     (output / ANSWERS).write_text(json.dumps(json.loads((output / ANSWERS).read_text())[1:]))
     status, _, err = run(capsys, "--validate", output / ANSWERS, "--data", data)
-    assert status == 1 and "1 questions have no answer (m_0.jpg: How does region 0 look?)" in err
+    assert status == 1 and "no answer: 1 (m_0.jpg: How does region 0 look?)" in err
 
 
 def test_the_test_split_is_sent_away(tmp_path, data, answers, capsys):
@@ -296,12 +292,12 @@ def test_unknown_numbers_keep_their_number(data, answers, capsys):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"candidates": "ab"}, "question 0 (counted from 0): candidates is 'ab', not a list"),
-        ({"candidates": ["a"]}, "question 0 (counted from 0): candidates is ['a'], not a list of two or more texts"),
-        ({"candidates": ["a", 1]}, "candidates is ['a', 1], not a list of two or more texts"),
+        ({"candidates": "ab"}, "[0].candidates is 'ab'"),
+        ({"candidates": ["a"]}, "[0].candidates is ['a']"),
+        ({"candidates": ["a", 1]}, "[0].candidates[1] is 1"),
         ({"correct_ans": "green"}, "question 0 (counted from 0): correct_ans is 'green', not one of ['grainy', "),
-        ({"correct_ans": None}, "1 questions have no correct_ans, the first is question 0"),
-        ({"img_path": 5}, "img_path is '5', not text"),
+        ({"correct_ans": None}, "1 of 40 questions have no correct_ans (0)"),
+        ({"img_path": 5}, "[0].img_path is 5; expected text"),
         ({"img_path": "../x.jpg"}, "question 0 (counted from 0): image '../x.jpg' is outside"),
     ],
 )

@@ -16,25 +16,12 @@ from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.textvqa import TextVQA, question_of
 from tests.eval.commands import command_of, read_lines, write_lines
 
+RECORDING = "textvqa"
+
 OFFICIAL = "TextVQA_0.5.1_val.json"
 LLAVA = "llava_textvqa_val_v051_ocr.jsonl"
 SCORERS = {"llava15": "llava_eval_textvqa", "lmms_eval": "lmms_eval", "vlmevalkit": "vlmevalkit"}
 TWICE = "87835653f7f79d15"  # an image with two questions
-
-
-@pytest.fixture
-def recorded(official):
-    return official("textvqa")[0]
-
-
-@pytest.fixture
-def data(official) -> Path:
-    return official("textvqa")[1]
-
-
-@pytest.fixture
-def answers(data) -> Path:
-    return data / "answers" / "model.jsonl"
 
 
 run = command_of(TextVQA)
@@ -179,7 +166,10 @@ def test_answer_without_prompt(data, answers, capsys):
     del lines[1]["prompt"]
     write_lines(answers, lines)
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and "answer 1 (counted from 0, image 3b42553c4e3241e8) has no prompt" in err
+    assert (
+        status == 2
+        and "answer 1 (counted from 0, image 3b42553c4e3241e8): no question can be read from the prompt None" in err
+    )
 
 
 def test_the_same_question_twice_is_judged_by_the_last_answers(data, answers):
@@ -205,10 +195,9 @@ def test_duplicates_strangers_and_gaps_are_counted(data, answers, capsys):
     lines = read_lines(answers)
     write_lines(answers, [*lines[2:], lines[5], {**lines[0], "question_id": "0000"}])
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and f"the 40 answers do not fit the 40 questions of {OFFICIAL}" in err
-    assert "1 questions have more than one answer (ba4eafa3686ac767: is the gate open?)" in err
-    assert "1 answers are for questions that are not in the file (0000: what colour is the teapot?)" in err
-    assert "2 questions have no answer (efc5a59c4958ae38: what colour is the teapot?, 3b42553c4e3241e8: " in err
+    assert status == 2 and f"the answers file (40 lines) does not fit {OFFICIAL}" in err
+    assert "not in the file: 2 (ba4eafa3686ac767: is the gate open?#2, 0000: what colour is the teapot?)" in err
+    assert "no answer: 2 (efc5a59c4958ae38: what colour is the teapot?, 3b42553c4e3241e8: " in err
 
 
 def test_answers_to_other_questions_of_the_image_are_strangers(data, answers, capsys):
@@ -216,7 +205,7 @@ def test_answers_to_other_questions_of_the_image_are_strangers(data, answers, ca
     lines[0]["prompt"] = "What else?" + SHORT_ANSWER
     write_lines(answers, lines)
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and "not in the file (efc5a59c4958ae38: what else?)" in err
+    assert status == 2 and "not in the file: 1 (efc5a59c4958ae38: what else?)" in err
 
 
 def row(**changes: object) -> str:
@@ -234,27 +223,35 @@ def llava_line(**changes: object) -> str:
     [
         (OFFICIAL, "", "is empty"),
         (OFFICIAL, row()[:-9], "ends in the middle"),
-        (OFFICIAL, "[]", 'is not an official TextVQA file: it has no list "data"'),
-        (OFFICIAL, '{"data": []}', "holds no questions"),
+        (OFFICIAL, "[]", "is []; expected an object with data"),
+        (
+            OFFICIAL,
+            '{"data": []}',
+            "data is []; expected a list of an object with question, image_id, question_id, answers, at least one",
+        ),
         (
             OFFICIAL,
             '{"data": [{"question": "?"}]}',
-            "question 0 (counted from 0) has no image_id, question_id, answers",
+            "data[0] has no image_id, question_id, answers; it has question",
         ),
-        (OFFICIAL, row(image_id=5), "question 0 (counted from 0): image_id is '5', not text"),
-        (OFFICIAL, row(answers=["x"] * 9), "question 1 has 9 answers that are text among 9; the scorer needs 10"),
-        (OFFICIAL, row(answers=["x"] * 9 + [None]), "question 1 has 9 answers that are text among 10"),
-        (OFFICIAL, row(), "40 lines are for questions that are not in the file (efc5a59c4958ae38: what colour"),
-        (LLAVA, llava_line(), "39 questions have no line (3b42553c4e3241e8: what colour is the lid"),
+        (OFFICIAL, row(image_id=5), "data[0].image_id is 5"),
+        (OFFICIAL, row(answers=["x"] * 9), "data[0].answers is ['x', 'x', 'x', 'x', 'x', 'x', 'x', 'x', 'x']"),
+        (OFFICIAL, row(answers=["x"] * 9 + [None]), "data[0].answers[9] is None"),
+        (OFFICIAL, row(), "line to a question that is not in the file: 40 (efc5a59c4958ae38: what colour"),
+        (LLAVA, llava_line(), "no line: 39 (3b42553c4e3241e8: what colour is the lid"),
         (
             LLAVA,
             llava_line(text="What?"),
             "line 1: no question can be read from the prompt 'What?'",
         ),
-        (LLAVA, llava_line(question_id=5), "line 1: question_id is '5', not text"),
-        (LLAVA, llava_line(image=None), "line 1: image is 'None', not text"),
+        (LLAVA, llava_line(question_id=5), "llava_textvqa_val_v051_ocr.jsonl, line 1: question_id is 5"),
+        (LLAVA, llava_line(image=None), "llava_textvqa_val_v051_ocr.jsonl, line 1: image is None"),
         (LLAVA, llava_line()[:-5], f"{LLAVA}, line 1 is not valid JSON"),
-        (LLAVA, llava_line() + "\n" + llava_line(), "1 questions have more than one line (efc5a59c4958ae38: what"),
+        (
+            LLAVA,
+            llava_line() + "\n" + llava_line(),
+            "not in the file: 1 (efc5a59c4958ae38: what colour is the teapot?#2)",
+        ),
     ],
 )
 def test_broken_data_files_are_named(data, answers, capsys, name, content, message):
@@ -266,7 +263,7 @@ def test_broken_data_files_are_named(data, answers, capsys, name, content, messa
 def test_repeated_question_ids_are_refused(data, answers, capsys):
     change_rows(data, lambda rows: rows[4].update(question_id=70000))
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and f"{OFFICIAL}: 1 question ids occur more than once (70000)" in err
+    assert status == 2 and f"{OFFICIAL}: more than one record with the same question_id: 70000 " in err
 
 
 def test_image_outside_the_folder_is_refused(data, answers, capsys):

@@ -1,73 +1,18 @@
-"""Checks on the records of official files, shared by the benchmarks: every error names file, record, field and value."""
+"""Files and ids of official data: where the files are, which split a folder holds, records joined by id."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
 
-from llava_sp.common.files import Line, examples
+from llava_sp.common.files import examples, leads_outside
 
-_KINDS = {int: "a whole number", float: "a number", str: "text", list: "a list", dict: "an object with fields"}
+ID = (int, str)
+LLAVA_LINE = {"question_id": ID, "image": str, "text": str}  # of LLaVA's question files
 
-
-def expect(record: Any, fields: Mapping[str, type | tuple[type, ...]], where: str) -> None:
-    """Raises ValueError unless `record` is an object that has all `fields`, each of its kind (True is no number)."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{where} is {str(record)[:60]!r}, not an object with {', '.join(fields)}")
-    absent = [key for key in fields if key not in record]
-    if absent:
-        raise ValueError(f"{where} has no {', '.join(absent)}; it has {examples(record, 12) or 'nothing'}")
-    for key, kind in fields.items():
-        value = record[key]
-        if not isinstance(value, kind) or isinstance(value, bool):
-            kinds = " or ".join(_KINDS[k] for k in (kind if isinstance(kind, tuple) else (kind,)))
-            raise ValueError(f"{where}: {key} is {str(value)[:60]!r}, not {kinds}")
-
-
-def expect_all(records: Any, fields: Mapping[str, type | tuple[type, ...]], file: Path, noun: str = "question") -> None:
-    """`expect` for each record of a list that must hold at least one."""
-    if not isinstance(records, list):
-        raise ValueError(f"{file} holds {type(records).__name__}, not a list of {noun}s")
-    if not records:
-        raise ValueError(f"{file} holds no {noun}s")
-    for number, record in enumerate(records):
-        expect(record, fields, place(file, noun, record, number))
-
-
-def expect_once(records: Iterable[Any], file: Path, noun: str = "question id", key: str | None = None) -> None:
-    """Raises ValueError, with count, examples and where the first one stands, if ids occur more than once.
-
-    Args:
-        records: the ids; with `key`, the records of the file that hold them.
-    """
-    records = list(records)
-    ids = records if key is None else [record[key] for record in records]
-    twice = [i for i, count in Counter(ids).items() if count > 1]
-    if twice:
-        where = [number for number, i in enumerate(ids) if i == twice[0]]
-        first = [_number(records[number], number) for number in where[:2]]
-        raise ValueError(
-            f"{file}: {len(twice)} {noun}s occur more than once ({examples(twice)}); {twice[0]} is {' and '.join(first)}"
-        )
-
-
-def place(file: Path, noun: str, record: Any, number: int) -> str:
-    """Where a record stands, for error messages: its line, or its number in a list."""
-    return f"{file}, line {record.number}" if isinstance(record, Line) else f"{file}: {noun} {number} (counted from 0)"
-
-
-def _number(record: Any, number: int) -> str:
-    return f"line {record.number}" if isinstance(record, Line) else f"number {number} (counted from 0)"
-
-
-def inside(folder: Path, name: str, where: str) -> Path:
-    """The file `name` below `folder`. Raises ValueError if the name leads out of it."""
-    parts = PurePosixPath(name).parts + PureWindowsPath(name).parts
-    if ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or not name:
-        raise ValueError(f"{where}: image {name!r} is outside {folder}")
-    return folder / name
+Record = TypeVar("Record")
 
 
 def find(data: Path, *names: str) -> list[Path]:
@@ -79,25 +24,93 @@ def find_one(data: Path, *names: str, what: str) -> Path:
     """The first file that `find` gives. Raises ValueError naming `what` it would be and all names looked for."""
     found = find(data, *names)
     if not found:
-        raise ValueError(f"{data} has no {what}: looked for {' or '.join(names)}")
+        raise ValueError(f"{data} has no {what}: looked for {', '.join(names)}")
     return found[0]
 
 
+def find_split(data: Path, names: Mapping[str, Sequence[str]], split: str | None, what: str) -> tuple[str, Path]:
+    """The wanted split, or the first of which `data` holds a file, and that file. Raises ValueError as `find_one`."""
+    wanted = {name: names[name] for name in (names if split is None else [split])}
+    for name, files in wanted.items():
+        if found := find(data, *files):
+            return name, found[0]
+    looked_for = ", ".join(file for files in wanted.values() for file in files)
+    raise ValueError(f"{data} has no {f'{split} ' if split else ''}{what}: looked for {looked_for}")
+
+
 def first_folder(places: Sequence[Path]) -> Path:
-    """The first of these that is a folder; the first of all where none is (its absence is then said)."""
+    """The first of these that is a folder; the first of all where there is no such folder (a later error names it)."""
     return next((place for place in places if place.is_dir()), places[0])
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """The file `name` below `folder`. Raises ValueError if the name leads out of it."""
+    if leads_outside(name):
+        raise ValueError(f"{where}: image {name!r} is outside {folder}")
+    return folder / name
+
+
+def by_id(records: Iterable[dict[str, Any]], file: Path, key: str = "question_id") -> dict[Any, dict[str, Any]]:
+    """{id: record}. Raises ValueError, with examples and where the first one is, if ids repeat."""
+    found: dict[Any, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+    for index, record in enumerate(records):
+        found[record[key]].append((index, record))
+    twice = [i for i, places in found.items() if len(places) > 1]
+    if twice:
+        of_first = [f"line {r.number}" if hasattr(r, "number") else f"record {index}" for index, r in found[twice[0]]]
+        raise ValueError(
+            f"{file}: more than one record with the same {key}: {examples(twice)} ({twice[0]}: {examples(of_first)})"
+        )
+    return {i: record for i, [(_, record)] in found.items()}
+
+
+def numbered(ids: Iterable[Any]) -> Iterator[str]:
+    """The ids as text, told apart where they repeat: "7", "7#2", "7#3"."""
+    seen: Counter[str] = Counter()
+    for i in map(str, ids):
+        seen[i] += 1
+        yield i if seen[i] == 1 else f"{i}#{seen[i]}"
+
+
+def joined(
+    ids: Sequence[Any],
+    records: Sequence[Record],
+    wanted: Iterable[Any],
+    where: object,
+    noun: str = "answer",
+    questions: object = "the questions",
+) -> dict[Any, Record]:
+    """{id: record}, in the order of the records. Raises ValueError unless each wanted id, and no other, is there once."""
+    trouble = compare_ids(ids, wanted, noun)
+    if trouble:
+        raise ValueError(f"{where} does not fit {questions}: {trouble}")
+    return dict(zip(ids, records))
 
 
 def compare_ids(found: Iterable[int | str], wanted: Iterable[int | str], noun: str = "answer") -> str:
     """What is wrong with the ids in `found`, with counts and examples; empty if nothing is."""
-    counts, wanted = Counter(iter(found)), set(wanted)
+    counts, wanted = Counter(iter(found)), dict.fromkeys(wanted)
+    problems = {
+        f"more than one {noun}": [i for i, count in counts.items() if count > 1],
+        f"{noun} to a question that is not in the file": [i for i in counts if i not in wanted],
+        f"no {noun}": [i for i in wanted if i not in counts],
+    }
+    return ", ".join(f"{trouble}: {len(ids)} ({examples(ids)})" for trouble, ids in problems.items() if ids)
 
-    def order(i: int | str) -> tuple[bool, int | str]:
-        return isinstance(i, str), i
 
-    problems = [
-        (f"questions have more than one {noun}", [i for i, count in counts.items() if count > 1]),
-        (f"{noun}s are for questions that are not in the file", [i for i in counts if i not in wanted]),
-        (f"questions have no {noun}", sorted((i for i in wanted if i not in counts), key=order)),
-    ]
-    return ", ".join(f"{len(ids)} {trouble} ({examples(ids)})" for trouble, ids in problems if ids)
+def verdict(file: Path, answers: Sequence[object], tries: Iterable[tuple[str, str]]) -> str:
+    """What `validate` says of a submission.
+
+    Args:
+        tries: ("questions of test", what is wrong if the file answers these, or ""), for each split it may answer.
+
+    Raises:
+        ValueError: there is something wrong in each case.
+    """
+    problems = []
+    for what, trouble in tries:
+        if not trouble:
+            empty = sum(not answer for answer in answers)
+            return f"{file} answers all {len(answers)} {what} once ({empty} answers are empty)"
+        problems.append(f"{trouble} (as {what})")
+    raise ValueError(f"{file}: " + "; ".join(problems))

@@ -59,11 +59,6 @@ def lettered(options: Mapping[str, str]) -> str:
     return "\n".join(f"{letter}. {text}" for letter, text in options.items())
 
 
-def percent(hits: int, count: int) -> float:
-    """Two decimals, with the order of operations of LLaVA's scorers; 0 of nothing."""
-    return round(hits / count * 100, 2) if count else 0.0
-
-
 def not_in(text: str, parts: Iterable[str]) -> str | None:
     """The first of `parts` that `text` does not hold, whatever the spaces; None if it holds all."""
     text = " ".join(text.split())

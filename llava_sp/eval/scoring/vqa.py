@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -142,56 +141,6 @@ def vqa_accuracy(prediction: str, answers: Sequence[Mapping[str, object]], alway
         return leave_one_out(prediction, texts)
     identities = [{key: value for key, value in record.items() if key != "answer"} for record in answers]
     return leave_one_out(prediction, texts, identities)
-
-
-@dataclass(frozen=True)
-class VQAScores:
-    """Figures in percent, rounded to two decimals as the official scorer prints them; `accuracies` from 0 to 1, unrounded."""
-
-    overall: float
-    per_answer_type: dict[str, float]
-    per_question_type: dict[str, float]
-    per_item: list[float]
-    accuracies: list[float]
-
-
-def score_vqa(
-    predictions: Sequence[str],
-    annotations: Sequence[Mapping[str, object]],
-    prepare: Callable[[str], str] | None = evalai_answer,
-    always_normalise: bool = False,
-) -> VQAScores:
-    """Scores predictions against official VQAv2 annotation records of the same order and number.
-
-    Args:
-        prepare: applied to each prediction first. `evalai_answer` is LLaVA's path; None is the official scorer alone.
-        always_normalise: see `vqa_accuracy`.
-
-    Raises:
-        ValueError: if the numbers differ or there is nothing to score.
-    """
-    if len(predictions) != len(annotations):
-        raise ValueError(
-            f"{len(predictions)} predictions for {len(annotations)} annotations: the numbers must be equal"
-        )
-    if not predictions:
-        raise ValueError("no predictions to score")
-    by_answer_type: dict[str, list[float]] = {}
-    by_question_type: dict[str, list[float]] = {}
-    accuracies = []
-    for prediction, annotation in zip(predictions, annotations):
-        prediction = prepare(prediction) if prepare else prediction
-        accuracy = vqa_accuracy(prediction, annotation["answers"], always_normalise)
-        accuracies.append(accuracy)
-        by_answer_type.setdefault(annotation["answer_type"], []).append(accuracy)
-        by_question_type.setdefault(annotation["question_type"], []).append(accuracy)
-    return VQAScores(
-        overall=percent(accuracies),
-        per_answer_type={kind: percent(values) for kind, values in by_answer_type.items()},
-        per_question_type={kind: percent(values) for kind, values in by_question_type.items()},
-        per_item=[round(100 * accuracy, 2) for accuracy in accuracies],
-        accuracies=accuracies,
-    )
 
 
 def percent(accuracies: Iterable[float]) -> float:
