@@ -1,4 +1,4 @@
-"""What a run tells: rates of every optimizer group, speed and memory, on the console and in OUT/log.jsonl."""
+"""What a run logs: rates of every optimizer group, speed and memory, on the console and in OUT/log.jsonl."""
 
 from __future__ import annotations
 

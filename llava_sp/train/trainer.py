@@ -18,10 +18,10 @@ from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from llava_sp.checkpoints.opening.adapter import load_adapter, save_adapter, trainable_state_dict
+from llava_sp.common.processes import FailedHere
 from llava_sp.config.arguments import TrainArguments
-from llava_sp.config.files import UsageError
 from llava_sp.data.sampler import ModalityLengthSampler
-from llava_sp.train.logs import Console, EndWithLauncher, JsonLines, Meter
+from llava_sp.train.logs import Console, JsonLines, Meter
 from llava_sp.train.run_folder import STAGING, STATE_FILE, WRITE_ERRORS, RunFolder
 from llava_sp.train.stages import optimizer_groups, trained_names
 
@@ -36,8 +36,7 @@ class LlavaSPTrainer(Trainer):
         model, args, train_dataset, ...: as for `transformers.Trainer`; `args` is a TrainArguments.
         folder: the run's folder.
         provenance: facts about the run that every checkpoint repeats.
-        group_by_modality_length: batches of one modality, of alike lengths.
-        launched: whether a launcher (deepspeed, torchrun, accelerate) started this process.
+        group_by_modality_length: batches of one modality and of similar lengths.
     """
 
     args: TrainArguments
@@ -48,7 +47,6 @@ class LlavaSPTrainer(Trainer):
         folder: RunFolder,
         provenance: dict[str, Any] | None = None,
         group_by_modality_length: bool = False,
-        launched: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -64,9 +62,7 @@ class LlavaSPTrainer(Trainer):
             self.remove_callback(unwanted)
         for callback in (self.meter, JsonLines(folder), Console()):
             self.add_callback(callback)
-        if launched:
-            self.add_callback(EndWithLauncher())
-        self.model.register_load_state_dict_post_hook(forget_frozen)
+        self.model.register_load_state_dict_post_hook(allow_missing_frozen)
 
     # ---- data order: a function of (seed, epoch), the same for any number of processes
 
@@ -79,7 +75,7 @@ class LlavaSPTrainer(Trainer):
                 world_size=self.args.world_size * self.args.gradient_accumulation_steps,
                 seed=self.args.data_seed,
             )
-        else:  # one replica: a shuffle with set_epoch; accelerate deals the batches out to the processes
+        else:  # one replica: a shuffle with set_epoch; accelerate gives each process its batches
             sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=self.args.data_seed)
         self.add_callback(SetEpoch(sampler))
         return sampler
@@ -106,7 +102,7 @@ class LlavaSPTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self.meter.read(self.state))
-        super().log(logs)  # without start_time: the meter tells the speed
+        super().log(logs)  # without start_time: the meter has the speed
 
     # ---- checkpoints
 
@@ -135,7 +131,7 @@ class LlavaSPTrainer(Trainer):
         try:
             with self.folder.writing(name, (*WRITE_ERRORS, RuntimeError)):  # torch.save's error is a RuntimeError
                 self._write_and_publish(name, model, trial)
-        except UsageError:
+        except FailedHere:
             if self.args.should_save:  # the others' files go with it; they may still be writing theirs
                 shutil.rmtree(self._staging, ignore_errors=True)
             raise
@@ -171,14 +167,14 @@ def rates_of(args: TrainArguments) -> dict[str, float]:
     return {"learning_rate": args.learning_rate, "projector_lr": args.projector_lr}
 
 
-def forget_frozen(model: nn.Module, keys: Any) -> None:
+def allow_missing_frozen(model: nn.Module, keys: Any) -> None:
     """After `load_state_dict`: frozen weights come from the base models, so a checkpoint without them is complete."""
     trained = trained_names(model)
     keys.missing_keys[:] = [name for name in keys.missing_keys if name in trained]
 
 
 class SetEpoch(TrainerCallback):
-    """Tells the sampler the epoch; accelerate does not reach it in the first epoch of a resumed run."""
+    """Sets the sampler's epoch; accelerate does not reach it in the first epoch of a resumed run."""
 
     def __init__(self, sampler: Sampler):
         self.sampler = sampler
