@@ -58,9 +58,7 @@ def add_lora(model: nn.Module, arguments: ModelArguments, seed: int = 0) -> None
     }
     unknown = [name for name in arguments.lora_target_modules if name not in linear]
     if unknown:
-        raise ValueError(
-            f"lora_target_modules names {', '.join(unknown)}; the language model has {', '.join(sorted(linear))}"
-        )
+        raise ValueError(f"lora_target_modules names {', '.join(unknown)}; the model has {', '.join(sorted(linear))}")
     leaves = "|".join(map(re.escape, arguments.lora_target_modules))
     config = LoraConfig(
         r=arguments.lora_r,

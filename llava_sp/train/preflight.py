@@ -1,4 +1,4 @@
-"""What a run needs and is missing, in one message, before anything is loaded."""
+"""What a run needs and is missing, and what is in its way, in one message, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from llava_sp.config.arguments import DataArguments, ModelArguments, Run, TrainA
 from llava_sp.data.mixture import load_mixture
 from llava_sp.model.opening import is_missing_folder
 from llava_sp.train.build import SCRATCH
+from llava_sp.train.run_folder import RunFolder
 from llava_sp.train.stages import STAGES
 
 MODEL_SOURCES = {
@@ -32,11 +33,11 @@ VARIABLES = {
 
 
 def check_inputs(run: Run) -> None:
-    """Raise `ValueError` that names everything that is missing, the key that sets it, and where it comes from."""
+    """Raise `ValueError` that names all that is missing or in the way, the key that sets it, and where it comes from."""
     model, data, args = run.model, run.data, run.train
-    problems = [*_warm_start(model, args), *_models(model), *_projector(model, args), *_data(data), *_output(args)]
+    problems = [*_warm_start(model, args), *_models(model), *_projector(model, args), *_data(data), *_output(run)]
     if problems:
-        raise ValueError("\n- ".join(["This run cannot start yet; what is missing:", *problems]) + HELP)
+        raise ValueError("\n- ".join(["This run cannot start yet; what is missing or wrong:", *problems]) + HELP)
 
 
 def _named(key: str, value: object) -> str:
@@ -154,6 +155,9 @@ def _mixture(file: Path) -> Iterator[str]:
             yield f"mixture = {file}: images: {source.images} is not there."
 
 
-def _output(args: TrainArguments) -> Iterator[str]:
-    if args.output_dir in (None, "trainer_output"):
+def _output(run: Run) -> Iterator[str]:
+    folder = run.train.output_dir
+    if folder in (None, "trainer_output"):
         yield "output_dir is not set: the folder that this run writes to."
+    else:
+        yield from RunFolder(folder).conflicts(run.settings, run.train.world_size)

@@ -56,7 +56,6 @@ def train(config: str | Path | None, words: Sequence[str]) -> dict[str, Any]:
 def _train_in(folder: RunFolder, run: Run, callbacks: list[TrainerCallback]) -> dict[str, Any]:
     """The run itself: what is cheap to check comes first, then the weights, training, and the proof."""
     args, is_main = run.train, Processes.from_environment().is_main
-    folder.check(run.settings, args.world_size)
     if folder.is_finished:
         logger.info("%s is a finished run; nothing to do. Another output_dir starts a new one.", folder.path)
         leave_group()

@@ -63,20 +63,17 @@ class RunFolder:
         self.path = Path(path)
         self._lock: Any = None
 
-    def check(self, settings: Mapping[str, Any], processes: int) -> None:
-        """Raise `ValueError` if the folder holds another run, or something that is not a run.
+    def conflicts(self, settings: Mapping[str, Any], processes: int) -> Iterator[str]:
+        """Why a run with these settings cannot write here: the folder holds another run, or something that is not a run.
 
         A run that left neither checkpoint nor model (its data could not be read, for example) does not own the folder.
         """
         file, checkpoint = self.path / RUN_FILE, self.newest_checkpoint()
-        strange = [
+        weights = [
             e.name for e in self._entries() if e.suffix in (".safetensors", ".bin") or CHECKPOINT.fullmatch(e.name)
         ]
-        if strange and not file.is_file():
-            found = ", ".join(sorted(strange))
-            raise ValueError(
-                f"output_dir = {self.path} holds {found} but no {RUN_FILE}: not a run; choose another folder"
-            )
+        if weights and not file.is_file():
+            yield f"output_dir = {self.path} holds {', '.join(sorted(weights))} but no {RUN_FILE}: choose another folder"
         if not file.is_file() or not (self.is_finished or checkpoint):
             return
         recorded, now = read_yaml(file, RECORDED), dict(settings)
@@ -86,9 +83,7 @@ class RunFolder:
             recorded[key], now[key] = facts.get("processes"), processes
         lines = differences(recorded, now)
         if lines:
-            raise ValueError(
-                "\n".join([f"output_dir = {self.path} belongs to another run, which differs in:", *lines, OTHER_RUN])
-            )
+            yield "\n".join([f"output_dir = {self.path} belongs to another run, which differs in:", *lines, OTHER_RUN])
 
     def _entries(self) -> list[Path]:
         return list(self.path.iterdir()) if self.path.is_dir() else []
@@ -138,9 +133,7 @@ class RunFolder:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "?"
             if time.monotonic() > end:
-                raise ValueError(
-                    f"output_dir = {self.path} is in use by process {holder}; wait for it to end, or end it"
-                )
+                raise ValueError(f"output_dir = {self.path} is in use by process {holder}: wait for it, or end it")
             logger.info("%s is in use by process %s; waiting for it to end.", self.path, holder)
             time.sleep(min(5.0, patience))
 
@@ -159,14 +152,15 @@ class RunFolder:
         try:
             yield
         except errors as error:
-            there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
-            free = shutil.disk_usage(there).free / 2**30
-            last = self.newest_checkpoint() or "none yet"
-            raise FailedHere(
-                f"{name} could not be written to {self.path} ({free:.2f} GiB free there): {error}\n"
-                f"The newest complete checkpoint is {last}; nothing was lost but the steps since. "
-                "Make room (save_total_limit, output_dir) and give the same command again."
-            ) from error
+            raise FailedHere(f"{name} could not be written to {self.path} {self._what_is_left(error)}") from error
+
+    def _what_is_left(self, error: Exception) -> str:
+        there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        return (
+            f"({shutil.disk_usage(there).free / 2**30:.2f} GiB free there): {error}\nThe newest complete checkpoint is "
+            f"{self.newest_checkpoint() or 'none yet'}; nothing was lost but the steps since. "
+            "Make room (save_total_limit, output_dir) and give the same command again."
+        )
 
     def publish(self, staged: Path) -> Path:
         """Give a completely written checkpoint its name; it is on the disk before it has one.

@@ -35,21 +35,16 @@ def verify_saved(trainer: LlavaSPTrainer, path: str | Path, sample: dict[str, Te
     after = logits_of(trainer, sample)
 
     moved, error = relative_change(before, emptied), relative_change(before, after)
+    failure = f"the weights written to {path} do not give the trained model back (the checkpoints there are untouched)"
     if not error <= TOLERANCE:
-        raise RuntimeError(
-            f"The weights written to {path} do not give the trained model back: logits differ by {error:.2e} of their "
-            f"largest value, {TOLERANCE:g} is allowed. The checkpoints in the run's folder are untouched."
-        )
+        raise RuntimeError(f"{failure}: logits differ by {error:.2e} of their largest value; {TOLERANCE:g} is allowed")
     result = {"relative_logit_error": error, "relative_change_when_forgotten": moved}
     if moved > TOLERANCE:
         return result
     loaded = digests(model)
     changed = [name for name in kept if loaded[name] != kept[name]]
     if changed:
-        raise RuntimeError(
-            f"The weights written to {path} do not give the trained model back: {len(changed)} of {len(kept)} tensors "
-            f"differ, such as {changed[0]}. The checkpoints in the run's folder are untouched."
-        )
+        raise RuntimeError(f"{failure}: {len(changed)} of {len(kept)} tensors differ, such as {changed[0]}")
     return {**result, "tensors_compared": len(kept)}
 
 
