@@ -19,8 +19,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_tf32_available
 
 from llava_sp.common.files import read_json
-from llava_sp.common.schema import expect
-from llava_sp.config.files import nearest, read_with_bases, spec_of, split_command_line, typed
+from llava_sp.config.files import nearest, read_with_bases, specs_of, split_command_line, typed
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from llava_sp.model.opening import is_missing_folder
 
@@ -103,6 +102,11 @@ class TrainArguments(TrainingArguments):
             )
         super().__post_init__()
 
+    @property
+    def rates(self) -> dict[str, Any]:
+        """The value of every learning rate that a stage may name."""
+        return {"learning_rate": self.learning_rate, "projector_lr": self.projector_lr}
+
 
 def split_global_batch(global_batch_size: int, per_device: int, world_size: int) -> tuple[int, int]:
     """(batch per device, micro batches per optimizer step); the batch per device is `per_device` or, where the processes
@@ -138,12 +142,13 @@ class Run:
     @classmethod
     def of(cls, given: dict[str, Any]) -> Run:
         """The run that these keys describe. Process groups and devices are as they are when this is called."""
-        model, data, train = (
-            kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
-            for kind in (ModelArguments, DataArguments, TrainArguments)
-        )
-        model.projector = {key: given.get(key, f.default) for key, f in PROJECTOR.items()}
-        return cls(model, data, train, given)
+
+        def keys_of(kind: type) -> dict[str, Any]:
+            return {f.name: given[f.name] for f in fields(kind) if f.name in given}
+
+        projector = {key: given.get(key, f.default) for key, f in PROJECTOR.items()}
+        model = ModelArguments(**keys_of(ModelArguments), projector=projector)
+        return cls(model, DataArguments(**keys_of(DataArguments)), TrainArguments(**keys_of(TrainArguments)), given)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -172,12 +177,12 @@ RENAMED = {  # in transformers 5.23
 }
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Run:
+def load_config(path: str | os.PathLike | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Run:
     """A run's configuration; see `read_keys`."""
     return Run.of(read_keys(path, overrides))
 
 
-def read_keys(path: str | Path | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> dict[str, Any]:
+def read_keys(path: str | os.PathLike | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> dict[str, Any]:
     """The keys that a file, its bases and `overrides` set, with the types of their fields and absolute paths.
 
     `overrides` are command-line words (`["--max_steps", "10"]`) or a dictionary. Raises `ValueError` naming file and key
@@ -200,17 +205,15 @@ def read_keys(path: str | Path | None, overrides: Sequence[str] | Mapping[str, A
     problems = list(_problems(values, origin, known))
     if problems:
         raise ValueError("\n".join(problems))
-    for key, value in values.items():
-        values[key] = typed(value, known[key])
-        expect({key: values[key]}, {key: known[key]}, origin[key])
+    values = typed(values, known, origin)
     for key in (*PATH_KEYS, *MODEL_KEYS):
         name = values.get(key)
         if name is not None and (key in PATH_KEYS or os.path.exists(name) or is_missing_folder(name)):
             values[key] = os.path.abspath(os.path.expanduser(name))
-    file = values.get("deepspeed")
-    if isinstance(file, str) and not file.startswith("{"):
+    name = values.get("deepspeed")
+    if isinstance(name, str) and not name.startswith("{"):
         try:
-            values["deepspeed"] = read_json(Path(file).expanduser(), {"zero_optimization?": dict})
+            values["deepspeed"] = read_json(Path(name).expanduser(), {"zero_optimization?": dict})
         except ValueError as error:
             raise ValueError(f"{origin['deepspeed']}: deepspeed: {error}") from error
     for old, new in RENAMED.items():
@@ -221,11 +224,11 @@ def read_keys(path: str | Path | None, overrides: Sequence[str] | Mapping[str, A
 
 def _specs() -> dict[str, Any]:
     """The schema of every key."""
-    specs = {key: spec_of(f.type) for key, f in PROJECTOR.items()}
+    hints = {key: f.type for key, f in PROJECTOR.items()}
     for kind in (ModelArguments, DataArguments, TrainArguments):
-        hints = get_type_hints(kind)
-        specs |= {f.name: spec_of(hints[f.name]) for f in fields(kind) if f.init and f.name != "projector"}
-    return specs
+        declared = get_type_hints(kind)
+        hints |= {f.name: declared[f.name] for f in fields(kind) if f.init and f.name != "projector"}
+    return specs_of(hints)
 
 
 def _problems(values: Mapping[str, Any], origin: Mapping[str, str], known: Mapping[str, Any]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Reading configurations: YAML with `base:` and `${VARIABLES}`, command-line words, values by type. Knows no keys."""
+"""Reading configurations: YAML with `base:` and `${VARIABLES}`, command-line words, values by type; whatever the keys are."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def read_yaml(path: Path, spec: Spec) -> Any:
     return expect({} if content is None else content, spec, path)
 
 
-def read_with_bases(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
+def read_with_bases(path: str | os.PathLike) -> list[tuple[Path, dict[str, Any]]]:
     """The file and the files it builds on, as (file, its keys), the most basic one first.
 
     Raises `ValueError` for a missing file, a file that is not a mapping, an unset variable, a circle of bases.
@@ -91,17 +91,21 @@ def split_command_line(words: Sequence[str]) -> dict[str, Any]:
     return {key: one.get(key, values or True) for key, values in found.items()}
 
 
-def typed(value: Any, spec: Spec) -> Any:
-    """`value` as `spec` has it, where it can be read so; else `value` itself.
+def typed(values: Mapping[str, Any], specs: Mapping[str, Spec], origin: Mapping[str, str]) -> dict[str, Any]:
+    """The values as their specs have them. Raises `ValueError` naming origin, key and value where that cannot be.
 
     A text may stand for a number, a truth value, an object: all words of the command line are texts, and YAML reads 1e-3 as
     one. A number may stand for a text, one item for a list.
     """
-    items = [_plain(item) for item in value] if isinstance(value, list) else _plain(value)
-    readings = [value, items, [value], [items], bool(items) if items in (0, 1) else value]
-    if isinstance(value, (bool, int, float)):
-        readings.append(str(value))
-    return next((reading for reading in readings if fits(reading, spec)), value)
+    found = {}
+    for key, value in values.items():
+        items = [_plain(item) for item in value] if isinstance(value, list) else _plain(value)
+        readings = [value, items, [value], [items], bool(items) if items in (0, 1) else value]
+        if isinstance(value, (bool, int, float)):
+            readings.append(str(value))
+        found[key] = next((reading for reading in readings if fits(reading, specs[key])), value)
+        expect({key: found[key]}, {key: specs[key]}, origin[key])
+    return found
 
 
 def _plain(word: Any) -> Any:
@@ -114,18 +118,23 @@ def _plain(word: Any) -> Any:
     return word
 
 
-def spec_of(hint: Any) -> Spec:
-    """The schema of a type annotation. Beside an Enum, `str` means the values of the Enum."""
+def specs_of(hints: Mapping[str, Any]) -> dict[str, Spec]:
+    """The schema of each type annotation."""
+    return {key: _spec_of(hint) for key, hint in hints.items()}
+
+
+def _spec_of(hint: Any) -> Spec:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return one_of(*arguments)
     if origin in (typing.Union, types.UnionType):
         enums = any(isinstance(kind, type) and issubclass(kind, Enum) for kind in arguments)
-        return tuple(spec_of(kind) for kind in arguments if not (enums and kind is str))
+        kinds = [kind for kind in arguments if not (enums and kind is str)]  # a text must be one of the Enum's values
+        return tuple(map(_spec_of, kinds))
     if isinstance(hint, type) and issubclass(hint, Enum):
         return one_of(*(member.value for member in hint))
     if origin is list:
-        return [spec_of(arguments[0])]
+        return [_spec_of(arguments[0])]
     return None if hint is type(None) else origin or hint
 
 

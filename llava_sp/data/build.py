@@ -29,6 +29,7 @@ def build_processor(run: Run) -> LlavaSPProcessor:
 
     Raises `ValueError` for a model, projector, template or image aspect ratio that does not fit.
     """
+    assert run.model.language_model and run.model.vision_tower, "checked before"
     config = LlavaSPConfig(
         text_config=language_config(run.model.language_model),
         vision_config=vision_config(run.model.vision_tower),
@@ -47,7 +48,7 @@ def build_processor(run: Run) -> LlavaSPProcessor:
 
 def build_datasets(processor: LlavaSPProcessor, run: Run) -> tuple[ConversationDataset, ConversationDataset | None]:
     """Training data and, if asked for, validation data (a file of its own, or a fixed random share)."""
-    data, seed = run.data, run.train.data_seed
+    data, seed = run.data, run.train.data_seed or 0
 
     def dataset(sources: list[Source], name: str) -> ConversationDataset:
         return ConversationDataset(
@@ -84,10 +85,11 @@ def dataset_of_config(path: str | PathLike, overrides: Sequence[str] = ()) -> Co
     run = load_config(path, list(overrides))
     if run.model.warm_start is not None:
         run.model.language_model = str(language_model_within(run.model.warm_start, run.model.language_model))
-    backbones = {"language_model": run.model.language_model, "vision_tower": run.model.vision_tower}
-    expect(backbones | {"data_path or mixture": run.data.data_path or run.data.mixture}, {str: str}, path)
+    model, data = run.model, run.data.data_path or run.data.mixture
+    backbones = {"language_model": model.language_model, "vision_tower": model.vision_tower}
+    expect({**backbones, "data_path or mixture": data}, {str: str}, path)
     for name in backbones.values():
-        check_folder(name)
+        check_folder(str(name))
     dataset, _ = build_datasets(build_processor(run), run)
     dataset.on_bad_sample, dataset.report = "fail", SampleReport(None)  # looking writes nothing
     return dataset

@@ -15,7 +15,7 @@ import time
 from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llava_sp.common.command import command_parser, run_command
 from llava_sp.common.files import write_jsonl
@@ -63,7 +63,8 @@ def look_at_all(dataset: ConversationDataset, workers: int = 0) -> Findings:
 
     dataset = dataset.distinct()
     findings = Findings()
-    loader = DataLoader(_Look(dataset), batch_size=32 if workers else 1, num_workers=workers, collate_fn=list)
+    looks: Any = _Look(dataset)
+    loader: DataLoader = DataLoader(looks, batch_size=32 if workers else 1, num_workers=workers, collate_fn=list)
     with tqdm(total=len(dataset), unit="sample", disable=None) as progress:
         for batch in loader:
             for index, tokens, uncut, learned, images, reason in batch:

@@ -19,7 +19,7 @@ from typing import Any
 from llava_sp.common.schema import Check, expect_all, only
 from llava_sp.config.files import read_yaml
 
-PATH = Check(lambda path: isinstance(path, (str, os.PathLike)) and str(path), "a path")
+PATH = Check(lambda path: os.fspath(path) != "", "a path", (str, os.PathLike))
 ENTRY = only(
     {
         "annotations": PATH,
@@ -51,7 +51,8 @@ def load_mixture(mixture: str | os.PathLike | Sequence[Source | Mapping[str, Any
     Whether annotations and images are there is not looked at. Raises `ValueError` for a file that is missing or not YAML,
     or whose content does not fit `ENTRY`.
     """
-    entries, folder, name = mixture, Path(), "the mixture"
+    entries: Any = mixture
+    folder, name = Path(), "the mixture"
     if isinstance(mixture, (str, os.PathLike)):
         path = Path(mixture)
         entries, folder, name = read_yaml(path, list), path.parent, str(path)

@@ -138,7 +138,8 @@ class _Text:
     def next_character(self) -> str:
         """The next character that is not white space, "" at the end of the file."""
         while True:
-            self.skip(WHITESPACE.match(self.text, self.place).end())
+            blank = WHITESPACE.match(self.text, self.place)
+            self.skip(blank.end() if blank else self.place)
             if self.place < len(self.text) or self.ended:
                 return self.text[self.place : self.place + 1]
             self.read()

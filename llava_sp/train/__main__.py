@@ -22,9 +22,8 @@ from llava_sp.common.processes import Processes
 def main(words: Sequence[str] | None = None, default_config: Path | None = None) -> int:
     """Entry point of the scripts and of `python -m llava_sp.train`. Returns the exit status."""
     parser = command_parser("llava_sp.train", __doc__, usage="%(prog)s [--config FILE.yaml] [--key value ...]")
-    parser.add_argument(
-        "--config", default=default_config, required=default_config is None, help="default: %(default)s"
-    )
+    otherwise = f"; default {default_config}" if default_config else ""
+    parser.add_argument("--config", default=default_config, required=not default_config, help=f"YAML{otherwise}")
     options, overrides = parser.parse_known_args(words)
     here = Processes.from_environment()
     level = logging.INFO if here.is_main else logging.ERROR

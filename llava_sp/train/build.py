@@ -15,7 +15,6 @@ from llava_sp.checkpoints.opening.adapter import load_projector
 from llava_sp.checkpoints.opening.warm_start import start_from
 from llava_sp.config.arguments import ModelArguments, Run, TrainArguments
 from llava_sp.train.stages import STAGES, apply_stage, table
-from llava_sp.train.trainer import rates_of
 
 SCRATCH = "scratch"
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ def build_model(run: Run) -> LlavaSPForCausalLM:
     return model
 
 
-def add_lora(model: nn.Module, arguments: ModelArguments, seed: int = 0) -> None:
+def add_lora(model: LlavaSPForCausalLM, arguments: ModelArguments, seed: int = 0) -> None:
     """LoRA on the named linear layers of the language model, nowhere else; the same weights for the same seed.
 
     Raises ValueError for a name that the language model does not have.
@@ -73,7 +72,7 @@ def add_lora(model: nn.Module, arguments: ModelArguments, seed: int = 0) -> None
         model.add_adapter(config)
 
 
-def prepare_stage(model: nn.Module, args: TrainArguments) -> None:
+def prepare_stage(model: LlavaSPForCausalLM, args: TrainArguments) -> None:
     """Freeze, keep the frozen tower out of training mode, give what trains full precision, and log the table."""
     apply_stage(model, args.stage)
     tower = model.model.vision_tower
@@ -83,7 +82,7 @@ def prepare_stage(model: nn.Module, args: TrainArguments) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    for line in [f"Stage {args.stage}:", *table(model, args.stage, rates_of(args))]:
+    for line in [f"Stage {args.stage}:", *table(model, args.stage, args.rates)]:
         logger.info(line)
 
 

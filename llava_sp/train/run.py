@@ -49,7 +49,7 @@ def train(config: str | Path | None, words: Sequence[str]) -> dict[str, Any]:
         run.model.language_model = str(language_model_within(start, run.model.language_model))
     check_inputs(run)
 
-    with contextlib.closing(RunFolder(run.train.output_dir)) as folder:
+    with contextlib.closing(RunFolder(str(run.train.output_dir))) as folder:
         return _train_in(folder, run, callbacks)
 
 

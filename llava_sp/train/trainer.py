@@ -17,9 +17,11 @@ from torch.utils.data import DistributedSampler, Sampler
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from llava_sp import LlavaSPForCausalLM
 from llava_sp.checkpoints.opening.adapter import load_adapter, save_adapter, trainable_state_dict
 from llava_sp.common.processes import FailedHere
 from llava_sp.config.arguments import TrainArguments
+from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.sampler import ModalityLengthSampler
 from llava_sp.train.logs import Console, JsonLines, Meter
 from llava_sp.train.run_folder import STAGING, STATE_FILE, WRITE_ERRORS, RunFolder
@@ -40,6 +42,8 @@ class LlavaSPTrainer(Trainer):
     """
 
     args: TrainArguments
+    model: LlavaSPForCausalLM
+    train_dataset: ConversationDataset
 
     def __init__(
         self,
@@ -68,15 +72,16 @@ class LlavaSPTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        sampler: ModalityLengthSampler | DistributedSampler
         if self.group_by_modality_length:
             sampler = ModalityLengthSampler(
                 dataset.modality_lengths,
                 batch_size=self.args.train_batch_size,
                 world_size=self.args.world_size * self.args.gradient_accumulation_steps,
-                seed=self.args.data_seed,
+                seed=self.args.data_seed or 0,
             )
         else:  # one replica: a shuffle with set_epoch; accelerate gives each process its batches
-            sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=self.args.data_seed)
+            sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=self.args.data_seed or 0)
         self.add_callback(SetEpoch(sampler))
         return sampler
 
@@ -85,7 +90,7 @@ class LlavaSPTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             groups = optimizer_groups(
-                self.model if model is None else model, self.args.stage, rates_of(self.args), self.args.weight_decay
+                self.model if model is None else model, self.args.stage, self.args.rates, self.args.weight_decay
             )
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind(
@@ -162,11 +167,6 @@ class LlavaSPTrainer(Trainer):
         load_adapter(self.model if model is None else model, resume_from_checkpoint)
 
 
-def rates_of(args: TrainArguments) -> dict[str, float]:
-    """The value of every rate key that a stage may name."""
-    return {"learning_rate": args.learning_rate, "projector_lr": args.projector_lr}
-
-
 def allow_missing_frozen(model: nn.Module, keys: Any) -> None:
     """After `load_state_dict`: frozen weights come from the base models, so a checkpoint without them is complete."""
     trained = trained_names(model)
@@ -176,7 +176,7 @@ def allow_missing_frozen(model: nn.Module, keys: Any) -> None:
 class SetEpoch(TrainerCallback):
     """Sets the sampler's epoch; accelerate does not reach it in the first epoch of a resumed run."""
 
-    def __init__(self, sampler: Sampler):
+    def __init__(self, sampler: ModalityLengthSampler | DistributedSampler):
         self.sampler = sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):
