@@ -202,10 +202,13 @@ def read_keys(path: str | os.PathLike | None, overrides: Sequence[str] | Mapping
     origin |= dict.fromkeys(words, "command line")
 
     known = _specs()
-    problems = list(_problems(values, origin, known))
-    if problems:
-        raise ValueError("\n".join(problems))
+    unknown = [f"{origin[k]}: unknown key '{k}'; did you mean '{nearest(k, known)}'?" for k in values if k not in known]
+    if unknown:
+        raise ValueError("\n".join(unknown))
     values = typed(values, known, origin)
+    conflicts = list(_conflicts(values, origin))
+    if conflicts:
+        raise ValueError("\n".join(conflicts))
     for key in (*PATH_KEYS, *MODEL_KEYS):
         name = values.get(key)
         if name is not None and (key in PATH_KEYS or os.path.exists(name) or is_missing_folder(name)):
@@ -231,13 +234,11 @@ def _specs() -> dict[str, Any]:
     return specs_of(hints)
 
 
-def _problems(values: Mapping[str, Any], origin: Mapping[str, str], known: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the keys, whatever their types."""
-    for key in values:
-        if key not in known:
-            yield f"{origin[key]}: unknown key '{key}'; did you mean '{nearest(key, known)}'?"
-        elif key in UNSUPPORTED and values[key]:
-            yield f"{origin[key]}: {key} = {values[key]} is not supported: {UNSUPPORTED[key]}"
+def _conflicts(values: Mapping[str, Any], origin: Mapping[str, str]) -> Iterator[str]:
+    """What is set, but cannot be used, or not together."""
+    for key, instead in UNSUPPORTED.items():
+        if values.get(key):
+            yield f"{origin[key]}: {key} = {values[key]} is not supported: {instead}"
     batch, accumulated = values.get("global_batch_size"), "gradient_accumulation_steps"
     if batch is not None and accumulated in values:
         yield (

@@ -170,7 +170,7 @@ class ConversationDataset(Dataset):
     def lengths(self) -> list[int]:
         """Estimated tokens of each sample: words, as LLaVA counts them, and the image tokens.
 
-        Tokenizing everything to know it exactly takes minutes at 665,000 records and changes only how alike the lengths in a
+        Tokenizing everything to know it exactly takes minutes at 665,000 records and changes only how similar the lengths in a
         batch are; `python -m llava_sp.data.check` gives the exact ones.
         """
         words = self._per_sample([file.words for file in self.files])

@@ -43,6 +43,7 @@ class LlavaSPTrainer(Trainer):
 
     args: TrainArguments
     model: LlavaSPForCausalLM
+    model_wrapped: Any
     train_dataset: ConversationDataset
 
     def __init__(
@@ -120,7 +121,7 @@ class LlavaSPTrainer(Trainer):
         save_adapter(
             self.model,
             self.processing_class,
-            self.args.output_dir if output_dir is None else output_dir,
+            str(self.args.output_dir if output_dir is None else output_dir),
             run=run,
             state_dict=state,
             write=self.args.should_save,
@@ -145,6 +146,7 @@ class LlavaSPTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _write_and_publish(self, name: str, model: nn.Module, trial: Any) -> None:
+        assert self._staging is not None
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -160,6 +162,7 @@ class LlavaSPTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        assert self.lr_scheduler is not None
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
 

@@ -70,7 +70,7 @@ def digests(model: nn.Module) -> dict[str, str]:
         if name in trained:
             with gathered([parameter]):
                 data = parameter.detach().cpu().reshape(-1).view(torch.uint8)
-                found[name] = hashlib.sha256(data.numpy()).hexdigest()
+                found[name] = hashlib.sha256(data.numpy().data).hexdigest()
     return found
 
 

@@ -158,6 +158,10 @@ def test_mistakes_are_named(tmp_path, keys, words, message):
         load_config(write(tmp_path, **keys), words)
 
 
+def test_what_is_not_supported_may_be_off(tmp_path):
+    assert not load_config(write(tmp_path), ["--save_only_model", "false"]).train.save_only_model
+
+
 def test_files_that_are_no_configuration(tmp_path):
     for text, message in (
         ("a: [", "not valid YAML"),
