@@ -10,22 +10,24 @@ prompts. Prints a table with ratios against `none` and writes JSON to `benchmark
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import re
 import statistics
+import sys
 import time
+from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import LoraConfig
-from projector import machine
+from llava_sp.common.command import command_parser, run_command
 
-from llava_sp import LlavaSPConfig, LlavaSPForCausalLM
+if TYPE_CHECKING:
+    import torch
+
+    from llava_sp import LlavaSPForCausalLM
 
 TEXT_TOKENS = 118
-LORA_LAYERS = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 TINY = {
     "text_config": {
         "model_type": "llama",
@@ -50,7 +52,12 @@ REAL = {"text_config": {"model_type": "llama", "vocab_size": 32064, "pad_token_i
 
 def build(variant: str, size: str, device: str, dtype: torch.dtype) -> LlavaSPForCausalLM:
     """A model with random weights, made in place on the device."""
-    config = LlavaSPConfig(spatial_variant=variant, **(TINY if size == "tiny" else REAL))
+    import torch
+
+    from llava_sp import LlavaSPConfig, LlavaSPForCausalLM
+
+    backbones: dict[str, Any] = {"pad_token_id": 32001, **(TINY if size == "tiny" else REAL)}
+    config = LlavaSPConfig(spatial_variant=variant, **backbones)
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -63,7 +70,9 @@ def build(variant: str, size: str, device: str, dtype: torch.dtype) -> LlavaSPFo
     return model
 
 
-def make_batch(model, size: int, device: str) -> dict[str, torch.Tensor]:
+def make_batch(model: Any, size: int, device: str) -> dict[str, torch.Tensor]:
+    import torch
+
     config = model.config
     text = torch.randint(3, 32000, (size, TEXT_TOKENS), device=device)
     images = torch.full((size, config.num_image_tokens), config.image_token_id, device=device)
@@ -74,32 +83,37 @@ def make_batch(model, size: int, device: str) -> dict[str, torch.Tensor]:
     }
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def median_seconds(action, repeats: int, device: str) -> float:
+    import torch
+
     action()
     times = []
     for _ in range(repeats):
-        synchronize(device)
+        if device == "cuda":
+            torch.cuda.synchronize()
         start = time.perf_counter()
         action()
-        synchronize(device)
+        if device == "cuda":
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 
 
-def peak_gib(device: str) -> float | None:
-    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+def measure(variant: str, arguments: Namespace) -> dict:
+    import torch
 
+    from llava_sp.config.arguments import ModelArguments
+    from llava_sp.train.build import add_lora
+    from llava_sp.train.stages import apply_stage
 
-def measure(variant: str, arguments) -> dict:
     device = arguments.device
+
+    def peak_gib() -> float | None:
+        return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    model = build(variant, arguments.size, device, torch.bfloat16)
+    model: Any = build(variant, arguments.size, device, torch.bfloat16)
     row = {"variant": variant, "parameters": sum(p.numel() for p in model.parameters())}
 
     model.eval()
@@ -109,13 +123,11 @@ def measure(variant: str, arguments) -> dict:
     row["generate"] = {
         "seconds": seconds,
         "new_tokens_per_second": arguments.generate_batch * arguments.new_tokens / seconds,
-        "peak_gib": peak_gib(device),
+        "peak_gib": peak_gib(),
     }
 
-    model.requires_grad_(False)
-    model.add_adapter(LoraConfig(r=128 if arguments.size == "7b" else 8, lora_alpha=256, target_modules=LORA_LAYERS))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_" in name or "multi_modal_projector" in name)
+    add_lora(model, ModelArguments(lora_r=128 if arguments.size == "7b" else 8, lora_alpha=256, lora_dropout=0.0))
+    apply_stage(model, "finetune_lora")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -137,25 +149,33 @@ def measure(variant: str, arguments) -> dict:
         "samples_per_second": arguments.train_batch / seconds,
         "tokens_per_second": batch["input_ids"].numel() / seconds,
         "trained_parameters": sum(p.numel() for p in trained),
-        "peak_gib": peak_gib(device),
+        "peak_gib": peak_gib(),
     }
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> int:
+    parser = command_parser("", __doc__, usage="python benchmarks/real_size.py [options]")
     parser.add_argument("--size", choices=["7b", "tiny"], default="7b")
     parser.add_argument("--variants", nargs="+", default=["none", "cropping", "pooling"])
     parser.add_argument("--train-batch", type=int, default=16)
     parser.add_argument("--generate-batch", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="cuda or cpu; default: cuda if there is one")
     parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    if arguments.size == "7b" and arguments.device != "cuda":
-        parser.error("7B needs a CUDA GPU; --size tiny runs the same code on a CPU")
+    options = parser.parse_args()
+    return run_command(lambda: compare(options), traceback=options.traceback)
 
+
+def compare(arguments: Namespace) -> None:
+    """Measure the variants, print the table and write the JSON."""
+    import torch
+    from projector import machine
+
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.size == "7b" and arguments.device != "cuda":
+        raise ValueError("--size 7b needs a CUDA GPU; --size tiny runs the same code on a CPU")
     rows = []
     print(
         f"{'variant':10} {'train samples/s':>16} {'ratio':>6} {'GiB':>6} {'generate tokens/s':>18} {'ratio':>6} {'GiB':>6}"
@@ -179,10 +199,10 @@ def main() -> None:
     name = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
     output = arguments.output or Path(__file__).parent / "results" / f"real_size_{arguments.size}_{name}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in vars(arguments).items() if key != "output"}
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "traceback")}
     output.write_text(json.dumps({"machine": about, "settings": settings, "rows": rows}, indent=1) + "\n")
     print(f"written to {output}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

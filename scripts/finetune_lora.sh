@@ -8,6 +8,7 @@
 # string. bash takes the two characters after the first quotes for its command that does nothing, and goes on here:
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$root/.venv/bin/python" ]; then export PATH="$root/.venv/bin:$PATH"; fi
+case " $* " in *" --help "* | *" -h "*) exec python3 "$0" "$@" ;; esac  # the launcher would import torch first
 if command -v deepspeed >/dev/null; then exec deepspeed "$0" "$@"; fi
 exec python3 "$0" "$@"
 : <<'# end'
@@ -22,7 +23,7 @@ root = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     if importlib.util.find_spec("llava_sp") is None:
         sys.exit(f"error: {sys.executable} has no llava_sp: run `pip install -e {root}`, or activate the environment that has it")
-    from llava_sp.train.run import main
+    from llava_sp.train.__main__ import main
 
-    main(default_config=root / "configs" / "finetune_lora_7b_cropping.yaml")
+    sys.exit(main(default_config=root / "configs" / "finetune_lora_7b_cropping.yaml"))
 # end

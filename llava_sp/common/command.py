@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from llava_sp.common.processes import USER_ERRORS, ReportedElsewhere
+from llava_sp.common.processes import USER_ERRORS, FailedHere, Processes, ReportedElsewhere
 
 INTERRUPTED = 130
 
@@ -32,8 +32,11 @@ def run_command(
     traceback: bool = False,
     on_interrupt: str = "interrupted",
     clean_up_on_sigterm: bool = False,
+    processes: Processes | None = None,
 ) -> int:
     """Call `action`; returns its exit status (None is 0), or that of the error that ended it.
+
+    Of several `processes`, one on each machine prints the error, and each one that prints a `FailedHere`.
 
     With `clean_up_on_sigterm`, SIGTERM ends the process as an exception does: `finally` blocks run.
     """
@@ -49,7 +52,9 @@ def run_command(
     except USER_ERRORS as error:
         if traceback:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        here = processes or Processes()
+        if here.is_local_main or isinstance(error, FailedHere):
+            print(f"{here.name}error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print(f"\n{on_interrupt}", file=sys.stderr)

@@ -24,6 +24,10 @@ class ReportedElsewhere(ValueError):
     """Another process has a problem and reports it."""
 
 
+class FailedHere(ValueError):
+    """A problem that this process may have alone, so that it has to report it itself."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process's place among those of a command."""

@@ -57,8 +57,8 @@ def some(spec: Spec = Any) -> Check:
 
 def only(fields: dict[str, Spec]) -> Check:
     """An object with these keys and no others."""
-    names = {key.removesuffix("?") for key in fields}
-    return Check(lambda value: value.keys() <= names, f"an object with {', '.join(names)} alone", fields)
+    names = [key.removesuffix("?") for key in fields]
+    return Check(lambda value: value.keys() <= set(names), f"an object with {', '.join(names)} alone", fields)
 
 
 def expect(value: Any, spec: Spec, where: object) -> Any:

@@ -1,80 +1,71 @@
-"""Reading configuration files: YAML with `base:` and `${VARIABLES}`, JSON, command-line words. Knows no keys."""
+"""Reading configurations: YAML with `base:` and `${VARIABLES}`, command-line words, values by type; whatever the keys are."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-BASE_KEY = "base"
+from llava_sp.common.files import read_text
+from llava_sp.common.schema import Spec, expect, fits, one_of
+
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
-class UsageError(ValueError):
-    """Something the user can put right; its message needs no traceback."""
+def read_yaml(path: Path, spec: Spec) -> Any:
+    """The content of a YAML file that fits `spec` (see `common.schema`). Raises `ValueError` with the file, and line or key."""
+    try:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    return expect({} if content is None else content, spec, path)
 
 
-class FailedHere(UsageError):
-    """A UsageError that one process meets while the others may be well, so that it has to be told by that process."""
-
-
-def read_yaml(path: str | Path) -> list[tuple[Path, dict[str, Any]]]:
+def read_with_bases(path: str | os.PathLike) -> list[tuple[Path, dict[str, Any]]]:
     """The file and the files it builds on, as (file, its keys), the most basic one first.
 
-    Raises UsageError for a missing file, a file that is no mapping, an unset variable, a circle of bases.
+    Raises `ValueError` for a missing file, a file that is not a mapping, an unset variable, a circle of bases.
     """
     chain: list[tuple[Path, dict[str, Any]]] = []
-    file: Path | None = Path(path).expanduser()
-    asked_by = "command line"
-    while file is not None:
-        file = file.resolve()
-        if file in [seen for seen, _ in chain]:
-            raise UsageError(f"{asked_by}: the bases of a configuration form a circle ({file}).")
-        keys = _read_one(file, asked_by)
-        base = keys.pop(BASE_KEY, None)
-        chain.append((file, keys))
-        asked_by = str(file)
-        file = None if base is None else file.parent / Path(base).expanduser()
-    return chain[::-1]
-
-
-def _read_one(file: Path, asked_by: str) -> dict[str, Any]:
-    if not file.is_file():
-        raise UsageError(f"{asked_by}: there is no configuration file {file}.")
-    try:
-        keys = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{file} is not valid YAML: {error}") from error
-    if keys is None:
-        return {}
-    if not isinstance(keys, dict) or not all(isinstance(key, str) for key in keys):
-        raise UsageError(f"{file} must be a mapping of keys to values.")
-    return {key: _expand(value, file, key) for key, value in keys.items()}
+    file, named_by = Path(path).expanduser().resolve(), "command line"
+    while True:
+        if not file.is_file():
+            raise ValueError(f"{named_by}: there is no configuration file {file}")
+        if any(file == seen for seen, _ in chain):
+            raise ValueError(f"{named_by}: the bases of a configuration form a circle ({file})")
+        content = read_yaml(file, {"base?": (str, None)})
+        keys = {str(key): _expand(value, file, str(key)) for key, value in content.items()}
+        chain.insert(0, (file, keys))
+        base = keys.pop("base", None)
+        if base is None:
+            return chain
+        file, named_by = (file.parent / Path(base).expanduser()).resolve(), f"{file}: base"
 
 
 def _expand(value: Any, file: Path, key: str) -> Any:
+    """`value` with its variables replaced, in nested values too."""
     if isinstance(value, dict):
         return {name: _expand(item, file, f"{key}.{name}") for name, item in value.items()}
     if isinstance(value, list):
         return [_expand(item, file, key) for item in value]
-    if not isinstance(value, str) or "${" not in value:
+    if not isinstance(value, str):
         return value
 
     def replace(match: re.Match[str]) -> str:
         name, default = match.groups()
-        if name == "config_dir":
-            return str(file.parent)
-        if os.environ.get(name):
-            return os.environ[name]
-        if default is None:
-            raise UsageError(f"{file}: {key} = {value!r} needs the environment variable {name}, which is not set.")
-        return default
+        found = str(file.parent) if name == "config_dir" else os.environ.get(name) or default
+        if found is None:
+            raise ValueError(f"{file}: {key} = {value!r} needs the environment variable {name}, which is not set")
+        return found
 
     text = VARIABLE.sub(replace, value)
     if VARIABLE.fullmatch(value):  # the whole value is one variable: it may be a number, a truth value or null
@@ -83,45 +74,70 @@ def _expand(value: Any, file: Path, key: str) -> Any:
     return text
 
 
-def read_json(path: str | Path, asked_by: str) -> dict[str, Any]:
-    """A JSON object from a file. Raises UsageError."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UsageError(f"{asked_by}: there is no file {file}.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{file} must hold a JSON object.")
-    return content
-
-
 def split_command_line(words: Sequence[str]) -> dict[str, Any]:
     """`--key value`, `--key=value`, `--key a b`, `--flag` -> {key: value}. `null` gives None."""
-    values: dict[str, Any] = {}
+    found: dict[str, list[str]] = {}
     key: str | None = None
     for word in words:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
             key = name.replace("-", "_")
-            values[key] = [value] if equals else []
+            found[key] = [value] if equals else []
         elif key is None:
-            raise UsageError(f"command line: expected --key value, found {word!r}.")
+            raise ValueError(f"command line: expected --key value, found {word!r}")
         else:
-            values[key].append(word)
-    return {key: _one_or_many(found) for key, found in values.items()}
+            found[key].append(word)
+    one = {key: None if values == ["null"] else values[0] for key, values in found.items() if len(values) == 1}
+    return {key: one.get(key, values or True) for key, values in found.items()}
 
 
-def _one_or_many(found: list[str]) -> Any:
-    if not found:
-        return True
-    if len(found) == 1:
-        return None if found[0] == "null" else found[0]
+def typed(values: Mapping[str, Any], specs: Mapping[str, Spec], origin: Mapping[str, str]) -> dict[str, Any]:
+    """The values as their specs have them. Raises `ValueError` naming origin, key and value where that cannot be.
+
+    A text may stand for a number, a truth value, an object: all words of the command line are texts, and YAML reads 1e-3 as
+    one. A number may stand for a text, one item for a list.
+    """
+    found = {}
+    for key, value in values.items():
+        items = [_plain(item) for item in value] if isinstance(value, list) else _plain(value)
+        readings = [value, items, [value], [items], bool(items) if items in (0, 1) else value]
+        if isinstance(value, (bool, int, float)):
+            readings.append(str(value))
+        found[key] = next((reading for reading in readings if fits(reading, specs[key])), value)
+        expect({key: found[key]}, {key: specs[key]}, origin[key])
     return found
+
+
+def _plain(word: Any) -> Any:
+    """What a text means: a number, or whatever else it is in YAML."""
+    if not isinstance(word, str):
+        return word
+    for read in (int, float, yaml.safe_load):
+        with contextlib.suppress(ValueError, yaml.YAMLError):
+            return read(word)
+    return word
+
+
+def specs_of(hints: Mapping[str, Any]) -> dict[str, Spec]:
+    """The schema of each type annotation."""
+    return {key: _spec_of(hint) for key, hint in hints.items()}
+
+
+def _spec_of(hint: Any) -> Spec:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return one_of(*arguments)
+    if origin in (typing.Union, types.UnionType):
+        enums = any(isinstance(kind, type) and issubclass(kind, Enum) for kind in arguments)
+        kinds = [kind for kind in arguments if not (enums and kind is str)]  # a text must be one of the Enum's values
+        return tuple(map(_spec_of, kinds))
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return one_of(*(member.value for member in hint))
+    if origin is list:
+        return [_spec_of(arguments[0])]
+    return None if hint is type(None) else origin or hint
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
     """The valid key that `key` resembles most."""
-    known = sorted(known)
-    return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]

@@ -1,44 +1,54 @@
 """Processor and datasets of a run from its configuration, without the weights of its backbones.
 
-A run builds these before its model, so that what is wrong with them is told at once; `preview` and `check` look at them.
-`model`, `data` and `args` are the three parts that `llava_sp.config.arguments.load_config` gives.
+A run builds these before its model, so that their errors come before minutes of loading; `preview` and `check` look at them.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from llava_sp.checkpoints.opening.warm_start import language_model_within
+from llava_sp.common.schema import expect
+from llava_sp.config.arguments import Run, load_config
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.mixture import Source, load_mixture
 from llava_sp.data.skipped import SampleReport
 from llava_sp.model.backbone_configs import language_config, vision_config
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
+from llava_sp.model.opening import check_folder
 from llava_sp.model.processing_llava_sp import LlavaSPProcessor
-from llava_sp.model.projector import SPATIAL_VARIANTS
-
-if TYPE_CHECKING:
-    from llava_sp.config.arguments import DataArguments, ModelArguments, TrainArguments
+from llava_sp.model.projector import SpatialProjector
 
 
-def build_processor(model: ModelArguments, data: DataArguments) -> LlavaSPProcessor:
-    """The run's processor. Raises ValueError for a model, template or image mode that does not fit."""
+def build_processor(run: Run) -> LlavaSPProcessor:
+    """The run's processor; its token counts come from the backbones' own configurations.
+
+    Raises `ValueError` for a model, projector, template or image aspect ratio that does not fit.
+    """
+    assert run.model.language_model and run.model.vision_tower, "checked before"
+    config = LlavaSPConfig(
+        text_config=language_config(run.model.language_model),
+        vision_config=vision_config(run.model.vision_tower),
+        **run.model.projector,
+    )
+    with torch.device("meta"):
+        SpatialProjector(config)  # for its errors alone
     return LlavaSPProcessor.from_backbones(
-        geometry(model),
-        language_model=model.language_model,
-        vision_tower=model.vision_tower,
-        image_aspect_ratio=data.image_aspect_ratio,
-        conversation_template=data.conversation_template,
+        config,
+        language_model=run.model.language_model,
+        vision_tower=run.model.vision_tower,
+        image_aspect_ratio=run.data.image_aspect_ratio,
+        conversation_template=run.data.conversation_template,
     )
 
 
-def build_datasets(
-    processor: LlavaSPProcessor, data: DataArguments, args: TrainArguments
-) -> tuple[ConversationDataset, ConversationDataset | None]:
+def build_datasets(processor: LlavaSPProcessor, run: Run) -> tuple[ConversationDataset, ConversationDataset | None]:
     """Training data and, if asked for, validation data (a file of its own, or a fixed random share)."""
+    data, seed = run.data, run.train.data_seed or 0
 
     def dataset(sources: list[Source], name: str) -> ConversationDataset:
         return ConversationDataset(
@@ -47,22 +57,19 @@ def build_datasets(
             conversation_template=data.conversation_template,
             model_max_length=data.model_max_length,
             on_bad_sample=data.on_bad_sample,
-            skipped_path=Path(args.output_dir or ".") / f"skipped_{name}.jsonl",
-            seed=args.data_seed,
+            skipped_path=Path(run.train.output_dir or ".") / f"skipped_{name}.jsonl",
+            seed=seed,
         )
 
-    train = dataset(training_sources(data), "train")
+    train = dataset(
+        load_mixture(data.mixture or [{"annotations": data.data_path, "images": data.image_folder}]), "train"
+    )
     if data.eval_data_path:
         images = data.eval_image_folder or data.image_folder
         return train, dataset(load_mixture([{"annotations": data.eval_data_path, "images": images}]), "eval")
     if data.validation_fraction:
-        return train.split(data.validation_fraction, seed=args.data_seed)
+        return train.split(data.validation_fraction, seed=seed)
     return train, None
-
-
-def training_sources(data: DataArguments) -> list[Source]:
-    """The annotation files of a run: those of its mixture, or its one data_path."""
-    return load_mixture(data.mixture or [{"annotations": data.data_path, "images": data.image_folder}])
 
 
 def dataset_of_config(path: str | PathLike, overrides: Sequence[str] = ()) -> ConversationDataset:
@@ -75,48 +82,14 @@ def dataset_of_config(path: str | PathLike, overrides: Sequence[str] = ()) -> Co
     Raises:
         ValueError, OSError: an unknown key, a missing file, a backbone that is not set, a warm start that cannot be read.
     """
-    from llava_sp.config.arguments import load_config  # here alone: data is below train
-    from llava_sp.train.build import settle_language_model
-
-    model, data, args = load_config(path, list(overrides))
-    settle_language_model(model)
-    for key in ("language_model", "vision_tower"):
-        if getattr(model, key) is None:
-            raise ValueError(f"{path} sets no {key}")
-        if os.path.isabs(getattr(model, key)) and not os.path.isdir(getattr(model, key)):
-            raise ValueError(f"{key}: there is no folder {getattr(model, key)}")
-    if data.mixture is None and data.data_path is None:
-        raise ValueError(f"{path} sets neither mixture nor data_path")
-    dataset, _ = build_datasets(build_processor(model, data), data, args)
+    run = load_config(path, list(overrides))
+    if run.model.warm_start is not None:
+        run.model.language_model = str(language_model_within(run.model.warm_start, run.model.language_model))
+    model, data = run.model, run.data.data_path or run.data.mixture
+    backbones = {"language_model": model.language_model, "vision_tower": model.vision_tower}
+    expect({**backbones, "data_path or mixture": data}, {str: str}, path)
+    for name in backbones.values():
+        check_folder(str(name))
+    dataset, _ = build_datasets(build_processor(run), run)
     dataset.on_bad_sample, dataset.report = "fail", SampleReport(None)  # looking writes nothing
     return dataset
-
-
-def geometry(model: ModelArguments) -> LlavaSPConfig:
-    """A configuration with the run's token counts, from the backbones' own configurations.
-
-    Raises ValueError for an unknown variant and for scales or windows that do not fit in the patch grid.
-    """
-    if model.spatial_variant not in ("none", *SPATIAL_VARIANTS):
-        known = ", ".join(["none", *SPATIAL_VARIANTS])
-        raise ValueError(f"spatial_variant is {model.spatial_variant!r}; it must be one of: {known}")
-    return LlavaSPConfig(
-        text_config=language_config(model.language_model),
-        vision_config=vision_config(model.vision_tower),
-        **spatial_settings(model),
-    )
-
-
-def spatial_settings(model: ModelArguments) -> dict:
-    """The run's keys of the projector, as `LlavaSPConfig` and `from_backbones` take them."""
-    layers = model.vision_feature_layer
-    return {
-        "spatial_variant": model.spatial_variant,
-        "spatial_scales": model.spatial_scales,
-        "spatial_width": model.spatial_width,
-        "spatial_fusion": model.spatial_fusion,
-        "spatial_projection_bias": model.spatial_projection_bias,
-        "fusion_kernel": model.fusion_kernel,
-        "fusion_stride": model.fusion_stride,
-        "vision_feature_layer": layers[0] if len(layers) == 1 else list(layers),
-    }

@@ -2,28 +2,30 @@
 
     python -m llava_sp.data.check --config configs/finetune_lora_7b_cropping.yaml [--workers 8] [--output bad.jsonl] [--key value]
 
-Ends with status 1 if a sample is bad. Every record is looked at once, whatever its weight in the mixture.
+Every record is looked at once, whatever its weight in the mixture. Exit status: 1 if a sample is bad, 2 for a configuration
+that cannot be used.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
+import statistics
 import sys
 import time
+from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from llava_sp.common.command import command_parser, run_command
+from llava_sp.common.files import write_jsonl
+from llava_sp.data.annotations import BadSample
 
-from llava_sp.data.dataset import ConversationDataset
-from llava_sp.data.records import BadSample
+if TYPE_CHECKING:
+    from llava_sp.data.dataset import ConversationDataset
 
 
-class _Look(Dataset):
+class _Look:
     """`[i]` is `(i, tokens, tokens before cutting, learned tokens, images, reason it is bad or "")`."""
 
     def __init__(self, dataset: ConversationDataset):
@@ -45,7 +47,7 @@ class _Look(Dataset):
 
 @dataclass
 class Findings:
-    """What `check` found."""
+    """What `look_at_all` found."""
 
     bad: list[dict] = field(default_factory=list)  # {"file", "index", "reason"}
     tokens: list[int] = field(default_factory=list)  # of the good samples, after cutting
@@ -54,11 +56,15 @@ class Findings:
     with_image: int = 0
 
 
-def check(dataset: ConversationDataset, workers: int = 0) -> Findings:
+def look_at_all(dataset: ConversationDataset, workers: int = 0) -> Findings:
     """Look at every record of `dataset` once; nothing is raised for a bad one."""
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+
     dataset = dataset.distinct()
     findings = Findings()
-    loader = DataLoader(_Look(dataset), batch_size=32 if workers else 1, num_workers=workers, collate_fn=list)
+    looks: Any = _Look(dataset)
+    loader: DataLoader = DataLoader(looks, batch_size=32 if workers else 1, num_workers=workers, collate_fn=list)
     with tqdm(total=len(dataset), unit="sample", disable=None) as progress:
         for batch in loader:
             for index, tokens, uncut, learned, images, reason in batch:
@@ -81,43 +87,42 @@ def summary(findings: Findings, limit: int, show: int) -> str:
         f"{good + len(findings.bad)} records: {good} good ({findings.with_image} with images), {len(findings.bad)} bad"
     ]
     if good:
-        tokens = np.array(findings.tokens)
-        lines.append(
-            f"tokens per sample: {tokens.min()} to {tokens.max()}, median {np.median(tokens):.0f}, mean {tokens.mean():.1f}; "
-            f"{findings.cut} cut at {limit}"
-        )
-        lines.append(
-            f"learned: {findings.learned} of {tokens.sum()} tokens ({100 * findings.learned / tokens.sum():.1f} %)"
-        )
+        tokens, total = findings.tokens, sum(findings.tokens)
+        lines += [
+            f"tokens per sample: {min(tokens)} to {max(tokens)}, median {statistics.median(tokens):.0f}, mean {total / good:.1f}; "
+            f"{findings.cut} cut at {limit}",
+            f"learned: {findings.learned} of {total} tokens ({100 * findings.learned / total:.1f} %)",
+        ]
     lines += [f"  {entry['file']}, record {entry['index']}: {entry['reason']}" for entry in findings.bad[:show]]
     if len(findings.bad) > show:
         lines.append(f"  ... and {len(findings.bad) - show} more (--output lists them all)")
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llava_sp.data.check", description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None) -> int:
+    parser = command_parser("llava_sp.data.check", __doc__)
     parser.add_argument("--config", required=True, help="training YAML")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read")
     parser.add_argument("--output", type=Path, help="JSONL file for the bad samples")
     parser.add_argument("--show", type=int, default=20, help="how many bad samples to print")
     options, overrides = parser.parse_known_args(arguments)
+    return run_command(lambda: print_findings(options, overrides), traceback=options.traceback)
+
+
+def print_findings(options: Namespace, overrides: list[str]) -> int:
     from llava_sp.data.build import dataset_of_config
 
-    try:
-        dataset = dataset_of_config(options.config, overrides)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    dataset = dataset_of_config(options.config, overrides)
     for source, file in zip(dataset.sources, dataset.files, strict=True):
         print(f"{file.path}: {len(file)} records, weight {source.weight:g}, images in {source.images}")
     started = time.monotonic()
-    findings = check(dataset, options.workers)
+    findings = look_at_all(dataset, options.workers)
     print(summary(findings, dataset.model_max_length, options.show))
     print(f"checked in {time.monotonic() - started:.1f} s")
     if options.output:
-        options.output.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in findings.bad))
-    sys.exit(1 if findings.bad else 0)
+        write_jsonl(options.output, findings.bad)
+    return 1 if findings.bad else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

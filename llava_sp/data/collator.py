@@ -10,7 +10,7 @@ from llava_sp.model.processing_llava_sp import IGNORE_INDEX
 
 
 class Collator:
-    """Pads on the right; the attention mask tells padding by length, never by the padding id.
+    """Pads on the right; the attention mask marks padding by length, never by the padding id.
 
     Returns:
         `input_ids`, `labels` (-100 at padding), `attention_mask` [B, L], and, if any sample has images, `pixel_values`

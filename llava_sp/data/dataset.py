@@ -17,14 +17,15 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from llava_sp.common.schema import expect, one_of, some
+from llava_sp.data.annotations import BadSample, Conversation, parse_record
 from llava_sp.data.images import load_image
 from llava_sp.data.mixture import Source
-from llava_sp.data.records import BadSample, Conversation, RecordFile, parse_record
+from llava_sp.data.record_file import RecordFile
 from llava_sp.data.skipped import SampleReport
 from llava_sp.model.conversation import get_template
 from llava_sp.model.processing_llava_sp import IGNORE_INDEX, LlavaSPProcessor
 
-ON_BAD_SAMPLE = ("fail", "skip")
 MAX_SKIPS = 1000  # bad samples in a row before even `skip` gives up
 
 
@@ -47,7 +48,7 @@ class ConversationDataset(Dataset):
         model_max_length: tokens, image tokens included.
         on_bad_sample: `"fail"` or `"skip"`.
         skipped_path: JSONL file that lists what was skipped or cut; needed to skip.
-        seed: draws the part of a source whose weight is no whole number.
+        seed: draws the part of a source whose weight is not a whole number.
 
     `dataset[i]` is `{"input_ids": [L], "labels": [L], "pixel_values": [n, 3, H, W] if it has images}`.
 
@@ -65,17 +66,14 @@ class ConversationDataset(Dataset):
         skipped_path: str | Path | None = None,
         seed: int = 0,
     ):
-        if on_bad_sample not in ON_BAD_SAMPLE:
-            raise ValueError(f"on_bad_sample is {on_bad_sample!r}; use {' or '.join(ON_BAD_SAMPLE)}")
+        expect(on_bad_sample, one_of("fail", "skip"), "on_bad_sample")
         if on_bad_sample == "skip" and skipped_path is None:
             raise ValueError("on_bad_sample is 'skip', so skipped_path must name the file that lists what was skipped")
-        if not sources:
-            raise ValueError("no sources: give at least one annotation file")
         get_template(conversation_template or processor.conversation_template)
         self.processor, self.conversation_template = processor, conversation_template
         self.model_max_length = model_max_length
         self.on_bad_sample = on_bad_sample
-        self.sources = list(sources)
+        self.sources = expect(list(sources), some(), "sources")
         self.files = [RecordFile(source.annotations) for source in self.sources]
         self.report = SampleReport(skipped_path)
         self._table = _table(self.sources, [len(file) for file in self.files], seed)
@@ -86,7 +84,8 @@ class ConversationDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < len(self):  # also what ends a loop over the samples
             raise IndexError(f"sample {index} of {len(self)}")
-        for offset in range(min(MAX_SKIPS, len(self))):
+        tries = min(MAX_SKIPS, len(self))
+        for offset in range(tries):
             place = (index + offset) % len(self)
             try:
                 return self._sample(place)
@@ -94,10 +93,7 @@ class ConversationDataset(Dataset):
                 if self.on_bad_sample == "fail":
                     raise BadSample(f"{self.where(place)}: {error}") from error
                 self.report.add("skipped", *self.origin(place), reason=str(error))
-        raise ValueError(
-            f"{min(MAX_SKIPS, len(self))} bad samples in a row from {self.where(index)} on; "
-            f"python -m llava_sp.data.check lists them, {self.report.path} too"
-        )
+        raise ValueError(f"{tries} bad samples in a row from {self.where(index)} on; {self.report.path} lists them")
 
     def _sample(self, index: int) -> dict[str, torch.Tensor]:
         conversation = self.conversation(index)
@@ -132,17 +128,16 @@ class ConversationDataset(Dataset):
         placeholder, per_image = self.processor.image_token_id, self.processor.num_image_tokens
         marks, images = ids.count(placeholder) // per_image, len(conversation.images)
         if marks != images:
-            raise BadSample(
-                f"{marks} {self.processor.image_token} mark(s) in the text, but {images} image(s) in the record"
-            )
+            mark = self.processor.image_token
+            raise BadSample(f"{marks} {mark} mark(s) in the text, but {images} image(s) in the record")
         limit = self.model_max_length
-        if len(ids) > limit and placeholder in ids[limit:]:
-            needed = len(ids) - ids[::-1].index(placeholder)
+        needed = len(ids) - ids[::-1].index(placeholder) if marks else 0
+        if needed > limit:
             raise BadSample(f"its last image ends at token {needed}, but model_max_length is {limit}")
         uncut = len(ids)
         ids, labels = ids[:limit], labels[:limit]
+        cut = f", cut from {uncut} to {limit} tokens," if uncut > limit else ""
         if all(label == IGNORE_INDEX for label in labels):
-            cut = f", cut from {uncut} to {limit} tokens," if uncut > limit else ""
             raise BadSample(f"nothing to learn: the conversation{cut} holds no answer")
         return Encoded(ids, labels, uncut)
 
@@ -175,7 +170,7 @@ class ConversationDataset(Dataset):
     def lengths(self) -> list[int]:
         """Estimated tokens of each sample: words, as LLaVA counts them, and the image tokens.
 
-        Tokenizing everything to know it exactly takes minutes at 665,000 records and changes only how alike the lengths in a
+        Tokenizing everything to know it exactly takes minutes at 665,000 records and changes only how similar the lengths in a
         batch are; `python -m llava_sp.data.check` gives the exact ones.
         """
         words = self._per_sample([file.words for file in self.files])
@@ -201,17 +196,15 @@ class ConversationDataset(Dataset):
         """(training, validation): `fraction` of the records is kept for validation, each record on one side only.
 
         Raises:
-            ValueError: `fraction` is not between 0 and 1, or leaves a side empty.
+            ValueError: `fraction` leaves a side empty, as one that is not between 0 and 1 does.
         """
-        if not 0 < fraction < 1:
-            raise ValueError(f"the validation fraction is {fraction}; it must lie between 0 and 1")
         records = self.distinct()._table
         kept = round(len(records) * fraction)
         if not 0 < kept < len(records):
             raise ValueError(f"a validation fraction of {fraction} of {len(records)} record(s) leaves one side empty")
         chosen = records[np.sort(np.random.default_rng(seed).permutation(len(records))[:kept])]
-        taken = {tuple(row) for row in chosen.tolist()}
-        held_out = np.array([tuple(row) in taken for row in self._table.tolist()])
+        validation = {tuple(row) for row in chosen.tolist()}
+        held_out = np.array([tuple(row) in validation for row in self._table.tolist()])
         return self._with_table(self._table[~held_out]), self._with_table(chosen)
 
     def _with_table(self, table: np.ndarray) -> ConversationDataset:

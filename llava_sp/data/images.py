@@ -10,11 +10,12 @@ import os
 import struct
 import warnings
 import zlib
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from llava_sp.data.records import BadSample
+from llava_sp.common.files import leads_outside
+from llava_sp.data.annotations import BadSample
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB as RGB
 MAX_SIDE = 16_384
@@ -36,11 +37,8 @@ def image_path(folder: str | os.PathLike, name: str) -> Path:
     Raises:
         BadSample: the name leads out of the folder.
     """
-    parts = PurePosixPath(name).parts + PureWindowsPath(name).parts
-    if ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or "\0" in name:
-        raise BadSample(
-            f"image {name!r} leads out of the image folder {folder}; name it relative to the folder, without .."
-        )
+    if leads_outside(name):
+        raise BadSample(f"image {name!r} leads out of the image folder {folder}; name it relative to that, without ..")
     return Path(folder, name)
 
 
@@ -48,44 +46,37 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
     """The image `name` in `folder`, decoded, as RGB (converted as the original does; no EXIF rotation).
 
     Raises:
-        BadSample: the file is outside the folder, missing, empty, no image, gigantic, or damaged.
+        BadSample: the file is outside the folder, missing, empty, not an image, gigantic, or damaged.
     """
     path = image_path(folder, name)
     try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise BadSample(f"image {path} cannot be opened: {error.strerror}") from error
-    if path.is_dir():
-        raise BadSample(f"image {path} is a folder")
-    if size == 0:
-        raise BadSample(f"image {path} is empty (0 bytes)")
-    try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits below are stricter
             with Image.open(path) as image:
-                _check_size(path, image.size)
+                width, height = image.size
+                for value, limit, unit in (
+                    (width * height, MAX_PIXELS, "pixels"),
+                    (max(image.size), MAX_SIDE, "a side"),
+                    (max(image.size), MAX_RATIO * min(image.size), f"a side ({MAX_RATIO} times the other)"),
+                ):
+                    if value > limit:
+                        raise BadSample(f"image {path} is {width} x {height}, {value:,}; the limit is {limit:,} {unit}")
                 return image.convert("RGB")
     except BadSample:
         raise
-    except UnidentifiedImageError as error:
-        raise BadSample(f"image {path} is not an image: its {size} bytes begin with {_head(path)!r}") from error
-    except Image.DecompressionBombError as error:
-        raise BadSample(f"image {path} is too large, the limit is {MAX_PIXELS:,} pixels: {error}") from error
     except _BROKEN as error:
-        raise BadSample(f"image {path} is damaged or cut off ({size} bytes): {error}") from error
+        raise BadSample(f"image {path} {_reason(path, error)}") from error
 
 
-def _check_size(path: Path, size: tuple[int, int]) -> None:
-    width, height = size
-    what = f"image {path} is {width} x {height}"
-    if width * height > MAX_PIXELS:
-        raise BadSample(f"{what}, {width * height:,} pixels; the limit is {MAX_PIXELS:,}")
-    if max(size) > MAX_SIDE:
-        raise BadSample(f"{what}; the limit is {MAX_SIDE:,} a side")
-    if max(size) > MAX_RATIO * min(size):
-        raise BadSample(f"{what}; one side may be at most {MAX_RATIO} times the other")
-
-
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(16)
+def _reason(path: Path, error: Exception) -> str:
+    """Why an image cannot be decoded."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"is too large, the limit is {MAX_PIXELS:,} pixels: {error}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be opened: {error.strerror}"
+    content = path.read_bytes()
+    if not content:
+        return "is empty (0 bytes)"
+    if isinstance(error, UnidentifiedImageError):
+        return f"is not an image: its {len(content)} bytes begin with {content[:16]!r}"
+    return f"is damaged or cut off ({len(content)} bytes): {error}"

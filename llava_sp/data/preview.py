@@ -7,17 +7,19 @@ Learned text is green on a terminal and stands in [[double brackets]] otherwise.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from PIL import Image
+from llava_sp.common.command import command_parser, run_command
+from llava_sp.data.annotations import BadSample
 
-from llava_sp.data.dataset import ConversationDataset
-from llava_sp.data.records import BadSample
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from llava_sp.data.dataset import ConversationDataset
 
 COLOUR = ("\033[1;32m", "\033[0m")
 BRACKETS = ("[[", "]]")
@@ -34,10 +36,10 @@ def marked_text(dataset: ConversationDataset, index: int, marks: tuple[str, str]
     segments = processor.render_conversation(conversation.turns, dataset.conversation_template)
     text = "".join(piece for piece, _ in segments)
     tokens = processor.align_segments(segments)
-    learned = np.zeros(len(text) + 1, dtype=bool)
+    learned = [False] * (len(text) + 1)
     for token in tokens[:kept]:
         if token.label == token.id:
-            learned[token.start : token.end] = True
+            learned[token.start : token.end] = [True] * (token.end - token.start)
     end = len(text) if kept == len(tokens) else tokens[kept - 1].end
     prefix = [token.id for token in tokens if token.end == 0 and token.id in processor.tokenizer.all_special_ids]
     parts = [processor.tokenizer.decode(prefix)] if prefix else []
@@ -45,7 +47,7 @@ def marked_text(dataset: ConversationDataset, index: int, marks: tuple[str, str]
     for place in range(end):
         if learned[place] != inside:
             parts.append(marks[inside])
-            inside = bool(learned[place])
+            inside = learned[place]
         parts.append(text[place])
     if inside:
         parts.append(marks[1])
@@ -55,11 +57,14 @@ def marked_text(dataset: ConversationDataset, index: int, marks: tuple[str, str]
 
 
 def seen_images(dataset: ConversationDataset, pixel_values: torch.Tensor) -> list[Image.Image]:
-    """Pixels [n, 3, H, W] back to pictures: normalisation undone, nothing else."""
+    """Pixels [n, 3, H, W] back to images: normalisation undone, nothing else."""
+    import torch
+    from PIL import Image
+
     settings = dataset.processor.image_processor
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.image_mean, settings.image_std))
     restored = ((pixel_values * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in restored]
+    return [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in restored]
 
 
 def show(dataset: ConversationDataset, index: int, folder: Path, marks: tuple[str, str]) -> None:
@@ -81,29 +86,30 @@ def show(dataset: ConversationDataset, index: int, folder: Path, marks: tuple[st
     if not images:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = seen_images(dataset, dataset.processor.preprocess_images(images))
-    for number, (name, image, picture) in enumerate(zip(conversation.images, images, pictures, strict=True)):
+    seen = seen_images(dataset, dataset.processor.preprocess_images(images))
+    for number, (name, image, pixels) in enumerate(zip(conversation.images, images, seen, strict=True)):
         path = folder / f"sample_{index}_image_{number}.png"
-        picture.save(path)
+        pixels.save(path)
         print(
-            f"{name} ({image.width} x {image.height}) as the model sees it ({picture.width} x {picture.height}): {path}"
+            f"{name} ({image.width} x {image.height}) as the model sees it ({pixels.width} x {pixels.height}): {path}"
         )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llava_sp.data.preview", description=__doc__.splitlines()[0])
+def main(arguments: list[str] | None = None) -> int:
+    parser = command_parser("llava_sp.data.preview", __doc__)
     parser.add_argument("--config", required=True, help="training YAML")
     parser.add_argument("--index", type=int, default=0, help="which sample")
     parser.add_argument("--output", type=Path, default=Path("preview"), help="folder for the images")
     options, overrides = parser.parse_known_args(arguments)
     marks = COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else BRACKETS
-    from llava_sp.data.build import dataset_of_config
 
-    try:
+    def action() -> None:
+        from llava_sp.data.build import dataset_of_config
+
         show(dataset_of_config(options.config, overrides), options.index, options.output, marks)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+
+    return run_command(action, traceback=options.traceback)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

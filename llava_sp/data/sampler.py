@@ -1,7 +1,7 @@
 """The order of training: batches of one modality and of similar length, a function of (seed, epoch) alone.
 
 As in LLaVA: samples with and without images are shuffled apart, cut into megabatches (one step of all processes), sorted
-by length inside, dealt out so that the processes' loads are alike, and the megabatches are shuffled.
+by length inside, split so that the processes' loads are similar, and the megabatches are shuffled.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ class ModalityLengthSampler(Sampler[int]):
         if batch_size < 1 or world_size < 1:
             raise ValueError(f"batch_size is {batch_size} and world_size {world_size}; both must be at least 1")
         self.lengths = np.asarray(lengths, dtype=np.int64)
-        if not len(self.lengths) or not self.lengths.all():
+        zeros = int((self.lengths == 0).sum())
+        if not len(self.lengths) or zeros:
             raise ValueError(
-                f"{len(self.lengths)} lengths, of them {int((self.lengths == 0).sum())} zero; there must be some, none zero"
+                f"{len(self.lengths)} lengths, of them {zeros} zero; there must be some, all other than zero"
             )
         self.batch_size, self.world_size = batch_size, world_size
         self.seed, self.epoch = seed, 0
@@ -54,10 +55,10 @@ class ModalityLengthSampler(Sampler[int]):
         left = np.concatenate(rest)  # fewer than two steps' worth, modalities mixed, last
         order += [left[start : start + step] for start in range(0, len(left), step)]
         for megabatch in order:
-            yield from self._dealt(megabatch)
+            yield from self._balanced(megabatch)
 
-    def _dealt(self, megabatch: np.ndarray) -> list[int]:
-        """Longest first, each sample to the batch with the least so far: all batches full, their sums alike."""
+    def _balanced(self, megabatch: np.ndarray) -> list[int]:
+        """Longest first, each sample to the batch with the least so far: all batches full, their sums similar."""
         sizes = np.abs(self.lengths[megabatch])
         by_length = megabatch[np.argsort(-sizes, kind="stable")]
         if len(megabatch) < self.batch_size * self.world_size:

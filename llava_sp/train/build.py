@@ -12,24 +12,23 @@ from torch import nn
 
 from llava_sp import LlavaSPForCausalLM
 from llava_sp.checkpoints.opening.adapter import load_projector
-from llava_sp.checkpoints.opening.warm_start import language_model_within, start_from
-from llava_sp.config.arguments import ModelArguments, TrainArguments
-from llava_sp.data.build import spatial_settings
+from llava_sp.checkpoints.opening.warm_start import start_from
+from llava_sp.config.arguments import ModelArguments, Run, TrainArguments
 from llava_sp.train.stages import STAGES, apply_stage, table
-from llava_sp.train.trainer import rates_of
 
 SCRATCH = "scratch"
 logger = logging.getLogger(__name__)
 
 
-def build_model(arguments: ModelArguments, args: TrainArguments) -> LlavaSPForCausalLM:
+def build_model(run: Run) -> LlavaSPForCausalLM:
     """Backbones, LoRA if the stage trains it, projector (fresh, a warm start's patch MLP, or stage 1's whole one); frozen as
     the stage says."""
+    arguments, args = run.model, run.train
     options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
     model = LlavaSPForCausalLM.from_backbones(
         language_model=arguments.language_model,
         vision_tower=arguments.vision_tower,
-        **spatial_settings(arguments),
+        **arguments.projector,
         dtype=torch.bfloat16 if args.bf16 else torch.float32,
         seed=args.seed,
         **options,
@@ -37,8 +36,8 @@ def build_model(arguments: ModelArguments, args: TrainArguments) -> LlavaSPForCa
     if "lora" in STAGES[args.stage]:
         add_lora(model, arguments, args.seed)
     if arguments.warm_start is not None:
-        taken = start_from(model, arguments.warm_start, check_base=arguments.check_base)
-        logger.info("Starting from %s: its %s.", arguments.warm_start, " and ".join(taken))
+        parts = start_from(model, arguments.warm_start, check_base=arguments.check_base)
+        logger.info("Starting from %s: its %s.", arguments.warm_start, " and ".join(parts))
     if arguments.projector_checkpoint not in (None, SCRATCH):
         load_projector(model, arguments.projector_checkpoint)
         logger.info("The projector starts from %s.", arguments.projector_checkpoint)
@@ -46,17 +45,10 @@ def build_model(arguments: ModelArguments, args: TrainArguments) -> LlavaSPForCa
     return model
 
 
-def settle_language_model(arguments: ModelArguments) -> None:
-    """Let the language model be the one within the warm start, if that holds one. Raises `ValueError` or `OSError` for a warm
-    start that cannot be read."""
-    if arguments.warm_start is not None:
-        arguments.language_model = str(language_model_within(arguments.warm_start, arguments.language_model))
-
-
-def add_lora(model: nn.Module, arguments: ModelArguments, seed: int = 0) -> None:
+def add_lora(model: LlavaSPForCausalLM, arguments: ModelArguments, seed: int = 0) -> None:
     """LoRA on the named linear layers of the language model, nowhere else; the same weights for the same seed.
 
-    Raises ValueError for a name that the language model has not.
+    Raises ValueError for a name that the language model does not have.
     """
     linear = {
         name.rsplit(".", 1)[-1]
@@ -65,10 +57,7 @@ def add_lora(model: nn.Module, arguments: ModelArguments, seed: int = 0) -> None
     }
     unknown = [name for name in arguments.lora_target_modules if name not in linear]
     if unknown:
-        raise ValueError(
-            f"lora_target_modules names {', '.join(unknown)}; the language model's linear layers are "
-            f"{', '.join(sorted(linear))}."
-        )
+        raise ValueError(f"lora_target_modules names {', '.join(unknown)}; the model has {', '.join(sorted(linear))}")
     leaves = "|".join(map(re.escape, arguments.lora_target_modules))
     config = LoraConfig(
         r=arguments.lora_r,
@@ -83,7 +72,7 @@ def add_lora(model: nn.Module, arguments: ModelArguments, seed: int = 0) -> None
         model.add_adapter(config)
 
 
-def prepare_stage(model: nn.Module, args: TrainArguments) -> None:
+def prepare_stage(model: LlavaSPForCausalLM, args: TrainArguments) -> None:
     """Freeze, keep the frozen tower out of training mode, give what trains full precision, and log the table."""
     apply_stage(model, args.stage)
     tower = model.model.vision_tower
@@ -93,7 +82,7 @@ def prepare_stage(model: nn.Module, args: TrainArguments) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-    for line in [f"Stage {args.stage}:", *table(model, args.stage, rates_of(args))]:
+    for line in [f"Stage {args.stage}:", *table(model, args.stage, args.rates)]:
         logger.info(line)
 
 

@@ -1,4 +1,4 @@
-"""What a run tells: rates of every optimizer group, speed and memory, on the console and in OUT/log.jsonl."""
+"""What a run logs: rates of every optimizer group, speed and memory, on the console and in OUT/log.jsonl."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def line(step: int, steps: int, logs: dict[str, Any]) -> str:
 
 
 class EndWithLauncher(TrainerCallback):
-    """Stops a process whose launcher was killed: it must not go on writing where the next attempt wants to."""
+    """Stops a process whose launcher was killed: it must not go on writing where the next attempt writes."""
 
     def __init__(self):
         self.launchers = launchers()

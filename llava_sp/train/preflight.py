@@ -1,4 +1,4 @@
-"""What a run needs and does not find, in one message, before anything is loaded."""
+"""What a run needs and is missing, and what is in its way, in one message, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from llava_sp.checkpoints.opening.warm_start import holds_lora
-from llava_sp.config.arguments import DataArguments, ModelArguments, TrainArguments, is_local_path
-from llava_sp.config.files import UsageError
-from llava_sp.data.mixture import parse_mixture
+from llava_sp.config.arguments import DataArguments, ModelArguments, Run, TrainArguments
+from llava_sp.data.mixture import load_mixture
+from llava_sp.model.opening import is_missing_folder
 from llava_sp.train.build import SCRATCH
+from llava_sp.train.run_folder import RunFolder
 from llava_sp.train.stages import STAGES
 
 MODEL_SOURCES = {
     "language_model": "a hub id such as lmsys/vicuna-7b-v1.5, or a folder with a causal language model",
     "vision_tower": "a hub id such as openai/clip-vit-large-patch14-336, or a folder with a vision model",
 }
+HELP = """
+Set a key by --key VALUE or in the YAML file. To try the whole recipe on data that comes with the project: \
+bash scripts/quickstart.sh"""
 VARIABLES = {
     "language_model": "LLAVA_SP_LANGUAGE_MODEL",
     "vision_tower": "LLAVA_SP_VISION_TOWER",
@@ -28,16 +32,12 @@ VARIABLES = {
 }
 
 
-def check_inputs(model: ModelArguments, data: DataArguments, args: TrainArguments) -> None:
-    """Raise UsageError that names everything that is missing, the key that sets it, and where it comes from."""
-    problems = [*_warm_start(model, args), *_models(model), *_projector(model, args), *_data(data), *_output(args)]
+def check_inputs(run: Run) -> None:
+    """Raise `ValueError` that names all that is missing or in the way, the key that sets it, and where it comes from."""
+    model, data, args = run.model, run.data, run.train
+    problems = [*_warm_start(model, args), *_models(model), *_projector(model, args), *_data(data), *_output(run)]
     if problems:
-        raise UsageError(
-            "This run cannot start yet; what is missing:\n"
-            + "\n".join(f"- {problem}" for problem in problems)
-            + "\nSet a key by --key VALUE or in the YAML file. To try the whole recipe on data that comes with the "
-            "project: bash scripts/quickstart.sh"
-        )
+        raise ValueError("\n- ".join(["This run cannot start yet; what is missing or wrong:", *problems]) + HELP)
 
 
 def _named(key: str, value: object) -> str:
@@ -49,7 +49,7 @@ def _warm_start(model: ModelArguments, args: TrainArguments) -> Iterator[str]:
     start = model.warm_start
     if start is None:
         return
-    if is_local_path(start) and not Path(start).exists():
+    if is_missing_folder(start):
         yield f"warm_start = {start}: it is not there; give a trained LLaVA-1.5 (folder, projector file or hub id), or null."
     elif "lora" not in STAGES[args.stage] and holds_lora(start):
         yield (
@@ -63,7 +63,7 @@ def _models(model: ModelArguments) -> Iterator[str]:
         name = getattr(model, key)
         if name is None:
             yield f"{key} is not set: {source}."
-        elif is_local_path(name):
+        elif Path(name).is_absolute():  # as every local path is by now
             if not (Path(name) / "config.json").is_file():
                 yield f"{_named(key, name)}: there is no model (no config.json) in this folder; give {source}."
         elif reason := _unreachable(name):
@@ -71,7 +71,7 @@ def _models(model: ModelArguments) -> Iterator[str]:
 
 
 def _unreachable(name: str) -> str | None:
-    """Why a hub model cannot be had, asking the hub once and only for a model that is not in the cache; else None."""
+    """Why a hub model is not available, asking the hub once and only for a model that is not in the cache; else None."""
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return None
@@ -144,7 +144,7 @@ def _data(data: DataArguments) -> Iterator[str]:
 
 def _mixture(file: Path) -> Iterator[str]:
     try:
-        sources = parse_mixture(file)
+        sources = load_mixture(file)
     except ValueError as error:
         yield f"mixture = {file}: {error}."
         return
@@ -155,6 +155,9 @@ def _mixture(file: Path) -> Iterator[str]:
             yield f"mixture = {file}: images: {source.images} is not there."
 
 
-def _output(args: TrainArguments) -> Iterator[str]:
-    if args.output_dir in (None, "trainer_output"):
+def _output(run: Run) -> Iterator[str]:
+    folder = run.train.output_dir
+    if folder in (None, "trainer_output"):
         yield "output_dir is not set: the folder that this run writes to."
+    else:
+        yield from RunFolder(folder).conflicts(run.settings, run.train.world_size)

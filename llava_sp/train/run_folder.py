@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, where it can go on from, and that only one run writes to it.
+"""The folder of a run: which run it holds, where it can go on from, and that only one process writes to it.
 
 OUT/run.yaml          settings and provenance; can be given to --config
 OUT/log.jsonl         one line per log
@@ -25,8 +25,9 @@ from transformers.trainer_callback import TrainerState
 
 from llava_sp.common.files import lock, write_atomic
 from llava_sp.common.folders import sync, sync_folder
+from llava_sp.common.processes import FailedHere
 from llava_sp.config.arguments import RESERVED_KEY
-from llava_sp.config.files import FailedHere, UsageError
+from llava_sp.config.files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ STATE_FILE = "trainer_state.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 REPLACED = re.compile(r"\.(checkpoint-\d+)\.replaced")
 WRITE_ERRORS = (OSError, SafetensorError)
+RECORDED = {f"{RESERVED_KEY}?": {"processes?": int}}  # the schema of run.yaml, beside settings that are only compared
+OTHER_RUN = "Give the same settings to go on with that run, or choose another output_dir."
 
 # Keys that change what is written, shown or how fast, but not what is learned.
 HARMLESS = (
@@ -60,35 +63,27 @@ class RunFolder:
         self.path = Path(path)
         self._lock: Any = None
 
-    def check(self, settings: Mapping[str, Any], processes: int) -> None:
-        """Raise UsageError if the folder holds another run, or something that is no run.
+    def conflicts(self, settings: Mapping[str, Any], processes: int) -> Iterator[str]:
+        """Why a run with these settings cannot write here: the folder holds another run, or something that is not a run.
 
-        A run that left neither checkpoint nor model (its data could not be read, say) has no claim to the folder.
+        A run that left neither checkpoint nor model (its data could not be read, for example) does not own the folder.
         """
-        if not (self.path / RUN_FILE).is_file():
-            strange = [entry.name for entry in self._entries() if entry.suffix in (".safetensors", ".bin")]
-            strange += [entry.name for entry in self._entries() if CHECKPOINT.fullmatch(entry.name)]
-            if strange:
-                raise UsageError(
-                    f"output_dir = {self.path} holds {', '.join(sorted(strange))} but no {RUN_FILE}: it is not the folder "
-                    "of a run. Choose another output_dir."
-                )
+        file, checkpoint = self.path / RUN_FILE, self.newest_checkpoint()
+        weights = [
+            e.name for e in self._entries() if e.suffix in (".safetensors", ".bin") or CHECKPOINT.fullmatch(e.name)
+        ]
+        if weights and not file.is_file():
+            yield f"output_dir = {self.path} holds {', '.join(sorted(weights))} but no {RUN_FILE}: choose another folder"
+        if not file.is_file() or not (self.is_finished or checkpoint):
             return
-        if not self.is_finished and self.newest_checkpoint() is None:
-            return
-        recorded = yaml.safe_load((self.path / RUN_FILE).read_text(encoding="utf-8"))
+        recorded, now = read_yaml(file, RECORDED), dict(settings)
         facts = recorded.pop(RESERVED_KEY, {})
-        lines = differences(recorded, settings)
-        if settings.get("deepspeed") and facts.get("processes") != processes and self.newest_checkpoint() is not None:
-            lines.append(
-                f"  number of processes: {facts.get('processes')} there, {processes} now (DeepSpeed's state is split)"
-            )
+        if settings.get("deepspeed") and checkpoint:
+            key = "number of processes (DeepSpeed's state is split among them)"
+            recorded[key], now[key] = facts.get("processes"), processes
+        lines = differences(recorded, now)
         if lines:
-            raise UsageError(
-                f"output_dir = {self.path} belongs to another run, which differs in:\n"
-                + "\n".join(lines)
-                + "\nGive the same settings to go on with that run, or choose another output_dir."
-            )
+            yield "\n".join([f"output_dir = {self.path} belongs to another run, which differs in:", *lines, OTHER_RUN])
 
     def _entries(self) -> list[Path]:
         return list(self.path.iterdir()) if self.path.is_dir() else []
@@ -107,9 +102,9 @@ class RunFolder:
         return max(found)[1] if found else None
 
     def open(self, settings: Mapping[str, Any], provenance: Mapping[str, Any], patience: float = 60.0) -> None:
-        """Take the folder for this process, clear what a killed save left, and write run.yaml.
+        """Lock the folder for this process, clear what a killed save left, and write run.yaml.
 
-        Another process that is still ending gets `patience` seconds for it. Raises UsageError if it stays, or if nothing
+        Another process that is still ending gets `patience` seconds for it. Raises `ValueError` if it stays, or if nothing
         can be written here.
         """
         with self.writing("the folder of the run"):
@@ -127,25 +122,20 @@ class RunFolder:
                 write_atomic(self.path / RUN_FILE, text)
 
     def close(self) -> None:
-        """Let others have the folder."""
+        """Release the folder."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def _wait_for_lock(self, patience: float) -> None:
         end = time.monotonic() + patience
-        while not self._locked():
+        while not lock(self._lock, self.path):
             self._lock.seek(0)
             holder = self._lock.read().strip() or "?"
             if time.monotonic() > end:
-                raise UsageError(
-                    f"output_dir = {self.path} is in use by process {holder}; wait for it to end, or end it."
-                )
+                raise ValueError(f"output_dir = {self.path} is in use by process {holder}: wait for it, or end it")
             logger.info("%s is in use by process %s; waiting for it to end.", self.path, holder)
             time.sleep(min(5.0, patience))
-
-    def _locked(self) -> bool:
-        return lock(self._lock, self.path)
 
     def _clear_interrupted_saves(self) -> None:
         for entry in self._entries():
@@ -158,18 +148,17 @@ class RunFolder:
 
     @contextlib.contextmanager
     def writing(self, name: str, errors: tuple[type[Exception], ...] = WRITE_ERRORS) -> Iterator[None]:
-        """Around writing `name`: a full disk, missing rights and the like become a UsageError that says what is left."""
+        """Around writing `name`: a full disk, missing rights and the like become a `FailedHere` that says what is left."""
         try:
             yield
         except errors as error:
-            raise FailedHere(self._write_failure(name, error)) from error
+            raise FailedHere(f"{name} could not be written to {self.path} {self._what_is_left(error)}") from error
 
-    def _write_failure(self, name: str, error: Exception) -> str:
+    def _what_is_left(self, error: Exception) -> str:
         there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
-        last = self.newest_checkpoint()
         return (
-            f"{name} could not be written to {self.path} ({shutil.disk_usage(there).free / 2**30:.2f} GiB free there): "
-            f"{error}\nThe newest complete checkpoint is {last or 'none yet'}; nothing was lost but the steps since. "
+            f"({shutil.disk_usage(there).free / 2**30:.2f} GiB free there): {error}\nThe newest complete checkpoint is "
+            f"{self.newest_checkpoint() or 'none yet'}; nothing was lost but the steps since. "
             "Make room (save_total_limit, output_dir) and give the same command again."
         )
 

@@ -55,18 +55,16 @@ def by_part(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 def apply_stage(model: nn.Module, stage: str) -> None:
     """Set `requires_grad` of every parameter as the stage says. Raises ValueError for an unknown or empty stage."""
     if stage not in STAGES:
-        raise ValueError(f"stage = {stage!r} is unknown; there are {', '.join(STAGES)}.")
-    unsaved = [part for part in STAGES[stage] if part not in SAVED_PARTS]
+        raise ValueError(f"stage = {stage!r} is unknown; there are {', '.join(STAGES)}")
+    unsaved = ", ".join(part for part in STAGES[stage] if part not in SAVED_PARTS)
     if unsaved:
-        raise ValueError(
-            f"stage {stage!r} trains {', '.join(unsaved)}, but a checkpoint holds {', '.join(SAVED_PARTS)}."
-        )
+        raise ValueError(f"stage = {stage!r} trains {unsaved}, but a checkpoint holds {', '.join(SAVED_PARTS)}")
     parts = by_part(model)
     for part, parameters in parts.items():
         for parameter in parameters.values():
             parameter.requires_grad_(part in STAGES[stage])
     if "lora" in STAGES[stage] and not parts["lora"]:
-        raise ValueError(f"stage = {stage!r} trains LoRA, but the model has none: add the adapter first.")
+        raise ValueError(f"stage = {stage!r} trains LoRA, but the model has none: add the adapter first")
 
 
 def trained_names(model: nn.Module) -> set[str]:

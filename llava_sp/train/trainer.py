@@ -17,11 +17,13 @@ from torch.utils.data import DistributedSampler, Sampler
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from llava_sp import LlavaSPForCausalLM
 from llava_sp.checkpoints.opening.adapter import load_adapter, save_adapter, trainable_state_dict
+from llava_sp.common.processes import FailedHere
 from llava_sp.config.arguments import TrainArguments
-from llava_sp.config.files import UsageError
+from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.sampler import ModalityLengthSampler
-from llava_sp.train.logs import Console, EndWithLauncher, JsonLines, Meter
+from llava_sp.train.logs import Console, JsonLines, Meter
 from llava_sp.train.run_folder import STAGING, STATE_FILE, WRITE_ERRORS, RunFolder
 from llava_sp.train.stages import optimizer_groups, trained_names
 
@@ -36,11 +38,13 @@ class LlavaSPTrainer(Trainer):
         model, args, train_dataset, ...: as for `transformers.Trainer`; `args` is a TrainArguments.
         folder: the run's folder.
         provenance: facts about the run that every checkpoint repeats.
-        group_by_modality_length: batches of one modality, of alike lengths.
-        launched: whether a launcher (deepspeed, torchrun, accelerate) started this process.
+        group_by_modality_length: batches of one modality and of similar lengths.
     """
 
     args: TrainArguments
+    model: LlavaSPForCausalLM
+    model_wrapped: Any
+    train_dataset: ConversationDataset
 
     def __init__(
         self,
@@ -48,7 +52,6 @@ class LlavaSPTrainer(Trainer):
         folder: RunFolder,
         provenance: dict[str, Any] | None = None,
         group_by_modality_length: bool = False,
-        launched: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -64,23 +67,22 @@ class LlavaSPTrainer(Trainer):
             self.remove_callback(unwanted)
         for callback in (self.meter, JsonLines(folder), Console()):
             self.add_callback(callback)
-        if launched:
-            self.add_callback(EndWithLauncher())
-        self.model.register_load_state_dict_post_hook(forget_frozen)
+        self.model.register_load_state_dict_post_hook(allow_missing_frozen)
 
     # ---- data order: a function of (seed, epoch), the same for any number of processes
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        sampler: ModalityLengthSampler | DistributedSampler
         if self.group_by_modality_length:
             sampler = ModalityLengthSampler(
                 dataset.modality_lengths,
                 batch_size=self.args.train_batch_size,
                 world_size=self.args.world_size * self.args.gradient_accumulation_steps,
-                seed=self.args.data_seed,
+                seed=self.args.data_seed or 0,
             )
-        else:  # one replica: a shuffle with set_epoch; accelerate deals the batches out to the processes
-            sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=self.args.data_seed)
+        else:  # one replica: a shuffle with set_epoch; accelerate gives each process its batches
+            sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=self.args.data_seed or 0)
         self.add_callback(SetEpoch(sampler))
         return sampler
 
@@ -89,7 +91,7 @@ class LlavaSPTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             groups = optimizer_groups(
-                self.model if model is None else model, self.args.stage, rates_of(self.args), self.args.weight_decay
+                self.model if model is None else model, self.args.stage, self.args.rates, self.args.weight_decay
             )
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = kind(
@@ -106,7 +108,7 @@ class LlavaSPTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self.meter.read(self.state))
-        super().log(logs)  # without start_time: the meter tells the speed
+        super().log(logs)  # without start_time: the meter has the speed
 
     # ---- checkpoints
 
@@ -119,7 +121,7 @@ class LlavaSPTrainer(Trainer):
         save_adapter(
             self.model,
             self.processing_class,
-            self.args.output_dir if output_dir is None else output_dir,
+            str(self.args.output_dir if output_dir is None else output_dir),
             run=run,
             state_dict=state,
             write=self.args.should_save,
@@ -135,7 +137,7 @@ class LlavaSPTrainer(Trainer):
         try:
             with self.folder.writing(name, (*WRITE_ERRORS, RuntimeError)):  # torch.save's error is a RuntimeError
                 self._write_and_publish(name, model, trial)
-        except UsageError:
+        except FailedHere:
             if self.args.should_save:  # the others' files go with it; they may still be writing theirs
                 shutil.rmtree(self._staging, ignore_errors=True)
             raise
@@ -144,6 +146,7 @@ class LlavaSPTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _write_and_publish(self, name: str, model: nn.Module, trial: Any) -> None:
+        assert self._staging is not None
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -159,6 +162,7 @@ class LlavaSPTrainer(Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        assert self.lr_scheduler is not None
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
 
@@ -166,21 +170,16 @@ class LlavaSPTrainer(Trainer):
         load_adapter(self.model if model is None else model, resume_from_checkpoint)
 
 
-def rates_of(args: TrainArguments) -> dict[str, float]:
-    """The value of every rate key that a stage may name."""
-    return {"learning_rate": args.learning_rate, "projector_lr": args.projector_lr}
-
-
-def forget_frozen(model: nn.Module, keys: Any) -> None:
+def allow_missing_frozen(model: nn.Module, keys: Any) -> None:
     """After `load_state_dict`: frozen weights come from the base models, so a checkpoint without them is complete."""
     trained = trained_names(model)
     keys.missing_keys[:] = [name for name in keys.missing_keys if name in trained]
 
 
 class SetEpoch(TrainerCallback):
-    """Tells the sampler the epoch; accelerate does not reach it in the first epoch of a resumed run."""
+    """Sets the sampler's epoch; accelerate does not reach it in the first epoch of a resumed run."""
 
-    def __init__(self, sampler: Sampler):
+    def __init__(self, sampler: ModalityLengthSampler | DistributedSampler):
         self.sampler = sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):

@@ -20,40 +20,35 @@ TOLERANCE = 1e-3
 
 @torch.no_grad()
 def verify_saved(trainer: LlavaSPTrainer, path: str | Path, sample: dict[str, Tensor] | None) -> dict[str, float]:
-    """Forget what was trained, load it from `path`, and compare the logits of one sample.
+    """Zero what was trained, load it from `path`, and compare the logits of one sample.
 
-    Where forgetting leaves the logits as they were (a sample of text alone, LoRA after its first step) or there is no
+    Where zeroing leaves the logits as they were (a sample of text alone, LoRA after its first step) or there is no
     sample, they would prove nothing: the tensors themselves are compared then, bit for bit.
 
     Every process must call this. Returns the figures for `finished.json`. Raises RuntimeError if something differs.
     """
     model = trainer.model
     before, kept = logits_of(trainer, sample), digests(model)
-    forget(model)
+    zero_trained(model)
     emptied = logits_of(trainer, sample)
     load_adapter(model, path)
     after = logits_of(trainer, sample)
 
     moved, error = relative_change(before, emptied), relative_change(before, after)
+    failure = f"the weights written to {path} do not give the trained model back (the checkpoints there are untouched)"
     if not error <= TOLERANCE:
-        raise RuntimeError(
-            f"The weights written to {path} do not give the trained model back: logits differ by {error:.2e} of their "
-            f"largest value, {TOLERANCE:g} is allowed. The checkpoints in the run's folder are untouched."
-        )
+        raise RuntimeError(f"{failure}: logits differ by {error:.2e} of their largest value; {TOLERANCE:g} is allowed")
     result = {"relative_logit_error": error, "relative_change_when_forgotten": moved}
     if moved > TOLERANCE:
         return result
     loaded = digests(model)
     changed = [name for name in kept if loaded[name] != kept[name]]
     if changed:
-        raise RuntimeError(
-            f"The weights written to {path} do not give the trained model back: {len(changed)} of {len(kept)} tensors "
-            f"differ, such as {changed[0]}. The checkpoints in the run's folder are untouched."
-        )
+        raise RuntimeError(f"{failure}: {len(changed)} of {len(kept)} tensors differ, such as {changed[0]}")
     return {**result, "tensors_compared": len(kept)}
 
 
-def told(proof: dict[str, float]) -> str:
+def in_words(proof: dict[str, float]) -> str:
     """The outcome in words."""
     if "tensors_compared" in proof:
         return f"loaded back, its {proof['tensors_compared']} trained tensors are the same bit for bit"
@@ -75,12 +70,12 @@ def digests(model: nn.Module) -> dict[str, str]:
         if name in trained:
             with gathered([parameter]):
                 data = parameter.detach().cpu().reshape(-1).view(torch.uint8)
-                found[name] = hashlib.sha256(data.numpy()).hexdigest()
+                found[name] = hashlib.sha256(data.numpy().data).hexdigest()
     return found
 
 
 def logits_of(trainer: LlavaSPTrainer, sample: dict[str, Tensor] | None) -> Tensor | None:
-    """Logits [L, words] of one sample at all positions, in float32, without those of ids that are no words."""
+    """Logits [L, words] of one sample at all positions, in float32, without those of ids that are not words."""
     if sample is None:
         return None
     model = trainer.model_wrapped
@@ -92,7 +87,7 @@ def logits_of(trainer: LlavaSPTrainer, sample: dict[str, Tensor] | None) -> Tens
     return logits[0, :, : trainer.model.config.image_token_id].float()
 
 
-def forget(model: nn.Module) -> None:
+def zero_trained(model: nn.Module) -> None:
     """Zero everything that was trained."""
     trained = trained_names(model)
     for name, parameter in model.named_parameters():

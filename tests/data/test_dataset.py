@@ -100,9 +100,9 @@ def test_a_bad_sample_is_replaced_by_the_next_and_listed(world, broken_files, ma
 @pytest.mark.parametrize(
     "turns, message",
     [
-        ([], "`conversations` is"),
+        ([], r"id 'x': conversations is \[\]"),
         ([{"from": "human", "value": "a"}, {"from": "human", "value": "b"}], "turn 1 is by the user"),
-        ([{"from": "tool", "value": "a"}], "turn 0 is from 'tool'"),
+        ([{"from": "tool", "value": "a"}], r"conversations\[0\].from is 'tool'"),
         ([{"from": "gpt", "value": "a"}], "no user turn"),
         ([{"from": "human", "value": "a"}], "nothing to learn"),
     ],
@@ -184,13 +184,13 @@ def test_golden_samples_that_are_bad_here(golden, tmp_path, processor):
 
 
 def test_constructor_checks(world, make_record, processor):
-    with pytest.raises(ValueError, match="on_bad_sample is 'ignore'; use fail or skip"):
+    with pytest.raises(ValueError, match="on_bad_sample is 'ignore'; expected 'fail' or 'skip'"):
         world([make_record("a", "b")], on_bad_sample="ignore")
     with pytest.raises(ValueError, match="skipped_path must name the file"):
         world([make_record("a", "b")], on_bad_sample="skip")
     with pytest.raises(ValueError, match="unknown conversation template 'v9'"):
         world([make_record("a", "b")], conversation_template="v9")
-    with pytest.raises(ValueError, match="no sources"):
+    with pytest.raises(ValueError, match=r"sources is \[\]; expected a list of at least one"):
         ConversationDataset([], processor)
 
 

@@ -8,8 +8,8 @@ import zlib
 import pytest
 from PIL import Image
 
+from llava_sp.data.annotations import BadSample
 from llava_sp.data.images import MAX_PIXELS, load_image
-from llava_sp.data.records import BadSample
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_bad_files(folder):
         (folder / name).write_bytes(content)
     expected = {
         "missing.jpg": "missing.jpg cannot be opened: No such file",
-        "sub": "sub is a folder",
+        "sub": "sub cannot be opened: Is a directory",
         "sub/good.jpg/x.jpg": "cannot be opened: Not a directory",
         "empty.jpg": r"empty.jpg is empty \(0 bytes\)",
         "cut.jpg": r"cut.jpg is damaged or cut off \(\d+ bytes\)",
@@ -87,9 +87,9 @@ def test_bad_files(folder):
         "cut.png": "cut.png is damaged or cut off",
         "broken.png": "broken.png is (damaged or cut off|not an image)",
         "huge.png": "huge.png is (30000 x 30000, 900,000,000 pixels|too large), .*89,478,485",
-        "large.png": "large.png is 11185 x 8000, 89,480,000 pixels; the limit is 89,478,485",
-        "wide.png": "wide.png is 20000 x 4000; the limit is 16,384 a side",
-        "thin.png": "thin.png is 1 x 201; one side may be at most 200 times the other",
+        "large.png": "large.png is 11185 x 8000, 89,480,000; the limit is 89,478,485 pixels",
+        "wide.png": "wide.png is 20000 x 4000, 20,000; the limit is 16,384 a side",
+        "thin.png": r"thin.png is 1 x 201, 201; the limit is 200 a side \(200 times the other\)",
         "bomb.bmp": "bomb.bmp is not an image",
         "a\0b.png": "leads out of the image folder",
     }

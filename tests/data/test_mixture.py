@@ -35,14 +35,16 @@ def test_paths_are_relative_to_the_file(files, monkeypatch):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "must be a list"),
-        ("annotations: a.json", "must be a list"),
-        ("[]", "at least one entry"),
-        ("- a.json", "mix.yaml, entry 0 is 'a.json'"),
-        ("- {annotations: a.json, wieght: 2}", "entry 0: unknown key 'wieght'; did you mean 'weight'"),
-        ("- {images: x}", "entry 0 names no annotations"),
-        ("- {annotations: a.json}\n- {annotations: c.json}", "entry 1: there is no annotation file .*c.json"),
-        ("- {annotations: a.json, weight: 0}", "weight is 0; a number above 0"),
+        ("", "mix.yaml is empty"),
+        ("annotations: a.json", "mix.yaml is .*expected a list"),
+        ("[]", r"mix.yaml is \[\]; expected a list of at least one"),
+        ("- a.json", r"mix.yaml: entry 0 \(counted from 0\) is 'a.json'; expected an object"),
+        (
+            "- {annotations: a.json, wieght: 2}",
+            "entry 0 .*'wieght': 2}; expected an object with annotations, images, weight alone",
+        ),
+        ("- {images: x}", "entry 0 .* has no annotations; it has images"),
+        ("- {annotations: a.json, weight: 0}", "weight is 0; expected a number above 0"),
         ("- {annotations: a.json, weight: .inf}", "weight is inf"),
         ("- {annotations: a.json, weight: lots}", "weight is 'lots'"),
         ("- [", "is not valid YAML"),
@@ -53,8 +55,14 @@ def test_bad_mixtures(files, text, message):
         load_mixture(write(files, text))
 
 
+def test_missing_annotations(files, processor):
+    sources = load_mixture(write(files, "- {annotations: a.json}\n- {annotations: c.json}"))
+    with pytest.raises(ValueError, match=r"there is no annotation file .*c\.json"):
+        ConversationDataset(sources, processor)
+
+
 def test_missing_mixture(tmp_path):
-    with pytest.raises(ValueError, match="there is no mixture file .*none.yaml"):
+    with pytest.raises(ValueError, match="none.yaml does not exist"):
         load_mixture(tmp_path / "none.yaml")
 
 

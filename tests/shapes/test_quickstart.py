@@ -139,12 +139,13 @@ def test_commands_are_valid_configurations(tmp_path, variant):
     run = quickstart.plan(tmp_path, [variant], [quickstart.DEFAULT_SEED])[0]
     *stages, _ = quickstart.commands(run, tmp_path / "data", quickstart.parse([]))
     found = [load_config(stage.words[2], stage.words[3:]) for stage in stages]
-    for model, data, training in found:
-        assert model.spatial_variant == variant and training.deepspeed is None and training.max_steps > 0
+    for run in found:
+        model, data, training = run.model, run.data, run.train
+        assert model.projector["spatial_variant"] == variant and training.deepspeed is None and training.max_steps > 0
         assert Path(model.language_model).is_dir() and Path(model.vision_tower).is_dir()
         assert Path(data.data_path).parent == tmp_path / "data"
-    (first, _, stage1), (second, _, stage2) = found
+    (first, stage1), (second, stage2) = [(run.model, run.train) for run in found]
     assert (stage1.stage, stage2.stage) == ("pretrain", "finetune_lora")
-    assert (first.spatial_width, first.spatial_scales) == (second.spatial_width, second.spatial_scales)
+    assert first.projector == second.projector
     assert second.projector_checkpoint == stage1.output_dir
     assert stage2.projector_lr == stage1.learning_rate

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_sp.config.files import FailedHere, UsageError
+from llava_sp.common.processes import FailedHere
 from llava_sp.train import run_folder, verify
 from llava_sp.train import trainer as trainer_module
-from llava_sp.train.run import main
+from llava_sp.train.__main__ import main
 from llava_sp.train.run_folder import RunFolder
 from tests.train.runs import GOLDEN, config, run_here
 
@@ -33,9 +33,7 @@ def proof(folder: Path) -> dict:
 
 
 def stopped(capsys, path: Path, words: list[str] = ()) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(["--config", str(path), *words])
-    assert stop.value.code == 2
+    assert main(["--config", str(path), *words]) == 2
     return capsys.readouterr().err
 
 
@@ -89,7 +87,7 @@ def test_a_tensor_that_does_not_come_back_is_noticed(tmp_path, text_alone, monke
 
 
 def test_full_disk_at_the_last_save(tmp_path, monkeypatch, capsys):
-    """Told without a traceback; the same command, with room, finishes without training again."""
+    """Reported without a traceback; the same command, with room, finishes without training again."""
     path = config(tmp_path, max_steps=2, save_steps=2)
     save = trainer_module.save_adapter
 
@@ -110,14 +108,14 @@ def test_full_disk_at_the_last_save(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["run.yaml", "finished.json", "log.jsonl"])
 def test_full_disk_at_a_small_file(tmp_path, monkeypatch, capsys, name):
     path = config(tmp_path, max_steps=1, save_steps=1)
-    write = run_folder.write_atomically
+    write = run_folder.write_atomic
 
     def full(target, text):
         if target.name == name:
             raise FULL
         write(target, text)
 
-    monkeypatch.setattr(run_folder, "write_atomically", full)
+    monkeypatch.setattr(run_folder, "write_atomic", full)
     if name == "log.jsonl":
         (tmp_path / "out" / name).mkdir(parents=True)  # cannot be appended to either
     message = stopped(capsys, path)
@@ -136,23 +134,24 @@ def test_a_folder_that_cannot_be_made(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("error", "rank", "local_rank", "told"),
+    ("error", "rank", "local_rank", "reported"),
     [
-        (UsageError("alike"), 0, 0, "error: alike\n"),
-        (UsageError("alike"), 3, 3, ""),
-        (UsageError("alike"), 8, 0, "process 8: error: alike\n"),  # another machine may lack a file
+        (ValueError("alike"), 0, 0, "error: alike\n"),
+        (ValueError("alike"), 3, 3, ""),
+        (ValueError("alike"), 8, 0, "process 8: error: alike\n"),  # another machine may lack a file
         (FailedHere("here"), 0, 0, "error: here\n"),
         (FailedHere("here"), 3, 3, "process 3: error: here\n"),
     ],
 )
-def test_which_process_tells(monkeypatch, capsys, tmp_path, error, rank, local_rank, told):
+def test_which_process_reports(monkeypatch, capsys, tmp_path, error, rank, local_rank, reported):
     def fail(*_):
         raise error
 
     monkeypatch.setattr("llava_sp.train.run.train", fail)
     monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-    assert stopped(capsys, tmp_path / "run.yaml") == told
+    assert stopped(capsys, tmp_path / "run.yaml") == reported
 
 
 # ---- the folder
@@ -171,13 +170,13 @@ def test_on_bad_sample_may_change_between_attempts(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, caplog, number):
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, capsys, number):
     def unsupported(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
     RunFolder(tmp_path / "out").open({}, {})
-    assert (tmp_path / "out" / "run.yaml").is_file() and "file system without locks" in caplog.text
+    assert (tmp_path / "out" / "run.yaml").is_file() and "has no file locks" in capsys.readouterr().err
 
 
 def staged(folder: RunFolder, text: str) -> Path:

@@ -17,10 +17,10 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from llava_sp import LlavaSPForCausalLM
-from llava_sp.config.files import UsageError
 from llava_sp.train import trainer as trainer_module
 from llava_sp.train import verify
-from llava_sp.train.run import main, train
+from llava_sp.train.__main__ import main
+from llava_sp.train.run import train
 from tests.train.conftest import no_launcher
 from tests.train.runs import config, finish, log, losses, run_here, start, wait_for_step
 
@@ -100,10 +100,10 @@ def test_a_finished_run_says_so(whole, caplog, monkeypatch):
 
 
 def test_another_runs_folder(whole, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["--config", str(whole / "run.yaml"), "--learning_rate", "1e-3", "--logging_steps", "5", "--seed", "7"])
+    words = ["--learning_rate", "1e-3", "--logging_steps", "5", "--seed", "7"]
+    assert main(["--config", str(whole / "run.yaml"), *words]) == 2
     message = capsys.readouterr().err
-    assert stop.value.code == 2 and "belongs to another run" in message
+    assert "belongs to another run" in message
     assert "learning_rate: 0.002 there, 0.001 now" in message and "seed: 42 there, 7 now" in message
     assert "logging_steps" not in message
 
@@ -111,7 +111,7 @@ def test_another_runs_folder(whole, capsys):
 def test_a_folder_that_is_no_run(whole, tmp_path):
     (tmp_path / "out").mkdir()
     shutil.copy(whole / "out" / "projector.safetensors", tmp_path / "out")
-    with pytest.raises(UsageError, match=r"holds projector\.safetensors but no run\.yaml"):
+    with pytest.raises(ValueError, match=r"holds projector\.safetensors but no run\.yaml"):
         run_here(tmp_path)
 
 
@@ -120,7 +120,7 @@ def test_one_run_at_a_time(tmp_path):
 
     first, second = RunFolder(tmp_path / "out"), RunFolder(tmp_path / "out")
     first.open({}, {})
-    with pytest.raises(UsageError, match=f"in use by process {os.getpid()}"):
+    with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):
         second.open({}, {}, patience=0)
 
 
@@ -136,7 +136,7 @@ def test_full_disk_while_saving(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer_module, "save_adapter", full)
     with pytest.raises(
-        UsageError, match=r"(?s)checkpoint-4 could not be written.*GiB free.*No space left.*checkpoint-2"
+        ValueError, match=r"(?s)checkpoint-4 could not be written.*GiB free.*No space left.*checkpoint-2"
     ):
         run_here(tmp_path, save_steps=2)
     out = tmp_path / "out"
@@ -186,7 +186,7 @@ def test_both_stages_and_validation(tmp_path):
         ({"spatial_variant": "pooling"}, "spatial_variant"),
         ({"spatial_width": 6}, "spatial_width"),
     ):
-        with pytest.raises(UsageError, match=word):
+        with pytest.raises(ValueError, match=word):
             run_here(tmp_path / word, projector_checkpoint=stage1, **settings)
 
 
@@ -211,30 +211,27 @@ def test_gradient_checkpointing_changes_nothing(whole, tmp_path):
     assert checkpointed == pytest.approx(plain, rel=1e-5)
 
 
-def test_bad_data_is_told_without_a_traceback(tmp_path, capsys):
+def test_bad_data_is_reported_without_a_traceback(tmp_path, capsys):
     broken = tmp_path / "broken.json"
     for text in ("", "[]", '[{"conversations": [{"from": "hum'):
         broken.write_text(text)
-        with pytest.raises(SystemExit):
-            main(["--config", str(config(tmp_path)), "--data_path", str(broken)])
+        assert main(["--config", str(config(tmp_path)), "--data_path", str(broken)]) == 2
         assert "broken.json" in capsys.readouterr().err
     main(["--config", str(config(tmp_path)), "--max_steps", "1"])  # the same folder, with good data
     assert (tmp_path / "out" / "finished.json").is_file()
     assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["data_path"].endswith("data.json")
 
 
-def test_a_bad_sample_met_while_training_is_told_without_a_traceback(tmp_path, capsys):
+def test_a_bad_sample_met_while_training_is_reported_without_a_traceback(tmp_path, capsys):
     data = tmp_path / "data.json"
     record = {
         "image": "gone.png",
         "conversations": [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Yes."}],
     }
     data.write_text(json.dumps([record, record]))
-    with pytest.raises(SystemExit) as stop:
-        main(["--config", str(config(tmp_path)), "--data_path", str(data)])
-    told = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert "data.json" in told and "gone.png" in told and "on_bad_sample: skip" in told
+    assert main(["--config", str(config(tmp_path)), "--data_path", str(data)]) == 2
+    reported = capsys.readouterr().err
+    assert "data.json" in reported and "gone.png" in reported and "on_bad_sample: skip" in reported
 
 
 def test_command_line_of_a_plain_process(tmp_path):
@@ -264,16 +261,16 @@ def test_the_run_keys_of_the_spatial_branch_reach_the_model(tmp_path):
 
 def test_a_tracker_gets_what_is_logged(tmp_path, monkeypatch):
     """report_to names a tracker of transformers; it sees the same figures as log.jsonl."""
-    told: dict[int, dict] = {}
+    seen: dict[int, dict] = {}
 
     class Tracker(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
-            told.setdefault(state.global_step, {}).update(logs)
+            seen.setdefault(state.global_step, {}).update(logs)
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
     records = run_here(tmp_path, max_steps=2, report_to="tensorboard")
-    assert {step: told[step]["loss"] for step in (1, 2)} == losses(records)
-    assert told[2]["learning_rate/lora"] == records[1]["learning_rate/lora"]
+    assert {step: seen[step]["loss"] for step in (1, 2)} == losses(records)
+    assert seen[2]["learning_rate/lora"] == records[1]["learning_rate/lora"]
 
 
 def test_tensorboard(tmp_path, monkeypatch):

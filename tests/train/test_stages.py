@@ -106,5 +106,5 @@ def test_mistakes(golden, monkeypatch):
     monkeypatch.setitem(stages.STAGES, "tower", {"vision_tower": "learning_rate"})
     with pytest.raises(ValueError, match="trains vision_tower, but a checkpoint holds"):
         stages.apply_stage(model, "tower")
-    with pytest.raises(ValueError, match=r"names qproj; .* are down_proj, gate_proj"):
+    with pytest.raises(ValueError, match=r"names qproj; .* has down_proj, gate_proj"):
         add_lora(model, ModelArguments(lora_target_modules=["qproj", "v_proj"]))

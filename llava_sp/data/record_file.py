@@ -1,4 +1,4 @@
-"""LLaVA annotation files: a JSON list of records, or one record per line (JSONL).
+"""LLaVA annotation files by index: a JSON list of records, or one record per line (JSONL).
 
 A file is read once to find where each record stands; records are then read from the file as they are needed. 665,000
 records cost some 15 MB here, instead of the gigabytes of Python objects that every data worker would copy.
@@ -10,69 +10,23 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from llava_sp.common.files import parse_line
+from llava_sp.common.schema import expect
+
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 BLOCK = 1 << 22  # characters read at a time
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
-
-class BadSample(ValueError):
-    """A sample that cannot be learned from; the message says why."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One record: who said what, and which images the marks stand for."""
-
-    id: str
-    turns: list[dict[str, str]]  # {"role": "user" | "assistant" | "system", "content": text}
-    images: list[str]  # paths below the image folder, in the order of the marks
-
-
-def parse_record(record: dict[str, Any]) -> Conversation:
-    """Check one LLaVA record: `{"id", "image": path or list of paths (optional), "conversations": [{"from", "value"}]}`.
-
-    Raises:
-        BadSample: a part is missing or of another type, or a speaker is unknown.
-    """
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or not turns:
-        raise BadSample(f"`conversations` is {_short(turns)}; a list of turns is needed")
-    parsed = []
-    for position, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise BadSample(f'turn {position} is {_short(turn)}; {{"from": ..., "value": text}} is needed')
-        if turn.get("from") not in ROLES:
-            raise BadSample(f"turn {position} is from {turn.get('from')!r}; use {', '.join(ROLES)}")
-        parsed.append({"role": ROLES[turn["from"]], "content": turn["value"]})
-    return Conversation(id=str(record.get("id", "")), turns=parsed, images=_image_names(record))
-
-
-def _image_names(record: dict[str, Any]) -> list[str]:
-    names = record.get("image")
-    if names is None:
-        return []
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise BadSample(f"`image` is {_short(names)}; a path or a list of paths is needed")
-    return names
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=repr)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class RecordFile:
     """The records of one annotation file, by index; `words` and `images` hold each one's size.
 
     Raises:
-        ValueError: the file is missing, empty, cut off, not JSON, or no list of objects (file, line and column are named).
+        ValueError: the file is missing, empty, cut off, not JSON, or not a list of objects (file, line and column are named).
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -80,19 +34,12 @@ class RecordFile:
         if not self.path.is_file():
             raise ValueError(f"there is no annotation file {self.path}")
         self._stamp = self._file_stamp()
-        starts, ends, words, images = [], [], [], []
-        for start, end, record in _scan(self.path):
-            starts.append(start)
-            ends.append(end)
-            size = _size(record)
-            words.append(size[0])
-            images.append(size[1])
-        if not starts:
-            raise ValueError(
-                f"{self.path} holds no records; a JSON list of LLaVA records, or one record per line, is needed"
-            )
-        self._starts, self._ends = np.array(starts, dtype=np.int64), np.array(ends, dtype=np.int64)
-        self.words, self.images = np.array(words, dtype=np.int32), np.array(images, dtype=np.int32)
+        rows = [(start, end, *_size(record)) for start, end, record in _scan(self.path)]
+        if not rows:
+            raise ValueError(f"{self.path} holds no records; give a JSON list of LLaVA records, or one record per line")
+        starts, ends, words, images = np.array(rows, dtype=np.int64).T
+        self._starts, self._ends = np.ascontiguousarray(starts), np.ascontiguousarray(ends)
+        self.words, self.images = words.astype(np.int32), images.astype(np.int32)
         self._handle: tuple[int, Any] | None = None  # (process id, open file): a forked worker opens its own
 
     def __len__(self) -> int:
@@ -129,10 +76,6 @@ def _scan(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """`(first byte, byte after the last, record)` of each record."""
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not head:
-        if path.stat().st_size <= 4096:
-            raise ValueError(f"{path} is empty; a JSON list of LLaVA records, or one record per line, is needed")
-        raise ValueError(f"{path} begins with 4096 blank characters; this is no annotation file")
     try:
         yield from _scan_list(path) if head.startswith(b"[") else _scan_lines(path)
     except UnicodeDecodeError as error:
@@ -140,47 +83,26 @@ def _scan(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
 
 
 def _scan_lines(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    start = 0
+    end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            end += len(line)
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            text = line.decode()
             if text.strip():
-                try:
-                    record = json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{path}, line {number}: not a JSON record ({error.msg}, column {error.colno}); the file must be "
-                        "one JSON list of records, or hold one record per line"
-                    ) from error
-                yield (
-                    start + len(line) - len(line.lstrip(b"\xef\xbb\xbf")),
-                    start + len(line),
-                    _checked(record, path, f"line {number}"),
-                )
-            start += len(line)
+                yield end - len(line), end, parse_line(text, f"{path}, line {number}")
 
 
 def _scan_list(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     text = _Text(path)
-    text.expect("[")
-    if text.next_character() == "]":
-        text.expect("]")
-    else:
-        for index in range(1 << 62):
-            start, record = text.value(index)
-            yield start, text.byte, _checked(record, path, f"record {index}")
-            if text.next_character() != ",":
-                break
-            text.expect(",")
-        text.expect("]")
+    text.take("[")
+    index, last = 0, text.take("]") if text.next_character() == "]" else ","
+    while last == ",":
+        start, record = text.value(index)
+        yield start, text.byte, expect(record, dict, f"{path}, record {index}")
+        index, last = index + 1, text.take(",]")
     if text.next_character():
         raise text.error("more text after the end of the list")
-
-
-def _checked(record: Any, path: Path, place: str) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        raise ValueError(f"{path}, {place}: {_short(record)} is no record; an object with `conversations` is needed")
-    return record
 
 
 class _Text:
@@ -214,18 +136,22 @@ class _Text:
         self.column = len(done) - done.rfind("\n") if lines else self.column + len(done)
 
     def next_character(self) -> str:
-        """The next character that is no white space, "" at the end of the file."""
+        """The next character that is not white space, "" at the end of the file."""
         while True:
-            self.skip(WHITESPACE.match(self.text, self.place).end())
+            blank = WHITESPACE.match(self.text, self.place)
+            self.skip(blank.end() if blank else self.place)
             if self.place < len(self.text) or self.ended:
                 return self.text[self.place : self.place + 1]
             self.read()
 
-    def expect(self, character: str) -> None:
+    def take(self, characters: str) -> str:
+        """The next character, which must be one of `characters`."""
         found = self.next_character()
-        if found != character:
-            raise self.error(f"expected {character!r}, found {found!r}" if found else "the file is cut off here")
+        if not found or found not in characters:
+            expected = " or ".join(map(repr, characters))
+            raise self.error(f"expected {expected}, found {found!r}" if found else "the file is cut off here")
         self.skip(self.place + 1)
+        return found
 
     def value(self, index: int) -> tuple[int, Any]:
         """`(first byte, value)` of the value that comes next, record `index`."""

@@ -1,4 +1,4 @@
-"""Annotation files: what is read, and how each kind of broken file is refused."""
+"""Annotation records and files: what is read, and how each kind of broken file is refused."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import pickle
 
 import pytest
 
-from llava_sp.data import records
-from llava_sp.data.records import BadSample, RecordFile, parse_record
+from llava_sp.data import record_file
+from llava_sp.data.annotations import BadSample, parse_record
+from llava_sp.data.record_file import RecordFile
 
 RECORDS = [
     {"id": "a", "image": "x.jpg", "conversations": [{"from": "human", "value": "<image>\nWhät 😀?"}, {"from": "gpt", "value": "A b."}]},
@@ -36,7 +37,7 @@ def write(tmp_path, text: str | bytes):
 @pytest.mark.parametrize("block", [1, 7, 1 << 22])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_records(tmp_path, monkeypatch, form, block):
-    monkeypatch.setattr(records, "BLOCK", block)
+    monkeypatch.setattr(record_file, "BLOCK", block)
     file = RecordFile(write(tmp_path, FORMS[form]))
     assert [file[index] for index in (2, 0, 1)] == [RECORDS[index] for index in (2, 0, 1)]
     assert file.words.tolist() == [5, 7, 0] and file.images.tolist() == [1, 0, 2]
@@ -48,22 +49,22 @@ def test_every_form_gives_the_records(tmp_path, monkeypatch, form, block):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "data.json is empty"),
-        (" \n", "data.json is empty"),
+        ("", "data.json holds no records"),
+        (" \n", "data.json holds no records"),
         ("[]", "holds no records"),
         ("[ ]\n", "holds no records"),
         (FORMS["compact"][:-40], "line 1, column .*record 2 is cut off"),
         (FORMS["compact"][:-1], "the file is cut off here"),
         (FORMS["indented"][:120], r"data.json, line \d+, column \d+: record 0 is cut off"),
         ('[{"id": 1},\n{"id": }]', r"line 2, column 8: record 1 is not JSON"),
-        ('[{"id": 1} {"id": 2}]', r"line 1, column 12: expected ']', found '\{'"),
+        ('[{"id": 1} {"id": 2}]', r"line 1, column 12: expected ',' or ']', found '\{'"),
         ('[{"id": 1}] more', "line 1, column 13: more text after the end"),
-        ('[{"id": 1}, 3]', "record 1: 3 is no record"),
-        ('["a"]', 'record 0: "a" is no record'),
-        ('{"a": 1,\n "b": 2}', "line 1: not a JSON record.*one JSON list of records"),
-        ('{"id": 1}\n{"id": 2\n', "line 2: not a JSON record"),
-        ('{"id": 1}\n[1]\n', r"line 2: \[1\] is no record"),
-        ("annotations", "line 1: not a JSON record"),
+        ('[{"id": 1}, 3]', "data.json, record 1 is 3; expected an object"),
+        ('["a"]', "data.json, record 0 is 'a'; expected an object"),
+        ('{"a": 1,\n "b": 2}', "data.json, line 1 is not valid JSON"),
+        ('{"id": 1}\n{"id": 2\n', "data.json, line 2 is not valid JSON"),
+        ('{"id": 1}\n[1]\n', r"data.json, line 2 is \[1\]; expected an object"),
+        ("annotations", "data.json, line 1 is not valid JSON"),
         (b'[{"id": "\xff"}]', "is not UTF-8 text"),
         (b'{"id": "\xff"}', "is not UTF-8 text"),
     ],
@@ -91,7 +92,7 @@ def test_parsed_record():
     first, third = parse_record(RECORDS[0]), RECORDS[2]
     assert (first.id, first.images) == ("a", ["x.jpg"])
     assert [turn["role"] for turn in first.turns] == ["user", "assistant"]
-    with pytest.raises(BadSample, match=r"`conversations` is \[\]"):
+    with pytest.raises(BadSample, match=r"conversations is \[\]; expected a list of at least one"):
         parse_record(third)
     assert parse_record({**RECORDS[1], "image": ["p", "q"]}).images == ["p", "q"]
 
@@ -99,15 +100,18 @@ def test_parsed_record():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"conversations": None}, "`conversations` is null"),
-        ({"conversations": "hi"}, '`conversations` is "hi"'),
-        ({"conversations": ["hi"]}, 'turn 0 is "hi"'),
-        ({"conversations": [{"from": "human"}]}, "turn 0 is .*human"),
-        ({"conversations": [{"from": "human", "value": 3}]}, "turn 0 is"),
-        ({"conversations": [{"from": "bot", "value": "x"}]}, "turn 0 is from 'bot'; use human, user, gpt"),
-        ({"image": 3}, "`image` is 3"),
-        ({"image": ["a", None]}, "`image` is"),
-        ({"image": ""}, r'`image` is \[""\]'),
+        ({"conversations": None}, "id 'a': conversations is None"),
+        ({"conversations": "hi"}, "conversations is 'hi'"),
+        ({"conversations": ["hi"]}, r"conversations\[0\] is 'hi'; expected an object with from, value"),
+        ({"conversations": [{"from": "human"}]}, r"conversations\[0\] has no value; it has from"),
+        ({"conversations": [{"from": "human", "value": 3}]}, r"conversations\[0\].value is 3; expected text"),
+        (
+            {"conversations": [{"from": "bot", "value": "x"}]},
+            r"conversations\[0\].from is 'bot'; expected 'human' or 'user' or 'gpt'",
+        ),
+        ({"image": 3}, "image is 3; expected null or a path or a list of a path"),
+        ({"image": ["a", None]}, r"image is \['a', None\]; expected"),
+        ({"image": ""}, "image is ''; expected"),
     ],
 )
 def test_bad_records(change, message):
