@@ -16,15 +16,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints.opening.adapter import checkpoint_hash
-from llava_sp.checkpoints.opening.foreign import format_of
-from llava_sp.checkpoints.reading.places import checkpoints_hint
+from llava_sp.checkpoints.opening import open_model, open_processor
+from llava_sp.checkpoints.reading.fingerprint import checkpoint_hash
+from llava_sp.checkpoints.reading.formats import OURS, Checkpoint, recognise
+from llava_sp.checkpoints.reading.places import checkpoints_hint, fetch, is_missing_folder
 from llava_sp.common.files import read_json
 from llava_sp.data.images import load_image
 
 _PLACES = ("language_model_name_or_path", "vision_tower_name_or_path", "mm_vision_tower", "_name_or_path")
 _VERSIONS = ("transformers_version", "_from_model_config")
-_OURS = ("llava_sp", "llava_sp_adapter")
 _PROCESSOR_FILES = (("processor_config.json",), ("tokenizer.json", "tokenizer.model", "vocab.json"))  # one of each
 
 
@@ -48,24 +48,26 @@ class Source:
             if not (local / "config.json").is_file():
                 raise ValueError(f"--model {local} has no config.json: no finished checkpoint{checkpoints_hint(local)}")
             return local
-        if self.path.startswith((".", "/", "~")) or self.path.count("/") > 1 or local.exists():
+        if local.exists() or is_missing_folder(self.path):
             raise ValueError(f"--model {self.path} is not a directory")
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
         try:
-            return Path(snapshot_download(self.path))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(
-                f"--model {self.path} is neither a directory here nor a model on the hub ({reason})"
-            ) from None
+            return fetch(self.path)
+        except OSError as error:
+            raise ValueError(f"--model {self.path} is neither a directory nor a model on the hub: {error}") from None
+
+    @cached_property
+    def found(self) -> Checkpoint:
+        """What the folder holds; model and processor are opened from it. Raises ValueError if that is not a checkpoint."""
+        try:
+            return recognise(self.folder)
+        except ValueError as error:
+            raise ValueError(f"--model {self.path} is not a LLaVA-SP checkpoint: {error}") from None
 
     @cached_property
     def fingerprint(self) -> str:
         """Stands for all weights. Ours record their base and refuse another; for others the named backbones count too."""
-        own = checkpoint_hash(self.folder)
-        if format_of(self.folder) in _OURS or not self.overrides:
+        own = checkpoint_hash(self.found)
+        if self.found.format in OURS or not self.overrides:
             return own
         parts = [checkpoint_hash(path) if Path(path).is_dir() else path for path in self.overrides.values()]
         return hashlib.sha256("".join([own, *parts]).encode()).hexdigest()[:16]
@@ -94,7 +96,7 @@ class Source:
 
     def model(self, dtype: str, device: torch.device) -> Any:
         try:
-            model = LlavaSPForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, dtype), **self.overrides)
+            model = open_model(LlavaSPForCausalLM, self.found, dtype=getattr(torch, dtype), **self.overrides)
         except ValueError as error:
             raise ValueError(self._explained(str(error))) from error
         return merge_lora(model.to(device).eval())
@@ -167,7 +169,7 @@ def merge_lora(model: Any) -> Any:
 
 def load_processor(source: Source, image_aspect_ratio: str | None = None) -> Any:
     _check_processor_files(source)
-    processor = LlavaSPProcessor.from_pretrained(source.folder, **source.overrides)
+    processor = open_processor(LlavaSPProcessor, source.found, **source.overrides)
     if image_aspect_ratio is not None:
         processor.image_aspect_ratio = image_aspect_ratio
     return processor
@@ -176,11 +178,7 @@ def load_processor(source: Source, image_aspect_ratio: str | None = None) -> Any
 def _check_processor_files(source: Source) -> None:
     """Raises ValueError if the folder is no checkpoint that can be opened, or one of ours without its processor."""
     folder = source.folder
-    try:
-        kind = format_of(folder)
-    except ValueError as error:
-        raise ValueError(f"--model {source.path} is no LLaVA-SP checkpoint: {error}") from None
-    if kind not in _OURS:
+    if source.found.format not in OURS:
         return  # what other code wrote; its processor is made from what it records
     missing = [names[0] for names in _PROCESSOR_FILES if not any((folder / name).is_file() for name in names)]
     if missing:

@@ -13,25 +13,9 @@ Exit status: 0 it would load, 1 it would not (the report says why), 2 there is n
 from __future__ import annotations
 
 import json
-import os
 import sys
-from typing import Any
 
 from llava_sp.common.command import command_parser, run_command
-
-
-def inspect(path: str | os.PathLike) -> dict[str, Any]:
-    """What is at `path`, as the command prints with `--json`; errors as of `inspection.report.inspect`."""
-    from llava_sp.checkpoints.inspection.report import inspect
-
-    return inspect(path)
-
-
-def text(report: dict[str, Any]) -> str:
-    """The report as an aligned block for reading."""
-    from llava_sp.checkpoints.inspection.text import text
-
-    return text(report)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,6 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def show() -> int:
+        from llava_sp.checkpoints.inspection.report import inspect
+        from llava_sp.checkpoints.inspection.text import text
+
         report = inspect(options.path)
         print(json.dumps(report, indent=2, default=str) if options.json else text(report))
         return 0 if report["loads"] else 1

@@ -115,7 +115,9 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     }
 
 
-def _problems(found: Checkpoint, language: Backbone, tower: Backbone) -> tuple[LlavaSPConfig | None, Comparison, list[str]]:
+def _problems(
+    found: Checkpoint, language: Backbone, tower: Backbone
+) -> tuple[LlavaSPConfig | None, Comparison, list[str]]:
     """The configuration that opening would make, what of it the tensors are not, and all that opening refuses."""
     problems = [
         f"its {what}: {backbone.problem}"
@@ -205,7 +207,9 @@ def _config(found: Checkpoint, language: Backbone, tower: Backbone) -> LlavaSPCo
         return recorded_config(found)
     if text is None or vision is None:
         return None
-    return LlavaSPConfig(text_config=text, vision_config=vision, vision_feature_layer=found.feature_layer, **found.spatial)
+    return LlavaSPConfig(
+        text_config=text, vision_config=vision, vision_feature_layer=found.feature_layer, **found.spatial
+    )
 
 
 def _text_config(found: Checkpoint, language: Backbone) -> PreTrainedConfig | None:

@@ -82,11 +82,9 @@ def bases_of(
     given = {"language_model": language_model, "vision_tower": vision_tower}
     for keyword, value in given.items():
         if value is not None and own[keyword]:
-            raise ValueError(f"{found.folder} is a full checkpoint, with its own {keyword}: drop {keyword}=")
-    language, tower = (
-        find_base(found.folder, keyword, value, getattr(found, keyword), **hub_kwargs)
-        for keyword, value in given.items()
-    )
+            raise ValueError(f"{found.folder} is a full checkpoint, with its own base: drop {keyword}=")
+    recorded = {keyword: found.folder if own[keyword] else getattr(found, keyword) for keyword in given}
+    language, tower = (find_base(found.folder, k, value, recorded[k], **hub_kwargs) for k, value in given.items())
     return language, tower
 
 

@@ -50,7 +50,7 @@ def fetch(path: str | os.PathLike, **kwargs) -> Path:
 
 def fetch_config(path: str | os.PathLike, name: str = "config.json", **kwargs) -> Path | None:
     """One small file of a folder, or of a hub model (downloaded if need be); None if it cannot be had."""
-    if Path(path).exists():
+    if Path(path).exists() or is_missing_folder(path):
         return Path(path) / name if (Path(path) / name).is_file() else None
     from transformers.utils import cached_file
 
@@ -70,7 +70,9 @@ def base_folder(checkpoint: Path, name: str | os.PathLike) -> Path | None:
     return next((place for place in (Path(name), checkpoint / name, checkpoint.parent / name) if place.is_dir()), None)
 
 
-def find_base(checkpoint: Path, keyword: str, given: str | os.PathLike | None, recorded: str | None, **kwargs) -> str:
+def find_base(
+    checkpoint: Path, keyword: str, given: str | os.PathLike | None, recorded: str | os.PathLike | None, **kwargs
+) -> str:
     """Where a base model is: the folder that is given or recorded, else a hub id that can be had.
 
     Raises `ValueError` naming what was given or recorded, and what to pass as `keyword`.
