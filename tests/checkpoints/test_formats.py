@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.checkpoints import opening
 from llava_sp.checkpoints.inspection.report import inspect
+from llava_sp.checkpoints.reading import formats, tensor_files
 from llava_sp.checkpoints.reading.formats import UnknownFormat, recognise
 from llava_sp.checkpoints.reading.names import original_projector_name, our_projector_name, unwrapped
 from llava_sp.checkpoints.reading.tensor_files import read_all
 from llava_sp.checkpoints.writing.conversion import convert
+from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from tests.checkpoints.kinds import NAMES, Kind, load, save, spoil
-from tests.released import LAYOUTS
+from tests.released import LAYOUTS, bases
 
 LAYOUT = {
     "cropping": {"spatial_variant": "cropping", "spatial_fusion": True, "spatial_projection_bias": True},
@@ -419,3 +423,38 @@ def test_a_folder_that_is_not_there(path):
     for opens in (LlavaSPForCausalLM, LlavaSPProcessor):
         with pytest.raises(FileNotFoundError, match=f"there is no folder {path}"):
             opens.from_pretrained(path)
+
+
+# ---------------------------------------------------------------- one value through one door
+
+
+@pytest.mark.parametrize("opens", [LlavaSPForCausalLM, LlavaSPProcessor])
+def test_a_released_folder_is_looked_at_once(golden, monkeypatch, opens):
+    """One look at the folder, one at each tensor file's header, one configuration."""
+    calls = Counter()
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            calls[f"{name} {args[0].name}" if name == "header of" else name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for place in (opening, opening.processors):
+        monkeypatch.setattr(place, "recognise", counted("recognise", recognise))
+    header = counted("header of", tensor_files.stored_tensors)
+    for place in (formats, tensor_files, opening.backbones):
+        monkeypatch.setattr(place, "stored_tensors", header)
+    monkeypatch.setattr(LlavaSPConfig, "__post_init__", counted("configuration", LlavaSPConfig.__post_init__))
+    opens.from_pretrained(golden / "checkpoint_cropping/lora", **bases(golden))
+    files = ["adapter_model.safetensors", "non_lora_trainables.bin"]
+    if opens is LlavaSPForCausalLM:
+        files += [file.name for base in ("base", "clip") for file in (golden / base).glob("pytorch_model*.bin")]
+    assert calls == {"recognise": 1, "configuration": 1, **{f"header of {file}": 1 for file in files}}
+
+
+def test_model_and_processor_from_one_look(golden):
+    found = recognise(golden / "checkpoint_cropping/lora")
+    model = opening.open_model(LlavaSPForCausalLM, found, **bases(golden))
+    processor = opening.open_processor(LlavaSPProcessor, found, **bases(golden))
+    assert processor.num_image_tokens == model.config.num_image_tokens

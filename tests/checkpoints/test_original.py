@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.checkpoints.opening.processors import is_saved
 from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.mixture import load_mixture
@@ -140,7 +141,7 @@ def test_a_hub_id_in_the_cache(golden, tmp_path):
     assert LlavaSPForCausalLM.from_pretrained("someone/lora", **given).config.spatial_variant == "pooling"
     again = LlavaSPProcessor.from_pretrained("someone/lora", **given)
     assert again.num_image_tokens == processor.num_image_tokens
-    assert type(LlavaSPProcessor.from_pretrained("someone/processor", **given)) is LlavaSPProcessor
+    assert is_saved("someone/processor", **given) and not is_saved("someone/lora", **given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

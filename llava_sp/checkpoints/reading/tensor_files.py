@@ -235,7 +235,7 @@ def _open_safetensors(file: Path) -> Iterator[Any]:
     except SafetensorError as error:
         raise ValueError(f"{file} is cut off, or it is not a valid safetensors file ({error})") from None
     except KeyError as error:
-        raise ValueError(f"{file} holds a tensor of the type {error}, which PyTorch does not have") from None
+        raise ValueError(f"{file} holds a tensor of the type {error}, which is not supported") from None
 
 
 def _open_pickle(file: Path, headers: bool = False) -> dict[str, Tensor]:
