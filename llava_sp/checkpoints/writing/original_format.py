@@ -41,7 +41,9 @@ def to_original(found: Checkpoint, folder: Path, bases: dict[str, Any], max_shar
         ValueError: the original code cannot hold this model, or something that it needs is not there.
     """
     config = _our_config(found)
-    _check_original_can_hold(found, config)
+    held = {**config.to_dict(), "grid_size": config.grid_size}
+    held |= {name: getattr(config, name).to_dict() for name in ("text_config", "vision_config")}
+    expect(held, _layers_of_the_original(config), f"{found.folder} cannot be written for the original code")
     settings = _settings(found, config, bases)
     _write_json(folder / "config.json", settings)
     source = _find_tokenizer(found, config, bases)
@@ -84,8 +86,8 @@ def _our_config(found: Checkpoint) -> LlavaSPConfig:
     return recorded_config(found)
 
 
-def _check_original_can_hold(found: Checkpoint, config: LlavaSPConfig) -> None:
-    """Raises `ValueError` for what the original's layers, which its code fixes, and its transformers 4.37 do not have."""
+def _layers_of_the_original(config: LlavaSPConfig) -> dict[str, Any]:
+    """The schema of a configuration whose layers the original's code has, which fixes them, and its transformers 4.37."""
     text, pooling = config.text_config, config.spatial_variant == "pooling"
     spec: dict[str, Any] = {
         "text_config": {
@@ -108,8 +110,7 @@ def _check_original_can_hold(found: Checkpoint, config: LlavaSPConfig) -> None:
         }
         if config.spatial_fusion:
             spec |= {"fusion_kernel": one_of(16), "fusion_stride": one_of(2)}
-    settings = {**config.to_dict(), "text_config": text.to_dict(), "vision_config": config.vision_config.to_dict()}
-    expect(settings | {"grid_size": config.grid_size}, spec, f"{found.folder} cannot be written for the original code")
+    return spec
 
 
 def _rope(found: Checkpoint, text: PreTrainedConfig) -> dict[str, Any]:
