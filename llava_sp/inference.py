@@ -18,8 +18,9 @@ from PIL import Image
 from transformers import BatchEncoding
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints.opening.adapter import checkpoint_hash
-from llava_sp.checkpoints.opening.foreign import format_of
+from llava_sp.checkpoints.opening import open_model, open_processor
+from llava_sp.checkpoints.reading.fingerprint import checkpoint_hash
+from llava_sp.checkpoints.reading.formats import OURS, Checkpoint, recognise
 from llava_sp.checkpoints.reading.places import checkpoints_hint, fetch
 from llava_sp.common.files import read_json
 from llava_sp.data.images import load_image
@@ -27,7 +28,6 @@ from llava_sp.model.conversation import IMAGE_MARK
 
 _PLACES = ("language_model_name_or_path", "vision_tower_name_or_path", "mm_vision_tower", "_name_or_path")
 _VERSIONS = ("transformers_version", "_from_model_config")
-_OURS = ("llava_sp", "llava_sp_adapter")
 _PROCESSOR_FILES = (("processor_config.json",), ("tokenizer.json", "tokenizer.model", "vocab.json"))  # one of each
 
 
@@ -62,17 +62,18 @@ class Source:
         return folder
 
     @cached_property
-    def format(self) -> str:
+    def found(self) -> Checkpoint:
+        """What the folder holds; model, processor and fingerprint come from it. Raises ValueError if it is not a checkpoint."""
         try:
-            return format_of(self.folder)
+            return recognise(self.folder)
         except ValueError as error:
             raise ValueError(f"model {self.path} is not a LLaVA-SP checkpoint: {error}") from None
 
     @cached_property
     def fingerprint(self) -> str:
         """Stands for all weights. Ours record their base and refuse another; for others the named backbones count too."""
-        own = checkpoint_hash(self.folder)
-        if self.format in _OURS or not self.overrides:
+        own = checkpoint_hash(self.found)
+        if self.found.format in OURS or not self.overrides:
             return own
         parts = [checkpoint_hash(path) if Path(path).is_dir() else path for path in self.overrides.values()]
         return _hash("".join([own, *parts]))
@@ -95,7 +96,7 @@ class Source:
     def model(self, dtype: str, device: torch.device) -> Any:
         """The model in evaluation mode, LoRA merged. Raises ValueError for a backbone of the wrong kind, naming the argument."""
         try:
-            model: Any = LlavaSPForCausalLM.from_pretrained(self.folder, dtype=getattr(torch, dtype), **self.overrides)
+            model: Any = open_model(LlavaSPForCausalLM, self.found, dtype=getattr(torch, dtype), **self.overrides)
         except ValueError as error:
             raise ValueError(self._explained(str(error))) from error
         return merge_lora(model.to(device).eval())
@@ -113,12 +114,12 @@ class Source:
     def processor(self, image_aspect_ratio: str | None = None) -> Any:
         """Raises ValueError: not a checkpoint, or one of ours that lacks files of its processor."""
         missing = [names[0] for names in _PROCESSOR_FILES if not any((self.folder / name).is_file() for name in names)]
-        if missing and self.format in _OURS:  # for others it is made from what they record
+        if missing and self.found.format in OURS:  # for others it is made from what they record
             raise ValueError(
                 f"model {self.path} has no {' and '.join(missing)}: copy them from the checkpoint it comes from, or write them: "
                 f'LlavaSPProcessor.from_backbones(LlavaSPConfig.from_pretrained("{self.path}")).save_pretrained("{self.path}")'
             )
-        processor = LlavaSPProcessor.from_pretrained(self.folder, **self.overrides)
+        processor = open_processor(LlavaSPProcessor, self.found, **self.overrides)
         if image_aspect_ratio is not None:
             processor.image_aspect_ratio = image_aspect_ratio
         return processor

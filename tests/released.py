@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from llava_sp import LlavaSPForCausalLM
-from llava_sp.checkpoints.reading.formats import bare, our_projector_name
+from llava_sp.checkpoints.reading.names import our_projector_name, unwrapped
 
 LAYOUTS = ("cropping", "pooling_dfi", "pooling")
 CONVOLUTION_WIDTH = 5  # of the recorded checkpoints
@@ -17,7 +17,7 @@ CONVOLUTION_WIDTH = 5  # of the recorded checkpoints
 
 def our_name(original: str) -> str:
     """`model.conv_4.1.weight` -> the name inside our SpatialProjector."""
-    return our_projector_name(bare(original))
+    return our_projector_name(unwrapped(original))
 
 
 def variant(layout: str) -> dict:

@@ -15,14 +15,14 @@ FULL_LLAVAS = ("llava", "llava_sp")  # transformers' own and ours: with a text_c
 
 
 @contextmanager
-def told_as_value_error(path: str | os.PathLike) -> Iterator[None]:
-    """What transformers stumbles over in JSON files with values that cannot be, as a `ValueError` that says where."""
+def as_value_error(path: str | os.PathLike) -> Iterator[None]:
+    """Makes of what transformers raises for JSON files with invalid values a `ValueError` that names the folder."""
     try:
         yield
     except (StrictDataclassError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{path} cannot be read: its config.json, or another JSON file there, holds what cannot be ({reason})"
+            f"{path} cannot be read: its config.json, or another JSON file there, holds invalid values ({reason})"
         ) from error
 
 
@@ -33,7 +33,7 @@ def is_original(settings: dict[str, Any]) -> bool:
 
 def read_settings(path: str | os.PathLike, **hub_kwargs) -> dict[str, Any]:
     """What stands in a model's config.json. Raises `ValueError` or `OSError`."""
-    with told_as_value_error(path):
+    with as_value_error(path):
         settings, _ = PreTrainedConfig.get_config_dict(path, **hub_kwargs)
     if not isinstance(settings, dict):
         raise ValueError(f"config.json of {path} holds a {type(settings).__name__}, not an object of settings")
@@ -42,7 +42,7 @@ def read_settings(path: str | os.PathLike, **hub_kwargs) -> dict[str, Any]:
 
 def read_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
     """A model's configuration. Raises `ValueError` or `OSError`."""
-    with told_as_value_error(path):
+    with as_value_error(path):
         return AutoConfig.from_pretrained(path, **hub_kwargs)
 
 
@@ -50,7 +50,7 @@ def language_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
     """The configuration of a language model, or of the one within a full LLaVA (the original's, transformers', ours)."""
     settings = read_settings(path, **hub_kwargs)
     if is_original(settings):
-        with told_as_value_error(path):
+        with as_value_error(path):
             return LlamaConfig(**{key: value for key, value in settings.items() if key in _llama_settings()})
     config = read_config(path, **hub_kwargs)
     return config.text_config if config.model_type in FULL_LLAVAS else config

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, CLIPImageProcessorPil
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
 
-from .backbone_configs import told_as_value_error
+from .backbone_configs import as_value_error
 from .configuration_llava_sp import LlavaSPConfig
 
 
@@ -82,7 +82,7 @@ def image_processor_of(config: LlavaSPConfig, vision_tower: str | PathLike | Non
     names = ("preprocessor_config.json", "processor_config.json")
     if vision_tower is None or (os.path.isdir(vision_tower) and not set(names) & set(os.listdir(vision_tower))):
         return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square)
-    with told_as_value_error(vision_tower):
+    with as_value_error(vision_tower):
         processor = pillow_counterpart(AutoImageProcessor.from_pretrained(vision_tower, backend="pil", **hub_kwargs))
     by_edge = dict(processor.size).get("shortest_edge") is not None
     settings = {**processor.to_dict(), "size": {"shortest_edge": side} if by_edge else square}

@@ -18,7 +18,6 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from . import opening
 from .configuration_llava_sp import LlavaSPConfig
-from .opening import check_folder
 from .projector import SpatialProjector, reset_parameters
 
 IGNORE_INDEX = -100
@@ -261,42 +260,29 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             FileNotFoundError: a folder that is not there.
             ValueError: something in the checkpoint is missing or broken, or a keyword is about what the weights decide.
         """
-        check_folder(pretrained_model_name_or_path)
-        _check_keywords(pretrained_model_name_or_path, kwargs)
-        _name_dtype(kwargs)
-        package = opening.formats
-        opener = None if package is None else package.opener(pretrained_model_name_or_path, **kwargs)
-        if opener is not None:
-            if kwargs.pop("output_loading_info", False):
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} is not a full checkpoint of LLaVA-SP: it opens whole or not at all, and "
-                    "there is no output_loading_info"
-                )
-            return opener(cls, pretrained_model_name_or_path, *args, **kwargs)
-        if (Path(pretrained_model_name_or_path) / ADAPTER_FILE).is_file():
-            raise ImportError(
-                f"{pretrained_model_name_or_path} is an adapter checkpoint (LoRA and projector); opening it on its "
-                "base models needs the package: pip install llava_sp"
+        given = [name for name in kwargs if name in _OF_THE_WEIGHTS]
+        if given:
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: {' and '.join(f'{name}=' for name in given)} cannot be chosen on opening, "
+                "the weights decide. from_backbones(...) makes a new model"
             )
-        for keyword in ("language_model", "vision_tower"):
-            if keyword in kwargs:
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} is a full checkpoint, with its own base: drop {keyword}="
-                )
+        if opening.formats is not None:
+            return opening.formats.open_model(cls, pretrained_model_name_or_path, *args, **_with_dtype(kwargs))
+        return cls.from_full(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def from_full(cls, path, *args, output_loading_info: bool = False, **kwargs):
+        """transformers' own `from_pretrained`, of a full checkpoint. Raises `ValueError` where tensors are missing in it."""
+        if (Path(path) / ADAPTER_FILE).is_file():
+            raise ImportError(f"{path} is an adapter checkpoint (LoRA and projector): pip install llava_sp opens it")
         quantization = kwargs.get("quantization_config")
         if getattr(quantization, "llm_int8_skip_modules", FULL_PRECISION) is None:
             quantization.llm_int8_skip_modules = FULL_PRECISION  # the language model is what is large
-        whole = None if package is None else package.check_full(pretrained_model_name_or_path, **kwargs)
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        if info["missing_keys"]:
-            lacking = ", ".join(sorted(info["missing_keys"])[:4])
-            raise ValueError(
-                f"{pretrained_model_name_or_path} lacks {len(info['missing_keys'])} tensors, such as {lacking}: they would be random"
-            )
-        if whole is not None:
-            package.check_values(model, pretrained_model_name_or_path, whole)
-        return (model, info) if wants_info else model
+        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(f"{path} lacks {len(missing)} tensors, such as {', '.join(missing[:4])}")
+        return (model, info) if output_loading_info else model
 
     @classmethod
     def from_backbones(
@@ -306,44 +292,29 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
 
         `warm_start=` (a trained LLaVA-1.5) keeps its patch MLP and its LoRA or language model.
 
-        The keywords, formats and errors are those of `llava_sp.checkpoints.from_backbones`.
+        The keywords, formats and errors are those of `llava_sp.checkpoints.opening.from_backbones`.
         """
-        package = opening.formats
-        if package is None:
-            raise ImportError("from_backbones needs the package: pip install llava_sp")
-        _name_dtype(kwargs)
-        return package.from_backbones(cls, language_model, vision_tower, **kwargs)
+        return opening.needed().from_backbones(cls, language_model, vision_tower, **_with_dtype(kwargs))
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save a full checkpoint; with LoRA attached, an adapter checkpoint (LoRA and projector, no base weights)."""
-        if getattr(self, "_hf_peft_config_loaded", False):
-            package = opening.formats
-            if package is None:
-                raise ImportError("saving LoRA together with its projector needs the package: pip install llava_sp")
-            write = kwargs.pop("is_main_process", True)
-            if args or kwargs:
-                raise ValueError(f"saving LoRA and projector takes no {', '.join(map(str, [*args, *kwargs]))}")
-            package.save_adapter(self, None, save_directory, write=write)
-        else:
-            super().save_pretrained(save_directory, *args, **kwargs)
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        write = kwargs.pop("is_main_process", True)
+        if args or kwargs:
+            raise ValueError(f"saving LoRA and projector takes no {', '.join(map(str, [*args, *kwargs]))}")
+        opening.needed().save_adapter(self, None, save_directory, write=write)
 
 
-def _check_keywords(path: str | os.PathLike, kwargs: dict) -> None:
-    """Raises `ValueError` for a keyword of `from_pretrained` that would be another model than the one of the weights."""
-    of_all_models = {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    of_ours = {field.name for field in dataclasses.fields(LlavaSPConfig)} - of_all_models
-    given = [name for name in kwargs if name in of_ours or name == "seed"]
-    if given:
-        raise ValueError(
-            f"{path}: {' and '.join(f'{name}=' for name in given)} cannot be chosen on opening, the weights decide. "
-            "from_backbones(...) makes a new model"
-        )
+# Keywords of `from_pretrained` that would make another model than that of the weights.
+_OF_THE_WEIGHTS = {field.name for field in dataclasses.fields(LlavaSPConfig)} | {"seed"}
+_OF_THE_WEIGHTS -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
 
 
-def _name_dtype(kwargs: dict) -> None:
+def _with_dtype(kwargs: dict) -> dict:
     """`torch_dtype=`, its name in older code, becomes `dtype=`."""
-    if "torch_dtype" in kwargs:
-        kwargs.setdefault("dtype", kwargs.pop("torch_dtype"))
+    older = {"dtype": kwargs.pop("torch_dtype")} if "torch_dtype" in kwargs else {}
+    return older | kwargs
 
 
 LlavaSPForCausalLM.register_for_auto_class("AutoModelForImageTextToText")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from os import PathLike
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -29,7 +28,6 @@ from .image_preprocessing import (
     pad_to_square,
     pillow_counterpart,
 )
-from .opening import check_folder
 from .tokenization import TextEncoder, add_special_tokens
 
 IGNORE_INDEX = -100
@@ -149,19 +147,17 @@ class LlavaSPProcessor(LlavaProcessor):
             FileNotFoundError: a folder that is not there.
             ValueError: a file of it is broken.
         """
-        check_folder(pretrained_model_name_or_path)
-        package = None if _has_own_processor(pretrained_model_name_or_path) else opening.formats
-        if package is not None and package.needs_processor(pretrained_model_name_or_path, **kwargs):
-            return package.open_processor(pretrained_model_name_or_path, *args, **kwargs)
-        for keyword in ("language_model", "vision_tower"):  # needed to make a processor, not to read one
-            kwargs.pop(keyword, None)
+        if opening.formats is not None:
+            return opening.formats.open_processor(cls, pretrained_model_name_or_path, *args, **kwargs)
+        return cls.from_saved(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def from_saved(cls, path, *args, **kwargs) -> LlavaSPProcessor:
+        """transformers' own `from_pretrained`. Raises `ValueError` for files that are broken."""
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:  # of files that are broken
-            raise ValueError(
-                f"the processor in {pretrained_model_name_or_path} cannot be read: a file of it is missing, cut off, or not "
-                f"what it should be ({error})"
-            ) from error
+            return super().from_pretrained(path, *args, **kwargs)
+        except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: a file of the processor is missing, cut off, or not valid ({error})") from error
 
     @property
     def pad_token_id(self) -> int:
@@ -329,17 +325,6 @@ class LlavaSPProcessor(LlavaProcessor):
             return MultiModalData()
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
-
-
-def _has_own_processor(path: str | PathLike) -> bool:
-    """Whether a folder here holds what `save_pretrained` of this class wrote."""
-    file = Path(path) / "processor_config.json"
-    if not file.is_file():
-        return False
-    try:
-        return json.loads(file.read_text(encoding="utf-8")).get("processor_class") == "LlavaSPProcessor"
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is not a JSON object ({error}): cut off, or not the file it should be") from None
 
 
 LlavaSPProcessor.register_for_auto_class()

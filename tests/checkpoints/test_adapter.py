@@ -12,16 +12,16 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints.inspect import inspect
+from llava_sp.checkpoints.inspection.report import inspect
 from llava_sp.checkpoints.opening import adapter
 from llava_sp.checkpoints.opening.adapter import (
-    checkpoint_hash,
-    describe,
-    is_adapter,
     load_adapter,
     load_projector,
     save_adapter,
 )
+from llava_sp.checkpoints.reading.fingerprint import checkpoint_hash
+from llava_sp.checkpoints.reading.formats import UnknownFormat, recognise
+from llava_sp.checkpoints.reading.manifest import describe
 from tests.released import variant
 
 
@@ -65,7 +65,7 @@ def logits(model) -> torch.Tensor:
 
 
 def test_holds_lora_and_projector_and_nothing_else(saved):
-    assert is_adapter(saved)
+    assert recognise(saved).format == "llava_sp_adapter"
     assert all(".lora_" in name for name in load_file(saved / "lora/adapter_model.safetensors"))
     assert {name.split(".")[0] for name in load_file(saved / "projector.safetensors")} == {
         "linear_1",
@@ -154,7 +154,9 @@ def test_a_projector_of_another_variant_or_width(golden, saved, layout, width, m
 
 def test_lora_that_does_not_fit(golden, saved):
     model = assemble(golden)
-    with pytest.raises(ValueError, match=r"has model.language_model.*lora_A.default.weight, which the model has not"):
+    with pytest.raises(
+        ValueError, match=r"has model.language_model.*lora_A.default.weight, which the model does not have"
+    ):
         load_adapter(model, saved)
 
 
@@ -165,7 +167,10 @@ def test_missing_and_renamed_tensors_are_named(copy):
     about = json.loads((copy / "llava_sp.json").read_text())
     about["files"]["projector.safetensors"]["bytes"] = (copy / "projector.safetensors").stat().st_size
     (copy / "llava_sp.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match=r"lacks model.*spatial.linear.weight\n.*has model.*spatial.linear.wait"):
+    with pytest.raises(
+        ValueError,
+        match=r"projector.safetensors lacks spatial.linear.weight\n.*projector.safetensors holds spatial.linear.wait",
+    ):
         LlavaSPForCausalLM.from_pretrained(copy)
 
 
@@ -194,7 +199,8 @@ def test_disk_full_leaves_no_half_file(trained, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save_adapter(trained, None, tmp_path / "out")
     assert not any((tmp_path / "out").iterdir())
-    assert not is_adapter(tmp_path / "out")
+    with pytest.raises(UnknownFormat, match="It holds: nothing"):
+        recognise(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -229,12 +235,13 @@ def test_the_hash_follows_the_weights(golden, trained, saved, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "is no manifest of an adapter checkpoint: files is None"),
-        ({"files": []}, r"is no manifest of an adapter checkpoint: files is \[\]"),
-        ({"files": {"projector.safetensors": {}}}, "files has {} under 'projector.safetensors'; expected"),
-        ({"files": {"projector.safetensors": {"bytes": 3}}}, "files has .* expected its bytes and sha256"),
-        ({"language_model": None}, "language_model is None; expected a place and a fingerprint"),
-        ([], "holds a list"),
+        ({}, "has no files, language_model, vision_tower"),
+        ({"files": []}, r"files is \[\]; expected an object"),
+        ({"files": {"projector.safetensors": {}}}, "files.projector.safetensors has no bytes, sha256"),
+        ({"files": {"projector.safetensors": {"bytes": 3}}}, "files.projector.safetensors has no sha256; it has bytes"),
+        ({"language_model": None}, "language_model is None; expected a list"),
+        ({"vision_tower": ["a", "b", "c"]}, r"vision_tower is \['a', 'b', 'c'\]; expected a place and a fingerprint"),
+        ([], r"is \[\]; expected an object"),
     ],
 )
 def test_a_broken_manifest_is_named(copy, content, message):

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints.convert import convert
-from llava_sp.checkpoints.inspect import inspect
-from llava_sp.checkpoints.reading.formats import (
-    UnknownFormat,
-    bare,
-    original_projector_name,
-    our_projector_name,
-    recognise,
-)
+from llava_sp.checkpoints import opening
+from llava_sp.checkpoints.inspection.report import inspect
+from llava_sp.checkpoints.reading import formats, tensor_files
+from llava_sp.checkpoints.reading.formats import UnknownFormat, recognise
+from llava_sp.checkpoints.reading.names import original_projector_name, our_projector_name, unwrapped
 from llava_sp.checkpoints.reading.tensor_files import read_all
+from llava_sp.checkpoints.writing.conversion import convert
+from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from tests.checkpoints.kinds import NAMES, Kind, load, save, spoil
-from tests.released import LAYOUTS
+from tests.released import LAYOUTS, bases
 
 LAYOUT = {
     "cropping": {"spatial_variant": "cropping", "spatial_fusion": True, "spatial_projection_bias": True},
@@ -63,7 +62,7 @@ def test_the_same_weights_under_any_wrapper(kinds, tmp_path, prefix, suffix, dty
     copy = kinds["original_lora"].copy(tmp_path / "x")
     for stem in ("adapter_model", "non_lora_trainables"):
         (file,) = copy.folder.glob(f"{stem}.*")
-        tensors = {prefix + bare(key): tensor.to(dtype) for key, tensor in load(file).items()}
+        tensors = {prefix + unwrapped(key): tensor.to(dtype) for key, tensor in load(file).items()}
         file.unlink()
         save(tensors, file.with_suffix(suffix))
     found, original = recognise(copy.folder), recognise(kinds["original_lora"].folder)
@@ -78,7 +77,7 @@ def test_the_same_weights_under_any_wrapper(kinds, tmp_path, prefix, suffix, dty
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_names_there_and_back(golden, layout):
-    keys = [bare(key) for key in load(golden / f"checkpoint_{layout}/lora/non_lora_trainables.bin")]
+    keys = [unwrapped(key) for key in load(golden / f"checkpoint_{layout}/lora/non_lora_trainables.bin")]
     assert keys
     for key in keys:
         assert original_projector_name(our_projector_name(key), layout.split("_")[0], 24) == key
@@ -98,7 +97,9 @@ def test_convolutions_of_two_variants(kinds, tmp_path):
     copy = kinds["original_lora"].copy(tmp_path / "x")
     key = copy.key.replace("conv_8.weight", "conv_8.1.weight")
     copy.edit(lambda tensors: tensors.update({key: tensors.pop(copy.key)}))
-    both_refuse(copy, r"holds conv_8.1.weight, of the pooling variant, and .* conv_\d+.weight, of the cropping variant")
+    both_refuse(
+        copy, r"holds \S*conv_8.1.weight, of the pooling variant, and .*conv_\d+.weight, of the cropping variant"
+    )
 
 
 def test_two_tensors_for_one_place(kinds, tmp_path):
@@ -114,7 +115,7 @@ def test_another_variants_keys_beside_a_whole_projector(golden, kinds, tmp_path)
     pooling = load(golden / "pretrain_artifacts/pooling/model.bin")
     stranger = load(copy.file)["model.conv_CM.weight"]
     copy.edit(lambda tensors: (tensors.clear(), tensors.update(pooling | {"model.conv_CM.weight": stranger})))
-    with pytest.raises(ValueError, match="lacks query_projector.0.weight"):
+    with pytest.raises(ValueError, match="model.bin lacks model.query_projector.0.weight"):
         copy.open()
 
 
@@ -129,8 +130,7 @@ def test_half_a_lora_folder(kinds, tmp_path, file):
 def test_half_an_adapter_of_ours(kinds, tmp_path, file):
     copy = kinds["llava_sp_adapter"].copy(tmp_path / "x")
     (copy.folder / "lora" / file).unlink()
-    with pytest.raises(ValueError, match=f"{file} is not there"):
-        recognise(copy.folder)
+    both_refuse(copy, f"lora/{file} (does not exist|is None bytes long)")
 
 
 def test_another_kind_of_projector(kinds, tmp_path):
@@ -143,12 +143,14 @@ def test_another_kind_of_projector(kinds, tmp_path):
 def test_an_index_that_promises_what_no_shard_holds(kinds, tmp_path):
     copy = kinds["original_full"].copy(tmp_path / "x")
     copy.edit(lambda tensors: tensors.pop(copy.key))
-    both_refuse(copy, rf"index.json promises {copy.key}, which no shard holds \(1 such")
+    both_refuse(copy, rf"index.json names {copy.key}, which no shard holds \(1 such")
 
 
-@pytest.mark.parametrize(("content", "message"), [('{"model_type": "lla', "not valid JSON"), ("[1]", "holds a list")])
+@pytest.mark.parametrize(
+    ("content", "message"), [('{"model_type": "lla', "not valid JSON"), ("[1]", r"is \[1\]; expected an object")]
+)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_config_that_is_none(kinds, tmp_path, name, content, message):
+def test_a_config_that_is_not_valid(kinds, tmp_path, name, content, message):
     copy = kinds[name].copy(tmp_path / "x")
     (copy.folder / "config.json").write_text(content)
     with pytest.raises(ValueError, match=f"config.json.*{message}"):
@@ -166,7 +168,7 @@ def test_what_is_no_checkpoint(golden, tmp_path):
     for name in ("tokenizer.model", "tokenizer_config.json"):
         shutil.copyfile(golden / "base" / name, tmp_path / "tokenizer" / name)
     places = {
-        tmp_path / "empty": "is no checkpoint that can be opened. It holds: nothing",
+        tmp_path / "empty": "is not a checkpoint that can be opened. It holds: nothing",
         tmp_path / "tokenizer": "It holds: tokenizer.model, tokenizer_config.json. Expected one of",
         golden / "base": r"base \(llama\) holds a model without a projector: it is a backbone.*from_backbones",
         golden / "clip": r"clip \(clip\) holds a model without a projector",
@@ -184,9 +186,17 @@ def test_what_is_no_checkpoint(golden, tmp_path):
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("config.json", {"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
-        ("config.json", {"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
-        ("config.json", {"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad'"),
+        ("config.json", {"mm_use_im_start_end": True}, "config.json: mm_use_im_start_end is True; expected False"),
+        (
+            "config.json",
+            {"image_aspect_ratio": "anyres"},
+            "config.json: image_aspect_ratio is 'anyres'; expected 'pad'",
+        ),
+        (
+            "config.json",
+            {"mm_patch_merge_type": "spatial_unpad"},
+            "config.json: mm_patch_merge_type is 'spatial_unpad'; expected 'flat'",
+        ),
         (
             "config.json",
             {"mm_vision_tower": ["a", "b"]},
@@ -219,11 +229,11 @@ def test_settings_that_would_change_the_model_are_refused(kinds, tmp_path, file,
         ({"r": 0}, "r is 0; expected a whole number"),
         ({"lora_alpha": None}, "lora_alpha is None; expected a number"),
         ({"lora_dropout": "much"}, "lora_dropout is 'much'; expected a number from 0 to 1"),
-        ({"target_modules": ...}, "target_modules is not there; expected the names of linear layers"),
+        ({"target_modules": ...}, "has no target_modules; it has "),
         ({"target_modules": [1]}, r"target_modules is \[1\]; expected the names"),
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; only 'LORA'"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; expected 'LORA'"),
         ({"use_rslora": "yes"}, "use_rslora is 'yes'; expected true or false"),
-        (None, "holds a list, not an object"),
+        (None, "is .*; expected an object"),
     ],
 )
 def test_settings_of_lora_that_cannot_be_are_named(kinds, tmp_path, kind, change, message):
@@ -260,7 +270,7 @@ def test_both_a_bin_and_safetensors(kinds, tmp_path, name):
     tensors = load(file)
     save(tensors, other)
     assert inspect(copy.folder)["loads"] and copy.open() is not None
-    both = rf"{name}.safetensors and .*{name}.bin are both there and are not the same: "
+    both = rf"{name}.safetensors and .*{name}.bin are not the same: "
     key = next(key for key, tensor in tensors.items() if tensor.numel() > 400)
     changed = tensors[key].clone()
     changed.view(-1)[200] += 1  # not among the first nor the last values
@@ -268,7 +278,7 @@ def test_both_a_bin_and_safetensors(kinds, tmp_path, name):
     ways = {"open": copy.open, "convert": lambda: convert(copy.folder, tmp_path / "y", **copy.keywords)}
     ways["warm start"] = lambda: LlavaSPForCausalLM.from_backbones(*copy.keywords.values(), warm_start=copy.folder)
     for way in ways.values():
-        with pytest.raises(ValueError, match=f"{both}{key} differs. Remove the one"):
+        with pytest.raises(ValueError, match=f"{both}{key} differs; remove the one"):
             way()
     for spoilt in ({key: tensors[key].half()}, {key: tensors[key][..., 1:].clone()}, {"more": torch.ones(2)}):
         save(tensors | spoilt, other)
@@ -281,7 +291,7 @@ def test_another_tokenizer_than_the_bases(kinds, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(copy.keywords["language_model"])
     tokenizer.add_tokens(["<im_start>", "<im_end>"])
     tokenizer.save_pretrained(copy.folder)
-    with pytest.raises(ValueError, match=r"at \(1002, 1003\), that of .* at \(1000, 1001\): they are not of one model"):
+    with pytest.raises(ValueError, match=r"x: its tokenizer has <image>, <pad> at \(1002, 1003\), not \(1000, 1001\)"):
         copy.open()
 
 
@@ -344,16 +354,19 @@ def test_a_projector_beside_that_is_another_one(kinds, golden, tmp_path):
     assert recognise(copy.folder).spatial["spatial_variant"] == "cropping"
     pooling = torch.load(golden / "pretrain_artifacts/pooling/model.bin", weights_only=True)
     torch.save(pooling, copy.folder / "mm_projector.bin")
-    with pytest.raises(ValueError, match=r"mm_projector.bin holds model.conv_\S+ .*, but the model in .* has"):
+    with pytest.raises(ValueError, match=r"mm_projector.bin and .* are not the same: model.conv_\S+ differs"):
         recognise(copy.folder)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu' in its config.json; only 'gelu'"),
-        ({"multimodal_projector_bias": False}, "multimodal_projector_bias is False in its config.json; only True"),
-        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy is 'full' .* only 'default'"),
+        ({"projector_hidden_act": "relu"}, "config.json: projector_hidden_act is 'relu'; expected 'gelu'"),
+        ({"multimodal_projector_bias": False}, "config.json: multimodal_projector_bias is False; expected True"),
+        (
+            {"vision_feature_select_strategy": "full"},
+            "config.json: vision_feature_select_strategy is 'full'; expected 'default'",
+        ),
         ({"vision_feature_select_strategy": "cls"}, "vision_feature_select_strategy is 'cls'"),
     ],
 )
@@ -410,3 +423,38 @@ def test_a_folder_that_is_not_there(path):
     for opens in (LlavaSPForCausalLM, LlavaSPProcessor):
         with pytest.raises(FileNotFoundError, match=f"there is no folder {path}"):
             opens.from_pretrained(path)
+
+
+# ---------------------------------------------------------------- one value through one door
+
+
+@pytest.mark.parametrize("opens", [LlavaSPForCausalLM, LlavaSPProcessor])
+def test_a_released_folder_is_looked_at_once(golden, monkeypatch, opens):
+    """One look at the folder, one at each tensor file's header, one configuration."""
+    calls = Counter()
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            calls[f"{name} {args[0].name}" if name == "header of" else name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for place in (opening, opening.processors):
+        monkeypatch.setattr(place, "recognise", counted("recognise", recognise))
+    header = counted("header of", tensor_files.stored_tensors)
+    for place in (formats, tensor_files, opening.backbones):
+        monkeypatch.setattr(place, "stored_tensors", header)
+    monkeypatch.setattr(LlavaSPConfig, "__post_init__", counted("configuration", LlavaSPConfig.__post_init__))
+    opens.from_pretrained(golden / "checkpoint_cropping/lora", **bases(golden))
+    files = ["adapter_model.safetensors", "non_lora_trainables.bin"]
+    if opens is LlavaSPForCausalLM:
+        files += [file.name for base in ("base", "clip") for file in (golden / base).glob("pytorch_model*.bin")]
+    assert calls == {"recognise": 1, "configuration": 1, **{f"header of {file}": 1 for file in files}}
+
+
+def test_model_and_processor_from_one_look(golden):
+    found = recognise(golden / "checkpoint_cropping/lora")
+    model = opening.open_model(LlavaSPForCausalLM, found, **bases(golden))
+    processor = opening.open_processor(LlavaSPProcessor, found, **bases(golden))
+    assert processor.num_image_tokens == model.config.num_image_tokens

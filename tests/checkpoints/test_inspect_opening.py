@@ -11,7 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints.inspect import inspect, text
+from llava_sp.checkpoints.inspection.report import inspect
+from llava_sp.checkpoints.inspection.text import text
 from llava_sp.checkpoints.reading.formats import UnknownFormat
 from tests.checkpoints.kinds import NAMES, Kind
 

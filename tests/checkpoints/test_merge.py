@@ -17,9 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints.merge import lora_layers, main, merge_layers, proof_sample, text_logits
-from llava_sp.checkpoints.merge import merge as merge_adapter
-from llava_sp.checkpoints.opening.adapter import checkpoint_hash, save_adapter
+from llava_sp.checkpoints.merge import main
+from llava_sp.checkpoints.opening.adapter import save_adapter
+from llava_sp.checkpoints.reading.fingerprint import checkpoint_hash
+from llava_sp.checkpoints.writing.merging import lora_layers, merge_layers
+from llava_sp.checkpoints.writing.merging import merge as merge_adapter
+from llava_sp.checkpoints.writing.proof import proof_sample, text_logits
 from tests.checkpoints.test_adapter import add_lora, assemble
 from tests.released import LAYOUTS
 
@@ -159,10 +162,10 @@ def test_a_merged_checkpoint_is_not_merged_again(adapter, merged, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{}", "merged.json does not say from what"),
-        ('{"adapter": 3}', "merged.json does not say from what"),
+        ("{}", "merged.json has no adapter, language_model, date"),
+        ('{"adapter": 3}', "merged.json has no language_model, date"),
         ("{", "merged.json is not valid JSON"),
-        ("[]", "merged.json holds a list"),
+        ("[]", r"merged.json is \[\]; expected an object"),
     ],
 )
 def test_a_broken_record_is_named(adapter, merged, tmp_path, content, message):
@@ -175,13 +178,13 @@ def test_a_broken_record_is_named(adapter, merged, tmp_path, content, message):
 
 def test_a_full_checkpoint_has_nothing_to_merge(golden, tmp_path):
     assemble(golden).save_pretrained(tmp_path / "full")
-    with pytest.raises(ValueError, match="full is a full checkpoint: it has no LoRA apart from its weights"):
+    with pytest.raises(ValueError, match=r"full \(LLaVA-SP, full checkpoint\) has no LoRA apart from its weights"):
         merge_adapter(tmp_path / "full", tmp_path / "out")
 
 
 def test_a_first_stage_has_nothing_to_merge(golden, tmp_path):
     save_adapter(assemble(golden), None, tmp_path / "stage1")
-    with pytest.raises(ValueError, match="stage1 has a projector and no LoRA .* nothing to merge"):
+    with pytest.raises(ValueError, match="stage1 .* has no LoRA .* nothing to merge"):
         merge_adapter(tmp_path / "stage1", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["stage1"]
 
@@ -297,7 +300,7 @@ def test_the_first_model_is_gone_before_the_second_is_opened(adapter, tmp_path, 
         opened.append(weakref.ref(model))
         return text_logits(model, sample)
 
-    monkeypatch.setattr("llava_sp.checkpoints.merge.text_logits", watched)
+    monkeypatch.setattr("llava_sp.checkpoints.writing.merging.text_logits", watched)
     merge_adapter(adapter, tmp_path / "out")
     assert alive == [[], [False]]
 
@@ -367,9 +370,7 @@ def test_the_command(adapter, tmp_path, repo):
 def test_errors_are_one_line(adapter, merged, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr("signal.signal", lambda *_: None)
     places = {"adapter": adapter, "merged": merged["float32"][0], "new": tmp_path / "new"}
-    with pytest.raises(SystemExit) as stopped:
-        main([argument.format(**places) for argument in arguments])
-    assert stopped.value.code == 2
+    assert main([argument.format(**places) for argument in arguments]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(said) == 1 and message.format(**places) in said[0]
     assert not any(tmp_path.iterdir())

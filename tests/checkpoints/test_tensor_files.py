@@ -16,7 +16,6 @@ from llava_sp.checkpoints.reading import tensor_files
 from llava_sp.checkpoints.reading.tensor_files import (
     read_all,
     read_index,
-    read_json,
     read_tensors,
     shard_index,
     stored_tensors,
@@ -24,6 +23,7 @@ from llava_sp.checkpoints.reading.tensor_files import (
     value_problem,
     weight_files,
 )
+from llava_sp.common.files import read_json
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -79,25 +79,22 @@ def header(path, content) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "reason"),
     [
-        (b"{not json", "its header is not JSON"),
-        ([1, 2], "its header is a list"),
-        ({"w": {"dtype": "F32", "shape": [2]}}, "entry for w is not that of a tensor"),
-        ({"w": 3}, "entry for w is not that of a tensor"),
-        (
-            {"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}},
-            r"w \(3,\) needs 12 bytes, its header gives it 8",
-        ),
-        ({"w": {"dtype": "X9", "shape": [2], "data_offsets": [0, 8]}}, "w is of the type X9"),
-        ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "is .* bytes long, but its header promises"),
+        (b"{not json", "invalid JSON"),
+        ([1, 2], "sequence"),
+        ({"w": {"dtype": "F32", "shape": [2]}}, "data_offsets"),
+        ({"w": 3}, "integer `3`"),
+        ({"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "shape.* or offset"),
+        ({"w": {"dtype": "X9", "shape": [2], "data_offsets": [0, 8]}}, "X9"),
+        ({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, "file not fully covered"),
     ],
 )
-def test_a_header_that_cannot_be_right(tmp_path, content, message):
+def test_a_header_that_cannot_be_right(tmp_path, content, reason):
     header(tmp_path / "x.safetensors", content)
-    with pytest.raises(ValueError, match=message) as error:
-        stored_tensors(tmp_path / "x.safetensors")
-    assert str(tmp_path / "x.safetensors") in str(error.value)
+    for read in (stored_tensors, read_tensors, tensor_lines):
+        with pytest.raises(ValueError, match=rf"{tmp_path / 'x.safetensors'} .*{reason}"):
+            read(tmp_path / "x.safetensors")
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "legacy"])
@@ -137,14 +134,14 @@ def test_the_headers_of_an_old_pickle_are_read_without_its_tensors(tmp_path, mon
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([torch.ones(2)], "holds a list; expected a dict of tensors"),
-        (torch.ones(2), "holds a Tensor; expected a dict of tensors"),
-        ({"w": torch.ones(2), "step": 3}, "holds a int under 'step'; expected tensors only"),
+        ([torch.ones(2)], r"is \[tensor.*; expected an object"),
+        (torch.ones(2), "is tensor.*; expected an object"),
+        ({"w": torch.ones(2), "step": 3}, ": step is 3; expected Tensor"),
     ],
 )
 def test_a_pickle_of_something_else(tmp_path, content, message):
     torch.save(content, tmp_path / "x.bin")
-    with pytest.raises(ValueError, match=f"x.bin {message}"):
+    with pytest.raises(ValueError, match=f"x.bin:? ?{message.removeprefix(': ')}"):
         stored_tensors(tmp_path / "x.bin")
 
 
@@ -221,15 +218,15 @@ def test_the_files_of_an_index(shards):
 
 def test_a_missing_shard_is_named_with_a_key(shards):
     (shards / "m-2.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"m-2.safetensors, which is not there; b is in it \(2 tensors in all\)"):
+    with pytest.raises(ValueError, match="index.json names m-2.safetensors, which is not there; b is in it"):
         weight_files(shards)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
-def test_an_index_that_is_none(shards, content):
+def test_an_index_that_is_not_valid(shards, content):
     index = shards / "model.safetensors.index.json"
     index.write_text(content)
-    with pytest.raises(ValueError, match=r"index.json is no index of shards"):
+    with pytest.raises(ValueError, match=r"index.json.* weight_map"):
         read_index(index)
 
 
@@ -240,9 +237,9 @@ def test_a_folder_without_weights(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b'{"a": {"b"', "not valid JSON"), (b"\xff\xfe", "not valid JSON"), (b"[1, 2]", "holds a list, not an object")],
+    [(b'{"a": {"b"', "not valid JSON"), (b"\xff\xfe", "not UTF-8"), (b"[1, 2]", r"is \[1, 2\]; expected an object")],
 )
-def test_json_that_is_none(tmp_path, content, message):
+def test_json_that_is_not_valid(tmp_path, content, message):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=f"config.json.*{message}"):
-        read_json(tmp_path / "config.json")
+        read_json(tmp_path / "config.json", dict)

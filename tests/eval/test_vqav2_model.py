@@ -19,7 +19,8 @@ from peft import LoraConfig
 from PIL import Image
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints.opening.adapter import checkpoint_hash, save_adapter
+from llava_sp.checkpoints.opening.adapter import save_adapter
+from llava_sp.checkpoints.reading.fingerprint import checkpoint_hash
 from llava_sp.eval.cli import main
 from llava_sp.eval.run.answer_log import read_logs
 from llava_sp.eval.vqav2 import VQAv2

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
-from llava_sp.checkpoints.opening.backbones import weights_fingerprint
+from llava_sp.checkpoints.reading.fingerprint import weights_fingerprint
 
 
 def check_answers(model) -> None:

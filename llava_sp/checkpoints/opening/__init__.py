@@ -1,21 +1,50 @@
 """From what was found to a model, and back to disk. Importing this lets the model open every format."""
 
+from __future__ import annotations
+
+import os
 import sys
 
-from llava_sp.checkpoints.opening.adapter import save_adapter
-from llava_sp.checkpoints.opening.fill import check_values
-from llava_sp.checkpoints.opening.foreign import check_full, needs_processor, open_processor, opener
+from llava_sp.checkpoints.opening.adapter import open_adapter, save_adapter
+from llava_sp.checkpoints.opening.foreign import open_llava_hf, open_original
+from llava_sp.checkpoints.opening.full import open_full
+from llava_sp.checkpoints.opening.processors import open_processor
 from llava_sp.checkpoints.opening.warm_start import from_backbones
+from llava_sp.checkpoints.reading.formats import Checkpoint, recognise
+from llava_sp.checkpoints.reading.places import fetch
 from llava_sp.model import opening
 
-opening.formats = sys.modules[__name__]
+__all__ = ["from_backbones", "open_model", "open_processor", "save_adapter"]
 
-__all__ = [
-    "check_full",
-    "check_values",
-    "from_backbones",
-    "needs_processor",
-    "open_processor",
-    "opener",
-    "save_adapter",
-]
+# A format of `FORMATS` -> f(model class, what was found, **keywords), which gives the model.
+_OPENERS = {
+    "llava_sp": open_full,
+    "llava_sp_adapter": open_adapter,
+    "original_lora": open_original,
+    "original_full": open_original,
+    "original_projector": open_original,
+    "llava_hf": open_llava_hf,
+}
+_ELSEWHERE = ("state_dict", "subfolder", "variant", "gguf_file")  # the weights are not the folder's
+
+
+def open_model(cls, checkpoint: str | os.PathLike | Checkpoint, *args, output_loading_info: bool = False, **kwargs):
+    """The model of a checkpoint; `LlavaSPForCausalLM.from_pretrained` calls this.
+
+    Args:
+        checkpoint: a folder, the file of a first stage's projector, a hub id, or what `recognise` found there.
+        args, output_loading_info: as for transformers' `from_pretrained`, for our full checkpoints only.
+
+    Raises as `LlavaSPForCausalLM.from_pretrained`.
+    """
+    if any(kwargs.get(name) for name in _ELSEWHERE):
+        return cls.from_full(checkpoint, *args, output_loading_info=output_loading_info, **kwargs)
+    found = checkpoint if isinstance(checkpoint, Checkpoint) else recognise(fetch(checkpoint, **kwargs))
+    if found.format == "llava_sp":
+        return open_full(cls, found, *args, output_loading_info=output_loading_info, **kwargs)
+    if output_loading_info or args:
+        raise ValueError(f"{found.folder} is not a full checkpoint of LLaVA-SP: there is no output_loading_info for it")
+    return _OPENERS[found.format](cls, found, **kwargs)
+
+
+opening.formats = sys.modules[__name__]

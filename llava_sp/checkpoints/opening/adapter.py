@@ -12,7 +12,6 @@ Every file is written beside its place and renamed, so no file is ever half ther
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -21,40 +20,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llava_sp.checkpoints.opening.backbones import from_backbones, weights_fingerprint
-from llava_sp.checkpoints.opening.fill import copy_strictly, freeze, gathered, parameter_names, without_adapter_name
-from llava_sp.checkpoints.reading.formats import (
-    ADAPTER_NAME,
-    LORA,
-    LORA_FOLDER,
-    PROJECTOR,
-    UnknownFormat,
-    lora_config,
-    our_config,
-    recognise,
-)
-from llava_sp.checkpoints.reading.places import base_kwargs, fetch, find_base, from_hub
-from llava_sp.checkpoints.reading.tensor_files import read_checked, read_json, tensor_lines
-from llava_sp.common.files import replacing, sha256
+from llava_sp.checkpoints.opening.backbones import Backbones
+from llava_sp.checkpoints.opening.fill import fill, freeze, gathered
+from llava_sp.checkpoints.opening.fit import check_fits
+from llava_sp.checkpoints.opening.foreign import bases_of
+from llava_sp.checkpoints.opening.full import config_differences, recorded_config
+from llava_sp.checkpoints.reading.formats import LORA_FOLDER, Checkpoint, recognise
+from llava_sp.checkpoints.reading.manifest import MANIFEST
+from llava_sp.checkpoints.reading.names import ADAPTER_NAME, LORA, PEFT, PROJECTOR, without_adapter_name
+from llava_sp.checkpoints.reading.places import base_kwargs, hub_kwargs
+from llava_sp.common.files import replacing, sha256, write_json
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from llava_sp.model.modeling_llava_sp import ADAPTER_FILE
 
-MANIFEST = "llava_sp.json"
 FORMAT = 1
-_PEFT = "base_model.model."  # PEFT's files name parameters as seen from its wrapper
-
-# What must agree for one model's projector to fit into another.
-_SHAPE_FIELDS = (
-    "spatial_variant",
-    "spatial_scales",
-    "spatial_width",
-    "spatial_fusion",
-    "spatial_projection_bias",
-    "fusion_kernel",
-    "fusion_stride",
-    "vision_width",
-    "grid_size",
-)
 
 
 def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -94,13 +73,18 @@ def save_adapter(
     state = trainable_state_dict(model) if state_dict is None else state_dict
     if not write:
         return
-    _check_tensors(state)
+    broken = [name for name, tensor in state.items() if not (tensor.numel() and torch.isfinite(tensor).all())]
+    if broken or not state:
+        such = (
+            f"{len(broken)} tensors are empty or hold NaN or infinity, such as {broken[0]}" if state else "no projector"
+        )
+        raise ValueError(f"{path} is not saved: {such}")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / MANIFEST).unlink(missing_ok=True)
 
     projector = {name.removeprefix(PROJECTOR): t for name, t in state.items() if name.startswith(PROJECTOR)}
-    lora = {_PEFT + without_adapter_name(name): tensor for name, tensor in state.items() if LORA in name}
+    lora = {PEFT + without_adapter_name(name): tensor for name, tensor in state.items() if LORA in name}
     with replacing(path / ADAPTER_FILE) as file:
         save_file(projector, file, metadata={"format": "pt"})
     if lora:
@@ -121,76 +105,12 @@ def save_adapter(
         },
         "run": run or {},
     }
-    with replacing(path / MANIFEST) as file:
-        file.write_text(json.dumps(manifest, indent=2) + "\n")
-
-
-def is_adapter(path: str | os.PathLike, **hub_kwargs) -> bool:
-    """Whether `path` (a folder or a hub id) is an adapter checkpoint."""
-    if Path(path).exists():
-        return (Path(path) / ADAPTER_FILE).is_file()
-    return from_hub(path, MANIFEST, **hub_kwargs) is not None
-
-
-def describe(path: str | os.PathLike) -> dict:
-    """The manifest of an adapter checkpoint, after a check that the save was not cut off.
-
-    Raises:
-        ValueError: no manifest, or a tensor file is not there or not as long as the manifest says.
-    """
-    manifest = Path(path) / MANIFEST
-    if not manifest.is_file():
-        raise ValueError(
-            f"{path} has no {MANIFEST}: it is not an adapter checkpoint, or saving it was cut off. Use an earlier one "
-            "(checkpoint-* beside it), or run the same training command again."
-        )
-    described = read_json(manifest)
-    _check_manifest(described, manifest)
-    for name, expected in described["files"].items():
-        file = Path(path) / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != expected["bytes"]:
-            raise ValueError(
-                f"{file} is {found} bytes long, but {MANIFEST} says {expected['bytes']}: the copy is cut off"
-            )
-    return described
-
-
-def _check_manifest(described: dict, file: Path) -> None:
-    """Raises `ValueError` where what is read from a manifest is not there, or is of another kind."""
-    files = described.get("files")
-    if not isinstance(files, dict) or not files:
-        raise ValueError(
-            f"{file} is no manifest of an adapter checkpoint: files is {files!r}; expected names and sizes"
-        )
-    for name, about in files.items():
-        kinds = {"bytes": int, "sha256": str}
-        if not isinstance(about, dict) or any(type(about.get(key)) is not kind for key, kind in kinds.items()):
-            raise ValueError(f"{file}: files has {about!r} under {name!r}; expected its bytes and sha256")
-    for key in ("language_model", "vision_tower"):
-        if not isinstance(described.get(key), list) or len(described[key]) != 2:
-            raise ValueError(f"{file}: {key} is {described.get(key)!r}; expected a place and a fingerprint")
-
-
-def checkpoint_hash(path: str | os.PathLike) -> str:
-    """16 hex digits that stand for the weights in a checkpoint folder of any format, for provenance."""
-    path = Path(path)
-    if is_adapter(path):
-        described = describe(path)
-        parts = [file["sha256"] for _, file in sorted(described["files"].items())]
-        parts += [str(described["language_model"][1]), str(described["vision_tower"][1])]
-        return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
-    try:
-        files = recognise(path).files
-    except UnknownFormat:  # a backbone
-        return weights_fingerprint(path)
-    lines = sorted(line for file in files for line in tensor_lines(file))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+    write_json(path / MANIFEST, manifest)
 
 
 def open_adapter(
     cls,
-    path: str | os.PathLike,
+    found: Checkpoint,
     *,
     config: LlavaSPConfig | None = None,
     language_model: str | os.PathLike | None = None,
@@ -199,38 +119,28 @@ def open_adapter(
     dtype: torch.dtype | str = "auto",
     **load_kwargs,
 ):
-    """Open an adapter checkpoint on its base models; `LlavaSPForCausalLM.from_pretrained` calls this.
+    """Open an adapter checkpoint on its base models.
 
     Args:
+        config: in place of the recorded one, which it must agree with.
         language_model, vision_tower: in place of the recorded ones, for instance on another machine.
         check_base: compare the base weights' fingerprints with the recorded ones.
 
     Raises:
-        ValueError: the save was cut off, a base model is not where the checkpoint says, its weights are not those
-            that the adapter was trained on, or tensors do not fit. The message says what would be right.
+        ValueError: a base model is not where the checkpoint says, its weights are not those that the adapter was trained
+            on, or tensors do not fit. The message says what would be right.
     """
-    path = fetch(path, **load_kwargs)
     load_kwargs = base_kwargs(load_kwargs)
-    describe(path)
-    read_json(path / "config.json")  # what is wrong with the file itself, said with its name
-    config = our_config(path) if config is None else config
-    found = recognise(path)
-    lora = None if found.lora is None else lora_config(found)
-    recorded = (config.language_model_fingerprint, config.vision_tower_fingerprint)
-    language = find_base(
-        path, language_model, config.language_model_name_or_path, "language_model", "language model", **load_kwargs
-    )
-    tower = find_base(
-        path, vision_tower, config.vision_tower_name_or_path, "vision_tower", "vision tower", **load_kwargs
-    )
-    if dtype == "auto" and config.dtype is not None:
-        dtype = config.dtype
-    model = from_backbones(cls, language, tower, config=config, dtype=dtype, **load_kwargs)
+    config = recorded_config(found, config)
+    check_fits(found, config)
+    bases = bases_of(found, language_model, vision_tower, **hub_kwargs(load_kwargs))
+    dtype = config.dtype or "auto" if dtype == "auto" else dtype
+    model = Backbones.find(*bases, **load_kwargs).load(cls, config, dtype, recorded=True, **load_kwargs)
     if check_base:
-        check_bases(path, recorded, config)
-    if lora is not None:
-        model.add_adapter(lora, adapter_name=ADAPTER_NAME)
-    load_adapter(model, path)
+        check_bases(found, config)
+    if found.lora is not None:
+        model.add_adapter(found.lora_config(), adapter_name=ADAPTER_NAME)
+    fill(model, found)
     return freeze(model)
 
 
@@ -240,11 +150,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     Raises:
         ValueError: a tensor is missing, left over or of another shape; nothing is loaded then.
     """
-    path = Path(path)
-    describe(path)
-    tensors = parameter_names(read_checked(recognise(path).tensors, zeros_allowed=True))
-    own = {n: p for n, p in model.named_parameters() if n.startswith(PROJECTOR) or LORA in n}
-    copy_strictly(own, tensors, f"the checkpoint {path}", config_differences(path, model.config))
+    found = recognise(path)
+    fill(model, found, differences=config_differences(found, model.config))
 
 
 def load_projector(model: nn.Module, path: str | os.PathLike) -> None:
@@ -254,40 +161,19 @@ def load_projector(model: nn.Module, path: str | os.PathLike) -> None:
         ValueError: the projector is of another variant, width or grid (the message lists the differing settings and
             tensors), or the save was cut off.
     """
-    path = Path(path)
-    describe(path)
-    tensors = read_checked(recognise(path).part(PROJECTOR), zeros_allowed=True)
-    own = {name: parameter for name, parameter in model.named_parameters() if name.startswith(PROJECTOR)}
-    copy_strictly(own, tensors, f"the projector in {path}", config_differences(path, model.config))
+    found = recognise(path)
+    fill(model, found, (PROJECTOR,), config_differences(found, model.config))
 
 
-def config_differences(path: Path, config: LlavaSPConfig) -> list[str]:
-    """What a projector saved at `path` was made for and a model of `config` is not, in words."""
-    saved = LlavaSPConfig.from_pretrained(path)
-    return [
-        f"{field} is {getattr(saved, field)!r} there and {getattr(config, field)!r} here"
-        for field in _SHAPE_FIELDS
-        if getattr(saved, field) != getattr(config, field)
-    ]
-
-
-def check_bases(
-    path: Path,
-    recorded: tuple[str | None, str | None],
-    config: LlavaSPConfig,
-    keywords: tuple[str, str] = ("language_model", "vision_tower"),
-) -> None:
-    """Raises `ValueError` where the fingerprints that a checkpoint records are not those of the bases in `config`.
-
-    `keywords`: under which the caller was given the bases.
-    """
-    found = (config.language_model_fingerprint, config.vision_tower_fingerprint)
-    places = (config.language_model_name_or_path, config.vision_tower_name_or_path)
-    for what, place, was, now, keyword in zip(("language model", "vision tower"), places, recorded, found, keywords):
-        if was is not None and was != now:
+def check_bases(found: Checkpoint, config: LlavaSPConfig) -> None:
+    """Raises `ValueError` where the fingerprints that a checkpoint records are not those of the bases in `config`."""
+    for keyword in ("language_model", "vision_tower"):
+        was, now = found.config.get(f"{keyword}_fingerprint"), getattr(config, f"{keyword}_fingerprint")
+        if was not in (None, now):
+            place = getattr(config, f"{keyword}_name_or_path")
             raise ValueError(
-                f"{path} was trained on a {what} with the fingerprint {was}, but {place} has {now}: these are other "
-                f"weights. Pass {keyword}=<the right one>, or check_base=False to go on with these."
+                f"{found.folder} was trained on a {keyword.replace('_', ' ')} with the fingerprint {was}, but {place} has {now}: "
+                f"these are other weights. Pass {keyword}=<the right one>, or check_base=False to go on with these"
             )
 
 
@@ -314,17 +200,6 @@ def _json_default(value):
     if isinstance(value, set):
         return sorted(value)
     return str(value)
-
-
-def _check_tensors(state: dict[str, Tensor]) -> None:
-    if not state:
-        raise ValueError("the model has neither a projector nor LoRA: there is nothing to save")
-    empty = [name for name, tensor in state.items() if tensor.numel() == 0]
-    wild = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if empty:
-        raise ValueError(f"{len(empty)} tensors are empty (not gathered under ZeRO-3?), such as {empty[0]}: not saved")
-    if wild:
-        raise ValueError(f"{len(wild)} tensors hold NaN or infinity, such as {wild[0]}: not saved")
 
 
 def _tensor_files(path: Path) -> list[Path]:

@@ -6,7 +6,7 @@ or SigLIP checkpoint (its text half is left aside), any ViT of timm. Nothing is 
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,23 +20,25 @@ from transformers import (
     GenerationConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.integrations import deepspeed as integration
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from llava_sp.checkpoints.opening.fill import check_values, gathered
-from llava_sp.checkpoints.reading.formats import check_generation_config, recognise
+from llava_sp.checkpoints.opening.fill import check_model, gathered
+from llava_sp.checkpoints.reading.fingerprint import weights_fingerprint
+from llava_sp.checkpoints.reading.formats import read_generation_config, recognise
 from llava_sp.checkpoints.reading.places import fetch, hub_kwargs
-from llava_sp.checkpoints.reading.tensor_files import stored_tensors, tensor_lines, weight_files
+from llava_sp.checkpoints.reading.tensor_files import stored_tensors, weight_files
 from llava_sp.model.backbone_configs import (
     FULL_LLAVAS,
+    as_value_error,
     is_original,
     language_config,
     load_tokenizer,
-    read_config,
     read_settings,
-    told_as_value_error,
+    vision_config,
 )
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from llava_sp.model.modeling_llava_sp import LlavaSPForCausalLM
@@ -45,6 +47,11 @@ from llava_sp.model.projector import SpatialProjector
 
 # Enough for a paragraph; only where neither the caller nor the checkpoint says otherwise.
 DEFAULT_MAX_NEW_TOKENS = 512
+# What a new model can be given: the projector's settings, and the layer(s) of the tower that it reads.
+MODEL_SETTINGS = (
+    *(f.name for f in dataclasses.fields(LlavaSPConfig) if f.name.startswith(("spatial_", "fusion_"))),
+    "vision_feature_layer",
+)
 
 
 def from_backbones(
@@ -53,137 +60,155 @@ def from_backbones(
     vision_tower: str | os.PathLike | None,
     *,
     config: LlavaSPConfig | None = None,
-    spatial_variant: str = "cropping",
-    spatial_scales: list[int] | None = None,
-    spatial_width: int | None = None,
-    spatial_fusion: bool = True,
-    spatial_projection_bias: bool | None = None,
-    fusion_kernel: int | None = None,
-    fusion_stride: int | None = None,
-    vision_feature_layer: int | list[int] = -2,
     dtype: torch.dtype | str = "auto",
     seed: int = 0,
     language_model_revision: str | None = None,
     vision_tower_revision: str | None = None,
-    **load_kwargs,
+    **kwargs,
 ):
     """Assemble a model with a fresh projector; see also `warm_start.from_backbones`.
 
     Args:
         language_model, vision_tower: hub ids or local folders; also those within a full LLaVA.
-        config: the configuration of an existing checkpoint; the `spatial_*` arguments are then taken from it.
-        spatial_variant, ...: see `LlavaSPConfig`.
+        config: the configuration of an existing checkpoint, which takes the place of the settings below.
         dtype: of all weights; `"auto"` is the language model's own.
         seed: of the projector's fresh weights.
         language_model_revision, vision_tower_revision: of hub models; what was loaded is recorded by its fingerprint.
-        load_kwargs: passed to both backbones' `from_pretrained` (`device_map`, `attn_implementation`, `cache_dir`,
-            ...); `quantization_config` goes to the language model alone.
+        kwargs: `MODEL_SETTINGS`, as of `LlavaSPConfig`; the rest is passed to both backbones' `from_pretrained`
+            (`device_map`, `attn_implementation`, `cache_dir`, ...), `quantization_config` to the language model alone.
 
     Raises:
         ValueError: a backbone lacks weights, the tower has no square grid, or a spatial argument does not fit.
         OSError: a backbone is not there (transformers' message names the path).
     """
-    dtype = _dtype(dtype)
-    if language_model is None:
-        raise ValueError("language_model is not set: a hub id or a folder")
-    if vision_tower is None:
-        raise ValueError("vision_tower is not set: a hub id or a folder")
-    if "revision" in load_kwargs:
+    settings = {name: kwargs.pop(name) for name in MODEL_SETTINGS if name in kwargs}
+    if "revision" in kwargs:
         raise ValueError("revision= would mean both backbones; use language_model_revision= and vision_tower_revision=")
-    tower_kwargs = {name: value for name, value in load_kwargs.items() if name != "quantization_config"}
-    if vision_tower_revision is not None:
-        tower_kwargs["revision"] = vision_tower_revision
-    if language_model_revision is not None:
-        load_kwargs["revision"] = language_model_revision
-    tower = load_vision_tower(vision_tower, dtype=dtype, **tower_kwargs)
-    language = load_language_model(language_model, dtype=dtype, **load_kwargs)
-    old_rows = language.get_input_embeddings().num_embeddings
-    tokenizer, image_token_id, pad_token_id, rows = read_vocabulary(language_model, old_rows, **hub_kwargs(load_kwargs))
-    grow_vocabulary(language, rows)
-    if dtype == "auto":
-        dtype = language.dtype
-        tower.to(dtype)
-
-    if config is None:
-        config = _config(
-            language,
-            tower,
-            image_token_id,
-            pad_token_id,
-            vision_feature_layer=vision_feature_layer,
-            spatial_variant=spatial_variant,
-            spatial_scales=spatial_scales,
-            spatial_width=spatial_width,
-            spatial_fusion=spatial_fusion,
-            spatial_projection_bias=spatial_projection_bias,
-            fusion_kernel=fusion_kernel,
-            fusion_stride=fusion_stride,
-            dtype=dtype,
-        )
-    config.language_model_name_or_path, config.vision_tower_name_or_path = (
-        _recorded(language_model),
-        _recorded(vision_tower),
+    backbones = Backbones.find(language_model, vision_tower, language_model_revision, vision_tower_revision, **kwargs)
+    return backbones.load(
+        cls, config or backbones.config(**settings), dtype, seed, recorded=config is not None, **kwargs
     )
-    config.language_model_fingerprint = weights_fingerprint(language_model, **hub_kwargs(load_kwargs))
-    config.vision_tower_fingerprint = weights_fingerprint(vision_tower, **hub_kwargs(tower_kwargs))
-    model = _assemble(cls, config, language, tower, fresh_projector(config, dtype, seed))
-    model.generation_config = _generation_config(language, tokenizer, pad_token_id)
-    return model.eval()
 
 
-def from_llava_hf(
-    cls: type[PreTrainedModel], path: str | os.PathLike, dtype: torch.dtype | str = "auto", **load_kwargs
-):
-    """Transformers' LLaVA-1.5 as a model of ours without spatial tokens; its three parts are taken over as they are.
+@dataclasses.dataclass(frozen=True)
+class Backbones:
+    """A language model and a vision tower of which nothing is loaded but the tokenizer.
 
-    Raises `ValueError` where it lacks weights or is no LLaVA-1.5 (another projector, several tower layers).
+    Attributes:
+        language, tower: folders or hub ids. language_hub, tower_hub: keywords that say how to get them from the hub.
+        tokenizer: the language model's, with image and padding token added; image_token_id, pad_token_id: their ids.
+        rows: the embedding rows to have.
     """
-    llava = _load_llava(path, dtype=_dtype(dtype), **load_kwargs)
-    old_rows = llava.get_input_embeddings().num_embeddings
-    tokenizer, image_token_id, pad_token_id, rows = read_vocabulary(path, old_rows, **hub_kwargs(load_kwargs))
-    language, tower = _language_half(llava), llava.model.vision_tower
-    grow_vocabulary(language, rows)
-    config = _config(
-        language,
-        tower,
-        image_token_id,
-        pad_token_id,
-        spatial_variant="none",
-        vision_feature_layer=llava.config.vision_feature_layer,
-        dtype=llava.dtype,
-    )
+
+    language: str
+    tower: str
+    language_hub: dict[str, Any]
+    tower_hub: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    image_token_id: int
+    pad_token_id: int
+    rows: int
+
+    @classmethod
+    def find(
+        cls,
+        language_model: str | os.PathLike | None,
+        vision_tower: str | os.PathLike | None,
+        language_revision: str | None = None,
+        tower_revision: str | None = None,
+        **kwargs,
+    ) -> Backbones:
+        """Raises `ValueError` if one is not given, or the tokenizer has words after the placeholder."""
+        for name, given in (("language_model", language_model), ("vision_tower", vision_tower)):
+            if given is None:
+                raise ValueError(f"{name} is not set: a hub id or a folder")
+        hub = hub_kwargs(kwargs)
+        language_hub = hub if language_revision is None else hub | {"revision": language_revision}
+        tower_hub = hub if tower_revision is None else hub | {"revision": tower_revision}
+        rows = language_config(language_model, **language_hub).vocab_size
+        vocabulary = read_vocabulary(language_model, rows, **language_hub)
+        return cls(str(language_model), str(vision_tower), language_hub, tower_hub, *vocabulary)
+
+    def config(self, **settings) -> LlavaSPConfig:
+        """The configuration of a model on these, with the language model's own rows; `settings` are LlavaSPConfig's."""
+        text = language_config(self.language, **self.language_hub)
+        return LlavaSPConfig(
+            text_config=text,
+            vision_config=vision_config(self.tower, **self.tower_hub),
+            image_token_index=self.image_token_id,
+            pad_token_id=self.pad_token_id,
+            bos_token_id=text.bos_token_id,
+            eos_token_id=text.eos_token_id,
+            tie_word_embeddings=text.tie_word_embeddings,
+            **settings,
+        )
+
+    def load(
+        self,
+        cls,
+        config: LlavaSPConfig,
+        dtype: torch.dtype | str = "auto",
+        seed: int = 0,
+        recorded: bool = False,
+        **kwargs,
+    ):
+        """The model with a fresh projector. `recorded`: `config` is a checkpoint's, and stays as it is."""
+        dtype = _dtype(dtype)
+        tower_kwargs = {name: value for name, value in kwargs.items() if name != "quantization_config"} | self.tower_hub
+        tower = load_vision_tower(self.tower, dtype=dtype, **tower_kwargs)
+        language = load_language_model(self.language, dtype=dtype, **kwargs | self.language_hub)
+        if dtype == "auto":
+            dtype = language.dtype
+            tower.to(dtype)
+        if not recorded:
+            config.dtype = dtype
+        config.language_model_name_or_path = _recorded(self.language)
+        config.vision_tower_name_or_path = _recorded(self.tower)
+        config.language_model_fingerprint = weights_fingerprint(self.language, **self.language_hub)
+        config.vision_tower_fingerprint = weights_fingerprint(self.tower, **self.tower_hub)
+        return self.assemble(cls, config, language, tower, fresh_projector(config, dtype, seed), recorded)
+
+    def assemble(self, cls, config: LlavaSPConfig, language, tower, projector, recorded: bool = False):
+        """Loaded parts in an empty model, nothing copied; unless `recorded`, `config` becomes that of the parts."""
+        grow_vocabulary(language, self.rows)
+        if not recorded:
+            language.config.pad_token_id = self.pad_token_id
+            config.text_config, config.vision_config = language.config, tower.config
+            config.vision_feature_select_strategy = "default" if _has_class_token(tower) else "full"
+        with zero3_set_aside(), torch.device("meta"), as_value_error(config.name_or_path or "this model"):
+            model = cls(config)
+        model.model.vision_tower = tower
+        model.model.multi_modal_projector = projector.to(tower.device)
+        model.model.language_model = language.base_model
+        model.lm_head = language.get_output_embeddings()
+        for part in (language, tower):
+            for name in ("hf_device_map", "quantization_method", "is_quantized", "hf_quantizer"):
+                if hasattr(part, name) and not hasattr(model, name):
+                    setattr(model, name, getattr(part, name))
+        model.tie_weights()
+        ends = language.generation_config.eos_token_id
+        model.generation_config = GenerationConfig(  # greedy; ends where the language model ends
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=self.tokenizer.eos_token_id if ends is None else ends,
+            pad_token_id=self.pad_token_id,
+            max_new_tokens=DEFAULT_MAX_NEW_TOKENS,
+        )
+        return model.eval()
+
+
+def from_llava_hf(cls: type[PreTrainedModel], backbones: Backbones, config: LlavaSPConfig, dtype, **load_kwargs):
+    """Transformers' LLaVA-1.5 as a model of ours without spatial tokens; its three parts are taken over as they are."""
+    llava = load_llava(backbones.language, dtype=_dtype(dtype), **load_kwargs)
+    config.dtype = llava.dtype
     projector = SpatialProjector(config).to(llava.dtype)
     projector.load_state_dict(llava.model.multi_modal_projector.state_dict())
-    model = _assemble(cls, config, language, tower, projector)
-    model.generation_config = _generation_config(language, tokenizer, pad_token_id)
-    return model.eval()
-
-
-def _config(
-    language: PreTrainedModel, tower: PreTrainedModel, image_token_id: int, pad_token_id: int, **settings
-) -> LlavaSPConfig:
-    """The configuration of a model of these parts; `settings` are LlavaSPConfig's own."""
-    text_config = language.config
-    text_config.pad_token_id = pad_token_id
-    return LlavaSPConfig(
-        text_config=text_config,
-        vision_config=tower.config,
-        image_token_index=image_token_id,
-        pad_token_id=pad_token_id,
-        bos_token_id=text_config.bos_token_id,
-        eos_token_id=text_config.eos_token_id,
-        tie_word_embeddings=text_config.tie_word_embeddings,
-        vision_feature_select_strategy="default" if _has_class_token(tower) else "full",
-        **settings,
-    )
+    return backbones.assemble(cls, config, _language_half(llava), llava.model.vision_tower, projector)
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
-    """A type by its name; "auto" and types as they are. Raises ValueError for a name that is none."""
-    if not isinstance(dtype, str) or dtype == "auto":
-        return dtype
-    named = getattr(torch, dtype, None)
-    if not isinstance(named, torch.dtype):
+    """A type by its name; "auto" and types as they are. Raises ValueError for a name that is not one of a type."""
+    named = dtype if dtype == "auto" or not isinstance(dtype, str) else getattr(torch, dtype, None)
+    if named != "auto" and not isinstance(named, torch.dtype):
         raise ValueError(f'dtype is {dtype!r}; use a torch.dtype, its name ("bfloat16"), or "auto"')
     return named
 
@@ -195,13 +220,11 @@ def read_vocabulary(path: str | os.PathLike, old_rows: int = 0, **hub_kwargs) ->
     """
     tokenizer = load_tokenizer(path, **hub_kwargs)
     image_token_id, pad_token_id, rows = add_special_tokens(tokenizer, old_rows)
-    words = [
-        token for token, number in tokenizer.get_vocab().items() if number > image_token_id and number != pad_token_id
-    ]
+    words = [word for word, i in tokenizer.get_vocab().items() if i > image_token_id and i != pad_token_id]
     if words:
         raise ValueError(
-            f"the tokenizer of {path} has {tokenizer.convert_ids_to_tokens(image_token_id)} as id {image_token_id} and "
-            f"{len(words)} tokens after it, such as {words[0]!r}; the image placeholder must come after all words"
+            f"the tokenizer of {path} has <image> as id {image_token_id} and {len(words)} tokens after it, such as "
+            f"{words[0]!r}; the image placeholder must come after all words"
         )
     return tokenizer, image_token_id, pad_token_id, rows
 
@@ -213,14 +236,13 @@ def load_language_model(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
         config = language_config(path, **hub_kwargs(kwargs))
         return _load_complete(AutoModelForCausalLM, path, zeros_allowed=False, config=config, **kwargs)
     if settings.get("model_type") in FULL_LLAVAS:
-        return _language_half(_load_llava(path, **kwargs))
+        return _language_half(load_llava(path, **kwargs))
     return _load_complete(AutoModelForCausalLM, path, **kwargs)
 
 
-def _load_llava(path: str | os.PathLike, **kwargs) -> LlavaForConditionalGeneration:
+def load_llava(path: str | os.PathLike, **kwargs) -> LlavaForConditionalGeneration:
     """A full LLaVA, transformers' or ours. Raises `ValueError` for an adapter checkpoint of ours."""
-    settings = read_settings(path, **hub_kwargs(kwargs))
-    if settings["model_type"] == "llava":
+    if read_settings(path, **hub_kwargs(kwargs))["model_type"] == "llava":
         return _load_complete(LlavaForConditionalGeneration, path, zeros_allowed=False, **kwargs)
     if not recognise(fetch(path, **kwargs)).holds_language_model:
         raise ValueError(
@@ -241,32 +263,10 @@ def _language_half(llava: LlavaForConditionalGeneration) -> PreTrainedModel:
 
 
 def load_vision_tower(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
-    """The image half of a CLIP or SigLIP checkpoint, a bare vision model, or a timm ViT.
-
-    The tower's `config` gets `hidden_size`, `image_size` and `patch_size` where it lacks them (timm).
-    """
-    config = read_config(path, **hub_kwargs(kwargs))
-    if config.model_type in FULL_LLAVAS:
-        tower = _load_llava(path, **kwargs).model.vision_tower
-    else:
-        tower = _load_complete(AutoModel, path, config=getattr(config, "vision_config", config), **kwargs)
-    timm_model = getattr(tower, "timm_model", None)
-    if timm_model is not None:
-        embed = getattr(timm_model, "patch_embed", None)
-        if embed is None or not hasattr(timm_model, "forward_intermediates"):
-            raise ValueError(
-                f"the timm model {tower.config.architecture!r} in {path} has no patch embedding or no intermediate "
-                "features: the spatial tokens need a plain ViT"
-            )
-        tower.config.hidden_size = timm_model.embed_dim
-        tower.config.image_size = list(embed.img_size)
-        tower.config.patch_size = list(embed.patch_size)
-    if not hasattr(tower.config, "patch_size"):
-        raise ValueError(
-            f"the vision tower {path} ({tower.config.model_type}) has no patch_size: it must give patch tokens on a "
-            "square grid, as CLIP, SigLIP and timm's ViTs do"
-        )
-    return tower
+    """The image half of a CLIP or SigLIP checkpoint, a vision model, a timm ViT, or the tower of a full LLaVA."""
+    if read_settings(path, **hub_kwargs(kwargs)).get("model_type") in FULL_LLAVAS:
+        return load_llava(path, **kwargs).model.vision_tower
+    return _load_complete(AutoModel, path, config=vision_config(path, **hub_kwargs(kwargs)), **kwargs)
 
 
 def fresh_projector(config: LlavaSPConfig, dtype: torch.dtype, seed: int) -> SpatialProjector:
@@ -297,18 +297,6 @@ def grow_vocabulary(language: PreTrainedModel, rows: int) -> None:
                 module.weight[old_rows:] = module.weight[:old_rows].float().mean(dim=0).to(module.weight.dtype)
 
 
-def weights_fingerprint(path: str | os.PathLike, **hub_kwargs) -> str:
-    """Hash of every weight's name, shape, type and a few values, read without loading the tensors.
-
-    The same for the same weights as safetensors or `.bin`, in any sharding; different for other weights.
-    """
-    folder = _local_folder(path, **hub_kwargs)
-    digest = hashlib.sha256()
-    for line in sorted(line for file in weight_files(folder) for line in tensor_lines(file)):
-        digest.update(line.encode())
-    return digest.hexdigest()[:16]
-
-
 def _load_complete(auto_class, path: str | os.PathLike, zeros_allowed: bool = True, **kwargs) -> PreTrainedModel:
     """`from_pretrained`, but what the folder does not hold whole is an error, not random numbers or NaN.
 
@@ -319,8 +307,10 @@ def _load_complete(auto_class, path: str | os.PathLike, zeros_allowed: bool = Tr
             weights. Each is named.
     """
     stored = []
-    if (Path(path) / "config.json").is_file():  # before anything is read; without one, transformers says what it is not
-        check_generation_config(Path(path))
+    if (
+        Path(path) / "config.json"
+    ).is_file():  # before anything is read; without one, transformers names what is missing
+        read_generation_config(Path(path))
         stored = [tensor for file in weight_files(Path(path)) for tensor in stored_tensors(file)]
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else a CLIP's text half is reported, key by key, as unexpected
@@ -334,7 +324,7 @@ def _load_complete(auto_class, path: str | os.PathLike, zeros_allowed: bool = Tr
             f"{path} does not hold all weights of {type(model).__name__}: {len(problems)} missing or of another shape, "
             f"such as {', '.join(problems[:5])}"
         )
-    check_values(model, path, stored, zeros_allowed)
+    check_model(model, path, stored, zeros_allowed)
     return model
 
 
@@ -350,46 +340,11 @@ def zero3_set_aside() -> Iterator[None]:
             integration.set_hf_deepspeed_config(current)
 
 
-def _assemble(cls, config: LlavaSPConfig, language, tower, projector):
-    """Put loaded parts into an empty model; nothing is copied."""
-    with zero3_set_aside(), torch.device("meta"), told_as_value_error(config.name_or_path or "this model"):
-        model = cls(config)
-    model.model.vision_tower = tower
-    model.model.multi_modal_projector = projector.to(tower.device)
-    model.model.language_model = language.base_model
-    model.lm_head = language.get_output_embeddings()
-    for part in (language, tower):
-        for name in ("hf_device_map", "quantization_method", "is_quantized", "hf_quantizer"):
-            if hasattr(part, name) and not hasattr(model, name):
-                setattr(model, name, getattr(part, name))
-    model.tie_weights()
-    return model
-
-
-def _generation_config(language: PreTrainedModel, tokenizer, pad_token_id: int) -> GenerationConfig:
-    """Greedy by default; ends where the language model ends."""
-    eos = language.generation_config.eos_token_id
-    return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id if eos is None else eos,
-        pad_token_id=pad_token_id,
-        max_new_tokens=DEFAULT_MAX_NEW_TOKENS,
-    )
-
-
 def _has_class_token(tower: PreTrainedModel) -> bool:
     """Whether the tower's hidden states begin with a class token (CLIP: yes; SigLIP and timm's spatial maps: no)."""
     return any(name.endswith("class_embedding") for name, _ in tower.named_parameters())
 
 
-def _recorded(path: str | os.PathLike) -> str:
+def _recorded(path: str) -> str:
     """What a checkpoint remembers: an absolute path for a local folder, the id for a hub model."""
-    return str(Path(path).resolve()) if Path(path).is_dir() else str(path)
-
-
-def _local_folder(path: str | os.PathLike, **hub_kwargs) -> Path:
-    if Path(path).is_dir():
-        return Path(path)
-    from transformers.utils import cached_file
-
-    return Path(cached_file(str(path), "config.json", **hub_kwargs)).parent
+    return str(Path(path).resolve()) if Path(path).is_dir() else path

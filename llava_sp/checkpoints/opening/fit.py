@@ -8,27 +8,25 @@ from typing import Any
 import torch
 
 from llava_sp.checkpoints.opening.backbones import zero3_set_aside
-from llava_sp.checkpoints.opening.fill import without_adapter_name, without_pooled_norm
-from llava_sp.checkpoints.reading.formats import (
+from llava_sp.checkpoints.opening.fill import without_pooled_norm
+from llava_sp.checkpoints.reading.formats import OURS, Checkpoint, contradiction
+from llava_sp.checkpoints.reading.names import (
     ADAPTER_NAME,
     HEAD,
     LANGUAGE,
     LORA,
-    ORIGINAL_GRID,
+    PEFT,
     PROJECTOR,
     TOWER,
-    Checkpoint,
-    bare,
-    lora_config,
-    original_projector_name,
+    original_name,
     tower_name,
+    unwrapped,
+    without_adapter_name,
 )
-from llava_sp.checkpoints.reading.tensor_files import StoredTensor
-from llava_sp.model.backbone_configs import told_as_value_error
+from llava_sp.checkpoints.reading.tensor_files import StoredTensor, read_tensors
+from llava_sp.model.backbone_configs import as_value_error
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from llava_sp.model.modeling_llava_sp import LlavaSPForCausalLM
-
-OURS = ("llava_sp", "llava_sp_adapter")
 
 
 @dataclass
@@ -47,6 +45,30 @@ class Comparison:
             *(f"{one['key']} in {one['file']} is {one['shape']}, not {one['expected']}" for one in self.wrong_shape),
             *(f"{one['key']} in {one['file']} is empty, {one['shape']}" for one in self.empty),
         ]
+
+
+def check_fits(found: Checkpoint, config: LlavaSPConfig | None) -> None:
+    """Raises `ValueError` with every tensor, and its file, that a checkpoint lacks, has too many, or in another shape.
+
+    Where the same thing is there twice, as `.bin` and as safetensors, both must agree to the bit.
+    """
+    for file, copy in found.copies.items():
+        held, copied = read_tensors(file), read_tensors(copy)
+        differing = next((key for key, tensor in held.items() if not torch.equal(tensor, copied[key])), None)
+        if differing is not None:
+            raise contradiction(file, copy, differing)
+    result = compare(found, config)
+    lines = result.lines()
+    if lines:
+        more = [f"and {len(lines) - 8} more"] if len(lines) > 8 else []
+        lines = [*lines[:8], *more, *hints(found.format, result)]
+        raise ValueError(f"{found.folder} is not the model that it describes:\n  " + "\n  ".join(lines))
+
+
+def hints(kind: str | None, result: Comparison) -> list[str]:
+    if kind == "original_projector" and result.missing:
+        return ["an intermediate checkpoint of the original's first stage is like that; its model.bin holds all"]
+    return []
 
 
 def compare(found: Checkpoint, config: LlavaSPConfig | None) -> Comparison:
@@ -73,25 +95,25 @@ def compare(found: Checkpoint, config: LlavaSPConfig | None) -> Comparison:
 def _wanted(found: Checkpoint, config: LlavaSPConfig) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """`(name -> shape of what the checkpoint has to bring, names that it may bring)`, under our names."""
     text_is_known = config.text_config.num_hidden_layers > 0
-    with zero3_set_aside(), torch.device("meta"), told_as_value_error(found.folder):
+    with zero3_set_aside(), torch.device("meta"), as_value_error(found.folder):
         model = LlavaSPForCausalLM(config)
         if found.lora is not None and text_is_known:
-            model.add_adapter(lora_config(found), adapter_name=ADAPTER_NAME)
-    brought, untold = [PROJECTOR], []
+            model.add_adapter(found.lora_config(), adapter_name=ADAPTER_NAME)
+    brought, any_shape = [PROJECTOR], []
     if found.lora is not None:
-        (brought if text_is_known else untold).append(LORA)
+        (brought if text_is_known else any_shape).append(LORA)
     if found.holds_language_model:
         brought += [LANGUAGE, HEAD]
     if found.format in ("llava_sp", "llava_hf"):
         brought.append(TOWER)
-    elif found.part(TOWER):  # of the original, a tower that was trained; its shapes stand in its own folder only
-        (brought if getattr(config.vision_config, "num_hidden_layers", 1) else untold).append(TOWER)
+    elif found.part(TOWER):  # of the original, a tower that was trained; only its own folder has its shapes
+        (brought if getattr(config.vision_config, "num_hidden_layers", 1) else any_shape).append(TOWER)
     shapes = {_plain(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
     needed = {name: shape for name, shape in shapes.items() if _part(name).startswith(tuple(brought))}
-    if found.format == "original_full":
+    if found.format == "original_full" or (found.is_original and found.part(TOWER)):
         needed = without_pooled_norm(needed, found.tensors)
     known = {name for name in map(_plain, model.state_dict()) if _part(name).startswith(tuple(brought))}
-    return needed, known | {name for name in found.tensors if _part(name).startswith(tuple(untold))}
+    return needed, known | {name for name in found.tensors if _part(name).startswith(tuple(any_shape))}
 
 
 def _part(name: str) -> str:
@@ -112,18 +134,15 @@ def _entry(found: Checkpoint, tensor: StoredTensor) -> dict[str, Any]:
 def _their_key(found: Checkpoint, name: str) -> str:
     """Our name -> the key under which the checkpoint's own files would hold it."""
     if LORA in name:
-        wrapped = name if found.format in OURS else name.replace(LANGUAGE, "model.")
-        return f"base_model.model.{wrapped}"
+        return PEFT + (name if found.format in OURS else original_name(name, ""))
     if found.format == "llava_sp_adapter":
         return name.removeprefix(PROJECTOR)
-    if not found.format.startswith("original"):
+    if not found.is_original:
         return name
-    if name.startswith(PROJECTOR):
-        held = [tensor.key for tensor in found.part(PROJECTOR).values()]
-        wrapper = held[0].removesuffix(bare(held[0])) if held else "model."
-        variant = found.spatial.get("spatial_variant", "none")
-        return wrapper + original_projector_name(name.removeprefix(PROJECTOR), variant, ORIGINAL_GRID)
-    return name.replace(TOWER, "model.vision_tower.vision_tower.vision_model.").replace(LANGUAGE, "model.")
+    key = original_name(name, found.spatial.get("spatial_variant", "none"))
+    held = [tensor.key for tensor in found.part(PROJECTOR).values()]
+    wrapper = held[0].removesuffix(unwrapped(held[0])) if held and name.startswith(PROJECTOR) else "model."
+    return wrapper + unwrapped(key) if key.startswith("model.") else key
 
 
 def _their_file(found: Checkpoint, name: str) -> str:
@@ -131,11 +150,3 @@ def _their_file(found: Checkpoint, name: str) -> str:
     part = found.part("", lora=True) if LORA in name else found.part(PROJECTOR if name.startswith(PROJECTOR) else "")
     files = {tensor.file for tensor in part.values()}
     return str(files.pop().relative_to(found.folder)) if len(files) == 1 else str(found.folder)
-
-
-def check_fits(found: Checkpoint, config: LlavaSPConfig) -> None:
-    """Raises `ValueError` with every tensor, and its file, that a full checkpoint lacks, has too many, or in another shape."""
-    lines = compare(found, config).lines()
-    if lines:
-        more = f"\n  and {len(lines) - 8} more" if len(lines) > 8 else ""
-        raise ValueError(f"{found.folder} is not the model that it describes:\n  " + "\n  ".join(lines[:8]) + more)

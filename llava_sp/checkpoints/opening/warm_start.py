@@ -9,19 +9,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llava_sp.checkpoints.opening import backbones
-from llava_sp.checkpoints.opening.adapter import check_bases, describe
-from llava_sp.checkpoints.opening.fill import copy_strictly, gathered, parameter_names
-from llava_sp.checkpoints.opening.foreign import check_complete, check_language_settings, check_tokenizers
-from llava_sp.checkpoints.reading.formats import (
-    ADAPTER_NAME,
-    LORA,
-    PROJECTOR,
-    TOWER,
-    Checkpoint,
-    lora_config,
-    recognise,
-    tower_name,
-)
+from llava_sp.checkpoints.opening.adapter import check_bases
+from llava_sp.checkpoints.opening.fill import copy_strictly, fill, gathered
+from llava_sp.checkpoints.opening.fit import check_fits
+from llava_sp.checkpoints.opening.foreign import check_language_model
+from llava_sp.checkpoints.reading.formats import Checkpoint, recognise
+from llava_sp.checkpoints.reading.names import ADAPTER_NAME, LORA, PROJECTOR, TOWER, tower_name
 from llava_sp.checkpoints.reading.places import base_kwargs, fetch, hub_kwargs
 from llava_sp.checkpoints.reading.tensor_files import read_checked
 
@@ -46,30 +39,28 @@ def from_backbones(
         check_base: compare the bases' fingerprints with those that LoRA of ours records.
         settings: those of `backbones.from_backbones`, whose errors these are too.
     """
-    given = hub_kwargs(base_kwargs(settings))
-    language_model = language_model_within(warm_start, language_model, **given)
-    model = backbones.from_backbones(cls, language_model, vision_tower, **settings)
-    if warm_start is not None:
-        start_from(model, warm_start, check_base=check_base, **given)
+    start = None if warm_start is None else recognise(fetch(warm_start, **hub_kwargs(base_kwargs(settings))))
+    model = backbones.from_backbones(cls, language_model_within(start, language_model), vision_tower, **settings)
+    if start is not None:
+        start_from(model, start, check_base=check_base)
     return model.eval()
 
 
 def language_model_within(
-    path: str | os.PathLike | None, otherwise: str | os.PathLike | None, **hub_kwargs
-) -> str | os.PathLike | None:
-    """The language model that a run with this warm start has: the one within it, or `otherwise` where it holds none.
+    start: str | os.PathLike | Checkpoint | None, otherwise: str | os.PathLike | None
+) -> str | os.PathLike:
+    """The language model that a run with this warm start has: the one within it, or `otherwise` if it holds none.
 
-    Raises `ValueError` where there is neither.
+    Raises `ValueError` where there is neither, or a full checkpoint's spatial tokens would be lost.
     """
-    if path is not None:
-        found = recognise(fetch(path, **hub_kwargs))
-        if found.format == "llava_sp" and found.spatial.get("spatial_variant") != "none":
-            raise ValueError(
-                f"warm_start: {found.folder} is a full checkpoint with spatial tokens, which would be lost; start from one "
-                'without (spatial_variant "none"), or from its adapter'
-            )
-        if found.holds_language_model:
-            return str(found.folder)
+    found = start if isinstance(start, Checkpoint) or start is None else recognise(fetch(start))
+    if found is not None and found.format == "llava_sp" and found.spatial.get("spatial_variant") != "none":
+        raise ValueError(
+            f"warm_start: {found.folder} is a full checkpoint with spatial tokens, which would be lost; start from one "
+            'without (spatial_variant "none"), or from its adapter'
+        )
+    if found is not None and found.holds_language_model:
+        return str(found.folder)
     if otherwise is None:
         raise ValueError("language_model is not set, and there is no warm_start that holds one")
     return otherwise
@@ -80,8 +71,8 @@ def holds_lora(path: str | os.PathLike) -> bool:
     return recognise(fetch(path)).lora is not None
 
 
-def start_from(model: PreTrainedModel, path: str | os.PathLike, *, check_base: bool = True, **hub_kwargs) -> list[str]:
-    """Put the patch MLP and the LoRA of a checkpoint into the model; returns what was taken, in words.
+def start_from(model: PreTrainedModel, start: str | os.PathLike | Checkpoint, *, check_base: bool = True) -> list[str]:
+    """Put the patch MLP and the LoRA of a checkpoint into the model; returns the names of these parts.
 
     A model without LoRA gets the checkpoint's own.
 
@@ -89,33 +80,22 @@ def start_from(model: PreTrainedModel, path: str | os.PathLike, *, check_base: b
         ValueError: a tensor does not fit or cannot be trained weights; LoRA of another rank, scale or other layers, or
             that was trained on other bases; a full checkpoint's own tower, trained further.
     """
-    found = recognise(fetch(path, **hub_kwargs))
-    check_complete(found)
-    if found.format == "llava_sp_adapter":
-        describe(found.folder)
-    if found.lora:
-        _check_lora_base(model, found, check_base, **hub_kwargs)
+    found = start if isinstance(start, Checkpoint) else recognise(fetch(start))
+    check_fits(found, None)
+    if found.manifest is not None:
+        if check_base and found.lora:
+            check_bases(found, model.config)
+    elif found.lora:
+        check_language_model(found, model.config.text_config, (model.config.image_token_id, model.config.pad_token_id))
     _check_tower(model, found)
     stored = {name: tensor for name, tensor in found.part(PROJECTOR).items() if name.startswith(PATCH_MLP)}
-    parameters = dict(model.named_parameters())
-    own = {name: parameter for name, parameter in parameters.items() if name.startswith(PATCH_MLP)}
+    own = {name: parameter for name, parameter in model.named_parameters() if name.startswith(PATCH_MLP)}
     copy_strictly(own, read_checked(stored), f"the patch MLP of {found.folder}")
-    taken = ["patch MLP"] + (["language model"] if found.holds_language_model else [])
+    parts = ["patch MLP"] + (["language model"] if found.holds_language_model else [])
     if found.lora:
         _start_lora(model, found)
-        taken.append(f"LoRA (r {found.lora['r']})")
-    return taken
-
-
-def _check_lora_base(model: PreTrainedModel, found: Checkpoint, check_base: bool, **hub_kwargs) -> None:
-    """Raises `ValueError` where LoRA was trained on other bases than the model's, as far as the checkpoint tells."""
-    if found.format == "llava_sp_adapter":
-        recorded = (found.config.get("language_model_fingerprint"), found.config.get("vision_tower_fingerprint"))
-        if check_base:
-            check_bases(found.folder, recorded, model.config, ("language_model", "vision_tower"))
-    else:
-        check_language_settings(found, model.config.text_config)
-        check_tokenizers(found, model.config.language_model_name_or_path, **hub_kwargs)
+        parts.append(f"LoRA (r {found.lora['r']})")
+    return parts
 
 
 def _check_tower(model: nn.Module, found: Checkpoint) -> None:
@@ -130,7 +110,7 @@ def _check_tower(model: nn.Module, found: Checkpoint) -> None:
         if not same:
             raise ValueError(
                 f"warm_start: {found.folder} holds a vision tower of its own ({name} differs), which would be lost; pass "
-                "vision_tower=<that folder> if it is transformers' LLaVA or ours, else the tower it was trained from is not this one"
+                "vision_tower=<that folder> if it is transformers' LLaVA or ours, else the tower it was trained from"
             )
 
 
@@ -152,8 +132,8 @@ def _held_precision(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def _start_lora(model: nn.Module, found: Checkpoint) -> None:
-    theirs = lora_config(found)
+def _start_lora(model: PreTrainedModel, found: Checkpoint) -> None:
+    theirs = found.lora_config()
     present = (getattr(model, "peft_config", None) or {}).get(ADAPTER_NAME)
     if present is None:
         model.add_adapter(theirs, adapter_name=ADAPTER_NAME)
@@ -162,6 +142,4 @@ def _start_lora(model: nn.Module, found: Checkpoint) -> None:
             f"warm_start: the LoRA in {found.folder} has r {theirs.r} and alpha {theirs.lora_alpha}; this run has r "
             f"{present.r} and alpha {present.lora_alpha}. Set lora_r and lora_alpha to its values"
         )
-    own = {name: parameter for name, parameter in model.named_parameters() if LORA in name}
-    tensors = parameter_names(read_checked(found.part("", lora=True)))
-    copy_strictly(own, tensors, f"the LoRA of {found.folder}")
+    fill(model, found, (LORA,))

@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llava_sp.model.opening import is_missing_folder
-
 _HUB_KEYWORDS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 # The Auto classes' own keywords, and those that are about the checkpoint alone, not about its bases.
 _OF_THE_CHECKPOINT = ("adapter_kwargs", "trust_remote_code", "_from_auto", "_commit_hash", "revision", "force_download")
@@ -23,26 +21,42 @@ def base_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name not in _OF_THE_CHECKPOINT}
 
 
+def is_missing_folder(path: str | os.PathLike) -> bool:
+    """Whether `path` can only mean a local folder, and there is none."""
+    text = str(path)
+    return not os.path.exists(text) and (text.count("/") > 1 or text.startswith((".", "/", "~")))
+
+
 def fetch(path: str | os.PathLike, **kwargs) -> Path:
     """The local folder (or file) of a checkpoint, downloaded if it is a hub id.
 
-    Raises `FileNotFoundError` where `path` can only be a folder and none is there.
+    Raises:
+        FileNotFoundError: `path` can only be a folder and there is none.
+        OSError: there is no such folder, and the hub has no such model or cannot be reached.
     """
     if Path(path).exists():
         return Path(path)
     if is_missing_folder(path):
-        raise FileNotFoundError(f"there is no folder {path}")
+        raise FileNotFoundError(f"there is no folder {path}, and it cannot be a hub id either")
     from huggingface_hub import snapshot_download
 
     given = {name: value for name, value in hub_kwargs(kwargs).items() if name != "token" or value is not None}
-    return Path(snapshot_download(str(path), **given))
+    try:
+        return Path(snapshot_download(str(path), **given))
+    except (OSError, ValueError) as error:  # also huggingface_hub's own
+        reason = " ".join(str(error).split())
+        raise OSError(
+            f"there is no folder {path}, and no model of that name can be had from the hub: {reason}"
+        ) from None
 
 
-def from_hub(path: str | os.PathLike, name: str, **kwargs) -> str | None:
-    """One file of a hub model in the cache, downloaded if need be; None where it cannot be had."""
+def fetch_config(path: str | os.PathLike, name: str = "config.json", **kwargs) -> Path | None:
+    """One small file of a folder, or of a hub model (downloaded if need be); None if it cannot be had."""
+    if Path(path).exists() or is_missing_folder(path):
+        return Path(path) / name if (Path(path) / name).is_file() else None
     from transformers.utils import cached_file
 
-    return cached_file(
+    found = cached_file(
         str(path),
         name,
         _raise_exceptions_for_missing_entries=False,
@@ -50,25 +64,6 @@ def from_hub(path: str | os.PathLike, name: str, **kwargs) -> str | None:
         _raise_exceptions_for_connection_errors=False,
         **hub_kwargs(kwargs),
     )
-
-
-def find_config(path: str | os.PathLike, **kwargs) -> Path | None:
-    """The config.json of a folder or of a hub model; None where it has none.
-
-    Raises `OSError` where `path` is no folder, and the hub has no such model or cannot be reached.
-    """
-    if Path(path).is_dir():
-        file = Path(path) / "config.json"
-        return file if file.is_file() else None
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(str(path), "config.json", **hub_kwargs(kwargs))
-    except OSError as error:
-        reason = " ".join(str(error).split())
-        raise OSError(
-            f"there is no folder {path}, and no model of that name can be had from the hub: {reason}"
-        ) from None
     return None if found is None else Path(found)
 
 
@@ -78,32 +73,30 @@ def base_folder(checkpoint: Path, name: str | os.PathLike) -> Path | None:
 
 
 def find_base(
-    checkpoint: Path, given: str | os.PathLike | None, recorded: str | None, keyword: str, what: str, **kwargs
+    checkpoint: Path, keyword: str, given: str | os.PathLike | None, recorded: str | os.PathLike | None, **kwargs
 ) -> str:
     """Where a base model is: the folder that is given or recorded, else a hub id that can be had.
 
-    Raises `ValueError` saying what was recorded and what to pass.
+    Raises `ValueError` naming what was given or recorded, and what to pass as `keyword`.
     """
     chosen = given if given is not None else recorded
-    if chosen is None:
-        raise ValueError(f"{checkpoint} does not record its {what}: pass {keyword}=<hub id or folder>")
-    folder = base_folder(checkpoint, chosen)
+    folder = None if chosen is None else base_folder(checkpoint, chosen)
     if folder is not None:
         return str(folder)
-    origin = f"passed as {keyword}" if given is not None else "that the checkpoint records"
-    lost = f"{checkpoint}: the {what} {origin}, {chosen}, is not there"
-    if is_missing_folder(chosen):
-        raise ValueError(f"{lost}; pass {keyword}=<hub id or folder>")
-    if from_hub(chosen, "config.json", **kwargs) is None:
-        raise ValueError(
-            f"{lost}: no folder of that name, and no model that the hub gives (or the hub cannot be reached); pass "
-            f"{keyword}=<hub id or folder>"
+    if chosen is None or is_missing_folder(chosen) or fetch_config(chosen, **kwargs) is None:
+        what = keyword.replace("_", " ")
+        origin = f"passed as {keyword}" if given is not None else "that the checkpoint records"
+        lost = (
+            f"the {what} {origin}, {chosen}, is not there" if chosen is not None else f"it does not record its {what}"
         )
+        raise ValueError(f"{checkpoint}: {lost}; pass {keyword}=<hub id or folder>")
     return str(chosen)
 
 
 def checkpoints_hint(folder: Path) -> str:
     """What to say of a run's folder that has no model (yet): its newest intermediate checkpoint, if there is one."""
     steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
-    steps = {path: int(step) for path, step in steps.items() if step.isdigit()}
-    return f"; the newest checkpoint of the unfinished run is {max(steps, key=steps.get)}" if steps else ""
+    numbers = {path: int(step) for path, step in steps.items() if step.isdigit()}
+    return (
+        f"; the newest checkpoint of the unfinished run is {max(numbers, key=numbers.__getitem__)}" if numbers else ""
+    )

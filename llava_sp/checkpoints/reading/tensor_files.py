@@ -1,27 +1,29 @@
-"""Files with tensors: what is in them without reading it, reading without executing anything, and whether it can be right.
+"""Files with tensors: their headers, their values, and whether training can have given these.
 
-Both of the formats that weights come in: safetensors, and PyTorch's pickles (`.bin`, `.pt`), which may hold code. A pickle
-is only ever opened with `weights_only=True`.
+Weights come as safetensors, or as PyTorch's pickles (`.bin`, `.pt`), which may hold code: a pickle is only ever opened with
+`weights_only=True`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from llava_sp.common.files import read_json
+from llava_sp.common.schema import Check, expect
 
 _DTYPES = {
     "F64": torch.float64,
@@ -39,13 +41,16 @@ _DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a whole model, the preferred first
-_HEADER_LIMIT = 100 * 2**20  # of safetensors' own reader
-_UNREADABLE = (  # by what torch's unpickler stumbles over bytes that are no pickle
+# An index of shards: key -> name of the file that holds it.
+_INDEX = {"weight_map": Check(bool, "an object that names a file for each key", {str: str})}
+_TENSORS = Check(lambda held: all(isinstance(key, str) for key in held), "tensors under names", {str: Tensor})
+_UNREADABLE = (  # what torch's unpickler raises for bytes that are not a pickle
     RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
     zipfile.BadZipFile,
 )  # fmt: skip
 _HUGE, _TINY = 1e4, 1e-30  # no trained weight is that large; most of a tensor is never that small
 _SAMPLE = 2**16  # values looked at for that
+_ENDS = 64  # values at either end of a tensor that its hash is made of
 
 
 @dataclass(frozen=True)
@@ -63,23 +68,22 @@ class StoredTensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with weights in a model folder, safetensors first, as its index (if it has one) names them.
+    """The files with weights in a model folder, safetensors first, as its index (if there is one) names them.
 
     Raises:
-        ValueError: there are none, the index cannot be read, or it names a file that is not there.
+        ValueError: there are none, the index is not valid, or it names a file that is not there.
     """
     index = shard_index(folder)
-    if index is not None:
-        shards = read_index(index)
-        for key, name in shards.items():
-            if not (folder / name).is_file():
-                count = sum(other == name for other in shards.values())
-                raise ValueError(f"{index} names {name}, which is not there; {key} is in it ({count} tensors in all)")
-        return sorted({folder / name for name in shards.values()})
-    for name in WEIGHT_FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-    raise ValueError(f"{folder} holds no weights: expected model.safetensors, pytorch_model.bin or an index of shards")
+    if index is None:
+        file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+        if file is None:
+            raise ValueError(f"{folder} holds no weights: expected {', '.join(WEIGHT_FILES)} or an index of shards")
+        return [file]
+    shards = read_index(index)
+    for key, name in shards.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{index} names {name}, which is not there; {key} is in it")
+    return sorted({folder / name for name in shards.values()})
 
 
 def shard_index(folder: Path) -> Path | None:
@@ -93,23 +97,32 @@ def shard_index(folder: Path) -> Path | None:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Key -> name of the shard that holds it. Raises `ValueError` for a file that is no index of shards."""
-    shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise ValueError(f"{index} is no index of shards: it has no weight_map from keys to files")
-    return shards
+    """Key -> name of the shard that holds it. Raises `ValueError` for a file that is not an index of shards."""
+    return read_json(index, _INDEX)["weight_map"]
+
+
+def folder_tensors(folder: Path) -> list[StoredTensor]:
+    """The tensors of a model folder's weight files. Raises `ValueError` for a shard that is missing or lacks a tensor."""
+    tensors = [tensor for file in weight_files(folder) for tensor in stored_tensors(file)]
+    index = shard_index(folder)
+    lacking = set() if index is None else read_index(index).keys() - {tensor.key for tensor in tensors}
+    if lacking:
+        raise ValueError(f"{index} names {min(lacking)}, which no shard holds ({len(lacking)} such tensors)")
+    return tensors
 
 
 def stored_tensors(file: Path) -> list[StoredTensor]:
     """What a file holds. Reads the header of safetensors; of a pickle, of any age, all but its tensors.
 
     Raises:
-        ValueError: the file is cut off, is no file of tensors, or (a pickle) holds code.
+        ValueError: the file is cut off, is not a file of tensors, or (a pickle) holds code.
     """
-    if file.suffix == ".safetensors":
-        header, _ = _safetensors_header(file)
-        return [StoredTensor(k, tuple(v["shape"]), _dtype(v["dtype"], k, file), file) for k, v in header.items()]
-    return [StoredTensor(k, tuple(v.shape), v.dtype, file) for k, v in _open_pickle(file, headers=True).items()]
+    if file.suffix != ".safetensors":
+        return [StoredTensor(k, tuple(v.shape), v.dtype, file) for k, v in _open_pickle(file, headers=True).items()]
+    with _open_safetensors(file) as opened:
+        keys = opened.keys()
+        slices = {key: opened.get_slice(key) for key in keys}
+        return [StoredTensor(k, tuple(s.get_shape()), _DTYPES[s.get_dtype()], file) for k, s in slices.items()]
 
 
 def read_tensors(file: Path, keys: list[str] | None = None) -> dict[str, Tensor]:
@@ -117,20 +130,8 @@ def read_tensors(file: Path, keys: list[str] | None = None) -> dict[str, Tensor]
     if file.suffix != ".safetensors":
         tensors = _open_pickle(file)
         return tensors if keys is None else {key: tensors[key] for key in keys}
-    header, _ = _safetensors_header(file)
-    with safe_open(file, framework="pt") as opened:
-        return {key: opened.get_tensor(key) for key in (header if keys is None else keys)}
-
-
-def read_json(file: Path) -> dict:
-    """A JSON object from a file. Raises `ValueError` naming file and line."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid JSON ({error}): cut off, or not the file it should be") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not an object of settings")
-    return content
+    with _open_safetensors(file) as opened:
+        return {key: opened.get_tensor(key) for key in (opened.keys() if keys is None else keys)}
 
 
 def value_problem(tensor: Tensor, zeros_allowed: bool = False) -> str | None:
@@ -160,14 +161,24 @@ def value_problem(tensor: Tensor, zeros_allowed: bool = False) -> str | None:
     return None
 
 
+def check_values(named: Iterable[tuple[str, Tensor, bool]]) -> None:
+    """Raises `ValueError` for values that training cannot give.
+
+    Each is `(how to name it in the error, tensor, whether a matrix of zeros is allowed)`.
+    """
+    problems = [f"{name} {found}" for name, tensor, zeros in named if (found := value_problem(tensor, zeros))]
+    if problems:
+        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError("these cannot be trained weights:\n  " + "\n  ".join(problems[:8]) + more)
+
+
 def read_checked(stored: dict[str, StoredTensor], zeros_allowed: bool = False) -> dict[str, Tensor]:
     """The tensors under the same names, each file read once. Raises `ValueError` for values that training cannot give."""
     tensors = read_all(stored)
-    problems = []
-    for name, tensor in tensors.items():
-        problem = value_problem(tensor, zeros_allowed or ".lora_B" in name)
-        problems += [f"{stored[name].key} in {stored[name].file} {problem}"] if problem else []
-    raise_problems(problems)
+    check_values(
+        (f"{stored[name].key} in {stored[name].file}", tensor, zeros_allowed or ".lora_B" in name)
+        for name, tensor in tensors.items()
+    )
     return tensors
 
 
@@ -181,65 +192,50 @@ def read_all(stored: dict[str, StoredTensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def raise_problems(problems: list[str]) -> None:
-    """Raises `ValueError` with the first of them, if there are any."""
-    if problems:
-        more = f"\n  and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError("these cannot be trained weights:\n  " + "\n  ".join(problems[:8]) + more)
-
-
 def tensor_lines(file: Path) -> list[str]:
     """One line per floating-point tensor: key, shape, type, hash of its first and last 64 values."""
     lines = []
-    for key, dtype, shape, first, last in _safetensors_ends(file) if file.suffix == ".safetensors" else _bin_ends(file):
-        if dtype.startswith(("F", "BF")):
-            lines.append(f"{key} {tuple(shape)} {dtype} {hashlib.sha256(first + last).hexdigest()}\n")
+    for key, ends in _safetensors_ends(file) if file.suffix == ".safetensors" else _pickle_ends(file):
+        shape, dtype, first, last = ends
+        if dtype.is_floating_point:
+            digest = hashlib.sha256(_bytes(first) + _bytes(last)).hexdigest()
+            lines.append(f"{key} {tuple(shape)} {_NAMES[dtype]} {digest}\n")
     return lines
 
 
-def _safetensors_header(file: Path) -> tuple[dict[str, dict], int]:
-    """`(key -> dtype, shape, data_offsets; where the data begins)`. Raises `ValueError` for a file that is cut off."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
-            raise ValueError(f"{file} ({size:,} bytes) is no safetensors file, or it is cut off within its header")
-        try:
-            header = json.loads(stream.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise ValueError(f"{file} is no safetensors file: its header is not JSON") from None
-    _check_header(header, file)
-    end = 8 + length + max((about["data_offsets"][1] for about in header.values()), default=0)
-    if end != size:
-        raise ValueError(f"{file} is {size:,} bytes long, but its header promises {end:,}: the copy is cut off")
-    return header, 8 + length
+def _safetensors_ends(file: Path) -> Iterator[tuple[str, tuple[Any, torch.dtype, Tensor, Tensor]]]:
+    """key, (shape, type, first and last values) of each tensor, reading the rows that hold them and no more."""
+    with _open_safetensors(file) as opened:
+        keys = opened.keys()
+        for key in keys:
+            part = opened.get_slice(key)
+            shape = part.get_shape()
+            if 0 in shape or not shape:
+                first = last = opened.get_tensor(key).flatten()
+            else:
+                rows = -(-_ENDS // math.prod(shape[1:]))
+                first, last = part[:rows].flatten(), part[max(0, shape[0] - rows) :].flatten()
+            yield key, (shape, _DTYPES[part.get_dtype()], first[:_ENDS], last[-_ENDS:])
 
 
-def _check_header(header: dict, file: Path) -> None:
-    """Raises `ValueError` where an entry is not type, shape and as many bytes as these ask for."""
-    if not isinstance(header, dict):
-        raise ValueError(f"{file} is no safetensors file: its header is a {type(header).__name__}")
-    header.pop("__metadata__", None)
-    for key, about in header.items():
-        try:
-            size = math.prod(about["shape"]) * _dtype(about["dtype"], key, file).itemsize
-            start, end = about["data_offsets"]
-            fits = end - start == size and start >= 0
-        except (KeyError, TypeError):
-            raise ValueError(
-                f"{file}: the header's entry for {key} is not that of a tensor: {str(about)[:120]}"
-            ) from None
-        if not fits:
-            raise ValueError(
-                f"{file}: {key} {tuple(about['shape'])} needs {size:,} bytes, its header gives it {end - start:,}"
-            )
+def _pickle_ends(file: Path) -> Iterator[tuple[str, tuple[Any, torch.dtype, Tensor, Tensor]]]:
+    for key, tensor in _open_pickle(file).items():
+        yield key, (tensor.shape, tensor.dtype, tensor.flatten()[:_ENDS], tensor.flatten()[-_ENDS:])
 
 
-def _dtype(name: str, key: str, file: Path) -> torch.dtype:
-    if name not in _DTYPES:
-        raise ValueError(f"{file}: {key} is of the type {name}, which is not known here")
-    return _DTYPES[name]
+def _bytes(values: Tensor) -> bytes:
+    return values.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@contextmanager
+def _open_safetensors(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{file} is cut off, or it is not a valid safetensors file ({error})") from None
+    except KeyError as error:
+        raise ValueError(f"{file} holds a tensor of the type {error}, which is not supported") from None
 
 
 def _open_pickle(file: Path, headers: bool = False) -> dict[str, Tensor]:
@@ -251,62 +247,28 @@ def _open_pickle(file: Path, headers: bool = False) -> dict[str, Tensor]:
             content = _without_values(file)
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code is not None:
-            raise ValueError(
-                f"{file} holds code ({code.group(1).rstrip('.')}), not only tensors: it was refused, and nothing in it was "
-                "executed. Where you trust its origin, save its tensors as safetensors"
-            ) from None
-        raise ValueError(f"{file} is cut off, or it is no file of tensors") from None
     except FileNotFoundError:
         raise
-    except _UNREADABLE as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{file} is cut off, or it is no file of tensors ({reason})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}; expected a dict of tensors")
-    if not all(isinstance(key, str) for key in content):
-        raise ValueError(f"{file} holds tensors under keys that are no names, such as {next(iter(content))!r}")
-    others = [key for key, value in content.items() if not isinstance(value, Tensor)]
-    if others:
-        kind = type(content[others[0]]).__name__
-        raise ValueError(f"{file} holds a {kind} under {others[0]!r}; expected tensors only")
-    return content
+    except (pickle.UnpicklingError, *_UNREADABLE) as error:
+        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)[:120]
+        if code is not None:
+            reason = (
+                f"holds code ({code.group(1).rstrip('.')}), nothing in it was executed; save its tensors as safetensors"
+            )
+        else:
+            reason = f"is cut off, or it is not a file of tensors ({reason})"
+        raise ValueError(f"{file} {reason}") from None
+    return expect(content, _TENSORS, file)
 
 
 def _without_values(file: Path) -> Any:
     """What a pickle of torch before 1.6 holds, its tensors with room for values that are not read."""
     with open(file, "rb") as stream, torch.serialization.skip_data():
         content = torch.load(stream, map_location="cpu", weights_only=True)
-        tensors = (
-            [value for value in content.values() if isinstance(value, Tensor)] if isinstance(content, dict) else []
-        )
+        tensors = [t for t in content.values() if isinstance(t, Tensor)] if isinstance(content, dict) else []
         sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         end = stream.tell() + sum(8 + size for size in sizes.values())  # each after its length, behind the pickle
     if end > file.stat().st_size:
         raise EOFError(f"{file.stat().st_size:,} bytes long, where its tensors need {end:,}")
     return content
-
-
-def _safetensors_ends(file: Path) -> Iterator[tuple[str, str, list[int], bytes, bytes]]:
-    """(key, type, shape, first and last values) of each tensor, reading the header and those values only."""
-    header, base = _safetensors_header(file)
-    with open(file, "rb") as stream:
-        for key, about in header.items():
-            start, end = about["data_offsets"]
-            size = min(end - start, 64 * (end - start) // max(1, math.prod(about["shape"])))
-            stream.seek(base + start)
-            first = stream.read(size)
-            stream.seek(base + end - size, os.SEEK_SET)
-            yield key, about["dtype"], about["shape"], first, stream.read(size)
-
-
-def _bin_ends(file: Path) -> Iterator[tuple[str, str, list[int], bytes, bytes]]:
-    """The same of a pickle."""
-    for key, tensor in _open_pickle(file).items():
-        ends = (
-            part.contiguous().view(torch.uint8).numpy().tobytes()
-            for part in (tensor.flatten()[:64], tensor.flatten()[-64:])
-        )
-        yield key, _NAMES.get(tensor.dtype, "other"), list(tensor.shape), *ends

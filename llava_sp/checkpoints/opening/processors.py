@@ -1,0 +1,82 @@
+"""The processor of a checkpoint in any format: the one saved beside it, or one made of what it records and of its bases."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from llava_sp.checkpoints.opening.foreign import bases_of, check_language_model, has_tokenizer
+from llava_sp.checkpoints.reading.formats import OURS, Checkpoint, recognise
+from llava_sp.checkpoints.reading.places import base_kwargs, fetch, fetch_config, hub_kwargs
+from llava_sp.common.files import read_json
+from llava_sp.model.backbone_configs import language_config, load_tokenizer, vision_config
+from llava_sp.model.configuration_llava_sp import LlavaSPConfig
+from llava_sp.model.processing_llava_sp import LlavaSPProcessor, add_special_tokens
+
+
+def open_processor(
+    cls: type[LlavaSPProcessor],
+    checkpoint: str | os.PathLike | Checkpoint,
+    *args,
+    language_model: str | os.PathLike | None = None,
+    vision_tower: str | os.PathLike | None = None,
+    **kwargs,
+) -> LlavaSPProcessor:
+    """The processor of a checkpoint; `LlavaSPProcessor.from_pretrained` calls this.
+
+    Args:
+        checkpoint: a folder, a hub id, or what `recognise` found there.
+        language_model, vision_tower: in place of the recorded ones, where the processor is made of theirs.
+
+    Raises as `LlavaSPProcessor.from_pretrained`.
+    """
+    if not isinstance(checkpoint, Checkpoint):
+        if is_saved(checkpoint, **kwargs):
+            return cls.from_saved(checkpoint, *args, **kwargs)
+        checkpoint = recognise(fetch(checkpoint, **kwargs))
+    if checkpoint.format in OURS or is_saved(checkpoint.folder):
+        return cls.from_saved(checkpoint.folder, *args, **kwargs)
+    return make_processor(cls, checkpoint, language_model, vision_tower, **kwargs)
+
+
+def is_saved(path: str | os.PathLike, **kwargs) -> bool:
+    """Whether a folder or hub model holds a processor of ours, or nothing but a processor."""
+    file = None if Path(path).is_file() else fetch_config(path, "processor_config.json", **kwargs)
+    if file is None:
+        return False
+    ours = read_json(file, dict).get("processor_class") == "LlavaSPProcessor"
+    return ours or (Path(path).is_dir() and not (Path(path) / "config.json").is_file())
+
+
+def make_processor(
+    cls: type[LlavaSPProcessor],
+    found: Checkpoint,
+    language_model: str | os.PathLike | None = None,
+    vision_tower: str | os.PathLike | None = None,
+    image_aspect_ratio: str | None = None,
+    conversation_template: str = "vicuna_v1",
+    **kwargs,
+) -> LlavaSPProcessor:
+    """The processor of a checkpoint that other code wrote.
+
+    Args:
+        image_aspect_ratio: "pad" or "crop"; None is what the checkpoint records, and for transformers' LLaVA, which
+            records nothing, LLaVA-1.5's own "pad" (transformers' processor crops).
+        conversation_template: no checkpoint of the original code records it; LLaVA-1.5's and LLaVA-SP's is vicuna_v1.
+    """
+    kwargs = hub_kwargs(base_kwargs(kwargs))
+    language, tower = bases_of(found, language_model, vision_tower, **kwargs)
+    if not found.holds_language_model and has_tokenizer(found):
+        token_ids = add_special_tokens(load_tokenizer(language, **kwargs))[:2]
+        check_language_model(found, language_config(language, **kwargs), token_ids, **kwargs)
+    if image_aspect_ratio is None:
+        recorded = found.config.get("image_aspect_ratio")
+        image_aspect_ratio = "pad" if found.format == "llava_hf" or recorded == "pad" else "crop"
+    return cls.from_backbones(
+        LlavaSPConfig(vision_config=vision_config(tower, **kwargs), **found.spatial),
+        language_model=found.folder if has_tokenizer(found) else language,
+        vision_tower=tower,
+        image_aspect_ratio=image_aspect_ratio,
+        conversation_template=conversation_template,
+        **kwargs,
+    )

@@ -1,0 +1,72 @@
+"""PEFT's adapter_config.json: what may be in it, and PEFT's settings of the LoRA that a checkpoint holds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+
+from llava_sp.checkpoints.reading.names import LANGUAGE
+from llava_sp.common.schema import Check, fits, one_of
+
+SETTINGS = {
+    "peft_type": one_of("LORA"),
+    "r": Check(lambda value: type(value) is int and value > 0, "a whole number above 0"),
+    "lora_alpha": float,
+    "lora_dropout?": (
+        Check(lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"),
+        None,
+    ),
+    "target_modules": Check(lambda value: bool(value) and fits(value, (str, [str])), "the names of linear layers"),
+    "use_rslora?": (bool, None),
+    "use_dora?": (bool, None),
+    "rank_pattern?": (dict, None),
+    "alpha_pattern?": (dict, None),
+    "base_model_name_or_path?": (str, None),
+}
+# An expression may name layers of the tower too.
+ORIGINAL_SETTINGS = SETTINGS | {
+    "target_modules": Check(
+        lambda value: bool(value) and (fits(value, [str]) or str(value).startswith(re.escape(LANGUAGE))),
+        "the names of the language model's linear layers",
+    )
+}
+OPENED = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+)
+# Settings that plain LoRA on linear layers has, or that change nothing once it is trained; further ones have to be unset.
+_PLAIN = (
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "loftq_config", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "r",
+    "revision", "runtime_config", "target_modules", "task_type",
+)  # fmt: skip
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")  # others change the base's weights too
+
+
+def check_plain_lora(settings: dict[str, Any], file: Path, allowed: tuple[str, ...] = ()) -> None:
+    """Raises `ValueError` for a setting, but for those `allowed`, that makes something else than plain LoRA."""
+    usual = LoraConfig().to_dict()
+    for key, value in settings.items():
+        unset = value in (None, False, [], {}, "none", usual.get(key))
+        plain = key in _PLAIN and (key != "init_lora_weights" or value in (*_INITIALISATIONS, None))
+        if not (unset or plain or key in allowed):
+            raise ValueError(f"{file}: {key} is {value!r}; expected plain LoRA on linear layers, without it")
+
+
+def original_lora_config(settings: dict[str, Any]) -> LoraConfig:
+    """PEFT's settings of an original's LoRA, held to the language model: `q_proj` alone would be the tower's too."""
+    targets = settings["target_modules"]
+    if not isinstance(targets, str):
+        leaves = "|".join(sorted(re.escape(target) for target in targets))
+        targets = rf"{re.escape(LANGUAGE)}.*\.({leaves})"
+    kept = {key: settings[key] for key in (*OPENED, "fan_in_fan_out") if settings.get(key) is not None}
+    return LoraConfig(**kept | {"target_modules": targets}, bias="none", task_type="CAUSAL_LM")

@@ -1,0 +1,47 @@
+"""What we write beside weights about them.
+
+llava_sp.json says what an adapter checkpoint holds; it is written last, so that a save that was cut off has none.
+merged.json says what a full checkpoint was merged from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llava_sp.common.files import read_json
+from llava_sp.common.schema import Check
+
+MANIFEST = "llava_sp.json"
+MERGE_RECORD = "merged.json"
+MERGED = {"adapter": {"path": str, "hash": str}, "language_model": {"path": (str, None)}, "date": str}
+_BASE = Check(lambda value: len(value) == 2, "a place and a fingerprint", [(str, None)])
+_MANIFEST = {
+    "files": Check(bool, "the files with tensors", {str: {"bytes": int, "sha256": str}}),
+    "language_model": _BASE,
+    "vision_tower": _BASE,
+    "run?": dict,
+}
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """The manifest of an adapter checkpoint.
+
+    Raises:
+        ValueError: there is none, or a tensor file is not there or not as long as the manifest says.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} has no {MANIFEST}: saving it was cut off. Use an earlier checkpoint (checkpoint-* beside it), or run "
+            "the same training command again."
+        )
+    manifest = read_json(file, _MANIFEST)
+    for name, about in manifest["files"].items():
+        tensors = folder / name
+        size = tensors.stat().st_size if tensors.is_file() else None
+        if size != about["bytes"]:
+            raise ValueError(
+                f"{tensors} is {size} bytes long, but {MANIFEST} says {about['bytes']}: the copy is cut off"
+            )
+    return manifest

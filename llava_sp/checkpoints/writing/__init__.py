@@ -1,0 +1,1 @@
+"""New checkpoints from old ones: conversion between formats, and merging with its proof."""
