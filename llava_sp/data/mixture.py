@@ -19,7 +19,7 @@ from typing import Any
 from llava_sp.common.schema import Check, expect_all, only
 from llava_sp.config.files import read_yaml
 
-PATH = Check(lambda path: os.fspath(path) != "", "a path", (str, os.PathLike))
+PATH = Check(lambda path: isinstance(path, (str, os.PathLike)) and path != "", "a path")
 ENTRY = only(
     {
         "annotations": PATH,
