@@ -189,6 +189,12 @@ def _note_no_locks(folder: Path, reason: str) -> None:
 # ---- paths and words
 
 
+def is_missing_folder(path: str | os.PathLike) -> bool:
+    """Whether `path` can only mean a local folder (it cannot be a hub id), and there is none."""
+    text = str(path)
+    return not os.path.exists(text) and (text.count("/") > 1 or text.startswith((".", "/", "~")))
+
+
 def leads_outside(name: str) -> bool:
     """Whether a file name relative to a folder leads out of it: absolute (on any system), with `..`, or no name at all."""
     parts = PurePosixPath(name).parts + PureWindowsPath(name).parts

@@ -18,10 +18,9 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_tf32_available
 
-from llava_sp.common.files import read_json
+from llava_sp.common.files import is_missing_folder, read_json
 from llava_sp.config.files import nearest, read_with_bases, specs_of, split_command_line, typed
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
-from llava_sp.model.opening import is_missing_folder
 
 # What a run may set of LlavaSPConfig: all that it declares but where the backbones came from, and the tower's layers.
 PROJECTOR = {

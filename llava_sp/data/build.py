@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from llava_sp.checkpoints.opening.warm_start import language_model_within
+from llava_sp.common.files import is_missing_folder
 from llava_sp.common.schema import expect
 from llava_sp.config.arguments import Run, load_config
 from llava_sp.data.dataset import ConversationDataset
@@ -19,7 +20,6 @@ from llava_sp.data.mixture import Source, load_mixture
 from llava_sp.data.skipped import SampleReport
 from llava_sp.model.backbone_configs import language_config, vision_config
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
-from llava_sp.model.opening import check_folder
 from llava_sp.model.processing_llava_sp import LlavaSPProcessor
 from llava_sp.model.projector import SpatialProjector
 
@@ -88,8 +88,8 @@ def dataset_of_config(path: str | PathLike, overrides: Sequence[str] = ()) -> Co
     model, data = run.model, run.data.data_path or run.data.mixture
     backbones = {"language_model": model.language_model, "vision_tower": model.vision_tower}
     expect({**backbones, "data_path or mixture": data}, {str: str}, path)
-    for name in backbones.values():
-        check_folder(str(name))
+    if missing := [name for name in backbones.values() if is_missing_folder(str(name))]:
+        raise FileNotFoundError(f"there is no folder {missing[0]}, and it cannot be a hub id either")
     dataset, _ = build_datasets(build_processor(run), run)
     dataset.on_bad_sample, dataset.report = "fail", SampleReport(None)  # looking writes nothing
     return dataset

@@ -9,9 +9,9 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from llava_sp.checkpoints.opening.warm_start import holds_lora
+from llava_sp.common.files import is_missing_folder
 from llava_sp.config.arguments import DataArguments, ModelArguments, Run, TrainArguments
 from llava_sp.data.mixture import load_mixture
-from llava_sp.model.opening import is_missing_folder
 from llava_sp.train.build import SCRATCH
 from llava_sp.train.run_folder import RunFolder
 from llava_sp.train.stages import STAGES

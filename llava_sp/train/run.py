@@ -17,13 +17,13 @@ from transformers import IntervalStrategy, TrainerCallback, set_seed
 
 from llava_sp.checkpoints.opening.warm_start import language_model_within
 from llava_sp.common import provenance
+from llava_sp.common.files import is_missing_folder
 from llava_sp.common.processes import FailedHere, Processes, leave_group
 from llava_sp.config.arguments import Run, TrainArguments, read_keys
 from llava_sp.data.annotations import BadSample
 from llava_sp.data.build import build_datasets, build_processor
 from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
-from llava_sp.model.opening import is_missing_folder
 from llava_sp.train.build import build_model
 from llava_sp.train.logs import EndWithLauncher
 from llava_sp.train.preflight import check_inputs

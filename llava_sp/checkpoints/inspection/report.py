@@ -27,9 +27,9 @@ from llava_sp.checkpoints.reading.formats import (
 )
 from llava_sp.checkpoints.reading.manifest import MERGE_RECORD, MERGED
 from llava_sp.checkpoints.reading.names import HEAD, LANGUAGE, LORA, ORIGINAL_GRID, PROJECTOR, TOWER
-from llava_sp.checkpoints.reading.places import base_folder, is_missing_folder
+from llava_sp.checkpoints.reading.places import base_folder
 from llava_sp.checkpoints.reading.tensor_files import stored_tensors, weight_files
-from llava_sp.common.files import read_json
+from llava_sp.common.files import is_missing_folder, read_json
 from llava_sp.model.backbone_configs import is_original, language_config, vision_config
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from llava_sp.model.processing_llava_sp import LlavaSPProcessor

@@ -283,7 +283,7 @@ def _original_lora(folder: Path, config: dict) -> Checkpoint:
             one, other = ({tensor.key: (tensor.shape, tensor.dtype) for tensor in tensors} for tensors in held)
             differing = [key for key in one | other if one.get(key) != other.get(key)]
             if differing:
-                raise contradiction(*files, differing[0])
+                raise contradiction(files[0], files[1], differing[0])
     found = _original(folder, config, "original_lora", tensors)
     found.copies = copies
     found.lora = read_json(found.lora_file, ORIGINAL_SETTINGS)

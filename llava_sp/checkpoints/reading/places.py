@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from llava_sp.common.files import is_missing_folder
+
 _HUB_KEYWORDS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 # The Auto classes' own keywords, and those that are about the checkpoint alone, not about its bases.
 _OF_THE_CHECKPOINT = ("adapter_kwargs", "trust_remote_code", "_from_auto", "_commit_hash", "revision", "force_download")
@@ -19,12 +21,6 @@ def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
 def base_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Those keywords of a checkpoint's `from_pretrained` that its base models are opened with."""
     return {name: value for name, value in kwargs.items() if name not in _OF_THE_CHECKPOINT}
-
-
-def is_missing_folder(path: str | os.PathLike) -> bool:
-    """Whether `path` can only mean a local folder, and there is none."""
-    text = str(path)
-    return not os.path.exists(text) and (text.count("/") > 1 or text.startswith((".", "/", "~")))
 
 
 def fetch(path: str | os.PathLike, **kwargs) -> Path:
