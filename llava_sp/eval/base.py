@@ -86,6 +86,11 @@ class Item:
         if not self.key:
             object.__setattr__(self, "key", str(self.id))
 
+    @property
+    def image_name(self) -> str | None:
+        """The file name of the first image, if that is a file."""
+        return getattr(self.images[0], "name", None) if self.images else None
+
 
 @dataclass(frozen=True)
 class Category:
@@ -141,7 +146,7 @@ class Benchmark(ABC):
 
     # Set by `load`, for `score`, `submission` and the provenance. What else a benchmark's `load` finds out, it declares in its
     # own class body in the same way.
-    split: str | None  # chosen from what the data folder holds where `--split` did not
+    split: str  # None until `load` has chosen it from what the data folder holds, where `--split` did not
     data: Path  # the folder itself, where the benchmark reads it again later
     files: list[Path]  # what was read through `self.read_*`; their hashes go into the provenance
 
@@ -152,7 +157,7 @@ class Benchmark(ABC):
             if value is not None and value not in allowed:
                 right = f"use one of {', '.join(allowed)}" if allowed else "it has only one"
                 raise ValueError(f"{self.name} has no {what} {value!r}: {right}")
-        self.split = split
+        self.split = split  # type: ignore[assignment]
         self.protocol = protocol or self.protocols[0]
         self.generation = self.generations.get(self.protocol, type(self).generation)
         self.images = images

@@ -15,6 +15,7 @@ the Chinese for "the answer is A" either; lmms-eval's rule finds one there.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import ClassVar
 
 from llava_sp.decoding import Generation
@@ -26,7 +27,7 @@ from llava_sp.eval.mmbench import MMBench
 class MMBenchCN(MMBench):
     name = "mmbench_cn"
     title = "MMBench-CN accuracy in percent, all rotations right"
-    published: ClassVar = {LLAVA15: 58.3, LLAVA15_LORA: 58.9}
+    published: Mapping[str, float] = {LLAVA15: 58.3, LLAVA15_LORA: 58.9}
     published_on = "dev of 2023-10-03"
     folders = ("mmbench",)
     generations: ClassVar = {**MMBench.generations, "lmms_eval": Generation(max_new_tokens=256)}

@@ -60,7 +60,7 @@ class ScienceQA(Benchmark):
     unscored = "no question has an image, and the score is over those that have one (metrics.json holds the rest)"
     generation = Generation(max_new_tokens=1024)
     generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=16)}
-    published: ClassVar = {LLAVA15: 66.8, LLAVA15_LORA: 68.4, LLAVA_SP: 68.4}
+    published: Mapping[str, float] = {LLAVA15: 66.8, LLAVA15_LORA: 68.4, LLAVA_SP: 68.4}
 
     def load(self, data: Path) -> list[Item]:
         self.split = self.split or "test"
@@ -120,7 +120,7 @@ class ScienceQA(Benchmark):
         per_item = []
         for item, text in zip(items, answers):
             letter = infer(text)
-            image = f"{item.id}/{item.images[0].name}" if item.images else None
+            image = f"{item.id}/{item.image_name}" if item.images else None
             per_item.append(
                 row(item, letter, text, 100.0 * (letter == item.reference), **{**item.metadata, "image": image})
             )

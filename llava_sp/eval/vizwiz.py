@@ -33,7 +33,7 @@ mangled apostrophes in the table of contractions; here they are plain.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -73,7 +73,7 @@ class VizWiz(AccuracyBenchmark):
     splits = ("val", "test")
     protocols = ("llava15", "official", "lmms_eval")
     generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=1024)}
-    published: ClassVar = {LLAVA15: 50.0, LLAVA15_LORA: 47.8}
+    published: Mapping[str, float] = {LLAVA15: 50.0, LLAVA15_LORA: 47.8}
     published_on = "test-dev, from the EvalAI server"
 
     def load(self, data: Path) -> list[Item]:
@@ -121,7 +121,7 @@ class VizWiz(AccuracyBenchmark):
         if self.split != "test":
             return None
         path = output / "submission.json"
-        write_json(path, [{"image": i.images[0].name, "answer": self._final(a)} for i, a in zip(items, answers)])
+        write_json(path, [{"image": i.image_name, "answer": self._final(a)} for i, a in zip(items, answers)])
         return path
 
     def validate(self, file: Path, data: Path) -> str:
@@ -135,10 +135,10 @@ class VizWiz(AccuracyBenchmark):
         """The answer as the protocol passes it to its scorer, or to the server."""
         return answer if self.protocol == "official" else evalai_answer(answer)
 
-    def _questions(self, data: Path) -> tuple[Path, list[dict[str, Any]]]:
+    def _questions(self, data: Path) -> tuple[Path, Sequence[dict[str, Any]]]:
         """The question file of the split and its lines; those of the official file as LLaVA's file has them."""
         file = find_one(data, *FILES[self.split], what=f"{self.split} questions")
-        lines: list[dict[str, Any]]
+        lines: Sequence[dict[str, Any]]
         if file.suffix == ".jsonl":
             lines = self.read_jsonl(file, LLAVA_LINE)
         else:

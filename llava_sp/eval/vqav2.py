@@ -27,7 +27,7 @@ A submission file holds the answers as the protocol passes them to its scorer. Q
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -72,7 +72,7 @@ class VQAv2(AccuracyBenchmark):
     splits = tuple(SUBTYPES)
     protocols = ("llava15", "official", "lmms_eval")
     generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=16)}
-    published: ClassVar = {LLAVA15: 78.5, LLAVA15_LORA: 79.1, LLAVA_SP: 79.2}
+    published: Mapping[str, float] = {LLAVA15: 78.5, LLAVA15_LORA: 79.1, LLAVA_SP: 79.2}
     published_on = "test-dev, from the EvalAI server"
     submission_ids: Sequence[int | str] = ()  # set by load: what the server wants answered
 

@@ -17,7 +17,7 @@ UNSHOWN = ("Loading weights:",)  # progress bars of less than a second; the log 
 
 @dataclass(frozen=True)
 class Command:
-    """What to run: `words` after `python -m`, under a title, with the file that keeps what it prints."""
+    """What to run: `words` after `python`, under a title, with the file that keeps what it prints."""
 
     title: str
     words: Sequence[str]
@@ -67,12 +67,12 @@ class Chains:
 
     def execute(self, name: str, command: Command) -> None:
         """Run one command; every line it prints is shown behind its chain's name. Raises `SystemExit` if it fails."""
-        line = shlex.join(["python", "-m", *command.words])
+        line = shlex.join(["python", *command.words])
         print(f"\n== {name.strip()}: {command.title}{self.heading()}\n$ {line}\n", end="", flush=True)
         command.log.parent.mkdir(parents=True, exist_ok=True)
         with open(command.log, "w", encoding="utf-8") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", *command.words],
+                [sys.executable, *command.words],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,

@@ -53,14 +53,14 @@ def commands(run: Run, data: Path, args: argparse.Namespace) -> list[Command]:
     """What to run, in order."""
     shared = ["--spatial_variant", run.variant, "--seed", str(run.seed), "--image_folder", str(data / "images")]
     stage1, stage2 = run.folder / "pretrain", run.folder / "lora"
-    pretrain = ["llava_sp.train", "--config", str(CONFIGS / "pretrain.yaml"), *shared]
+    pretrain = ["-m", "llava_sp.train", "--config", str(CONFIGS / "pretrain.yaml"), *shared]
     pretrain += ["--data_path", str(data / "pretrain.json"), "--output_dir", str(stage1)]
-    finetune = ["llava_sp.train", "--config", str(CONFIGS / "finetune_lora.yaml"), *shared]
+    finetune = ["-m", "llava_sp.train", "--config", str(CONFIGS / "finetune_lora.yaml"), *shared]
     finetune += ["--data_path", str(data / "finetune.json"), "--output_dir", str(stage2)]
     finetune += ["--projector_checkpoint", str(stage1)]
     for words, steps in ((pretrain, args.pretrain_steps), (finetune, args.finetune_steps)):
         words += [] if steps is None else ["--max_steps", str(steps)]
-    score = ["llava_sp.eval.vqav2", "--model", str(stage2), "--data", str(data / "vqav2")]
+    score = ["-m", "llava_sp.eval.vqav2", "--model", str(stage2), "--data", str(data / "vqav2")]
     score += ["--output", str(run.folder / "vqav2"), "--batch-size", "50", "--max-new-tokens", "16"]
     logs = run.folder.parent / "logs" / run.name
     steps = {"stage 1": pretrain, "stage 2": finetune, "score": score}
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
     jobs = min(args.jobs, len(runs))
     print(f"quickstart: {len(runs)} models, each in two stages, then scored; {jobs} at a time", flush=True)
     print(f"everything goes to {output}", flush=True)
-    make = ["llava_sp.shapes.make", "--output", str(data)]
+    make = ["-m", "llava_sp.shapes.make", "--output", str(data)]
     make += [] if args.questions is None else ["--questions", str(args.questions)]
     Chains(1).run({"data": [Command("making", make, output / "logs" / "data.log")]})
     Chains(jobs, lambda: f"; {_minutes(time.time() - started)} so far").run(

@@ -46,7 +46,7 @@ def _load(folder: Path, variant: str) -> Result:
         lines = read_jsonl(folder / stage / "log.jsonl")
         losses[stage] = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     items = read_jsonl(folder / "vqav2" / "per_item.jsonl")
-    return Result(folder.name, variant, losses, metrics["score"], metrics["metrics"]["per_question_type"], items)
+    return Result(folder.name, variant, losses, metrics["score"], metrics["metrics"]["per_question_type"], [*items])
 
 
 def majority_baseline(items: Sequence[dict]) -> tuple[float, dict[str, float]]:

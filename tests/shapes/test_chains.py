@@ -22,7 +22,7 @@ def scripts(tmp_path, monkeypatch):
 
 def chain(folder, name, count=2):
     return [
-        Command(f"{name}{i}", ["note", str(folder / "notes"), f"{name}{i}"], folder / f"{name}{i}.log")
+        Command(f"{name}{i}", ["-m", "note", str(folder / "notes"), f"{name}{i}"], folder / f"{name}{i}.log")
         for i in range(count)
     ]
 
@@ -49,7 +49,10 @@ def test_a_failure_ends_the_others_and_names_its_log(scripts, capsys):
     started = time.time()
     with pytest.raises(SystemExit) as stopped:
         Chains(2).run(
-            {"a": [Command("waits", ["sleep"], scripts / "sleep.log")], "b": [Command("fails", ["fail"], log)]}
+            {
+                "a": [Command("waits", ["-m", "sleep"], scripts / "sleep.log")],
+                "b": [Command("fails", ["-m", "fail"], log)],
+            }
         )
     assert stopped.value.code == 3 and time.time() - started < 30
     shown = capsys.readouterr().err

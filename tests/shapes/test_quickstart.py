@@ -138,7 +138,7 @@ def test_commands_are_valid_configurations(tmp_path, variant):
     """What the quickstart runs is what configs/shapes says, and stage 2 builds the model of stage 1."""
     run = quickstart.plan(tmp_path, [variant], [quickstart.DEFAULT_SEED])[0]
     *stages, _ = quickstart.commands(run, tmp_path / "data", quickstart.parse([]))
-    found = [load_config(stage.words[2], stage.words[3:]) for stage in stages]
+    found = [load_config(stage.words[3], stage.words[4:]) for stage in stages]
     for run in found:
         model, data, training = run.model, run.data, run.train
         assert model.projector["spatial_variant"] == variant and training.deepspeed is None and training.max_steps > 0

@@ -151,7 +151,7 @@ def lmms_mmbench(answer: str, options: Mapping[str, str]) -> str | None:
         if max(places.values(), default=-1) >= 0:
             break
         places = {x: text.rfind(form.format(x)) for x in options}
-    return max(places, key=places.get) if max(places.values(), default=-1) >= 0 else None
+    return max(places, key=lambda letter: places[letter]) if max(places.values(), default=-1) >= 0 else None
 
 
 def lmms_qbench(answer: str, options: Mapping[str, str]) -> str | None:

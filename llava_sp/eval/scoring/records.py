@@ -12,14 +12,13 @@ Record = Mapping[str, Any]
 
 def row(item: Item, answer: Any, text: str, score: float | None = None, **more: Any) -> dict[str, Any]:
     """The record of an item: the `answer` that was judged, out of `text`, and `score` from 0 to 100 if there is one."""
-    image = item.images[0] if item.images else None
     return {
         "question_id": item.id,
         **({} if score is None else {"score": score}),
         "answer": answer,
         "text": text,
         "question": item.metadata.get("question", item.text),
-        "image": getattr(image, "name", None),
+        "image": item.image_name,
         "references": [] if item.reference is None else [item.reference],
         **more,
     }
