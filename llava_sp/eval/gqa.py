@@ -3,28 +3,22 @@
     python -m llava_sp.eval.gqa --model M --data D --output O
 
 D holds (in D itself or one folder below, such as LLaVA's gqa/data)
-    testdev_balanced_questions.json          the official questions (12,578); testdev_all_questions.json does too
-    images/n161313.jpg, ...                  the official images; --images names the folder if it is elsewhere
-    llava_gqa_testdev_balanced.jsonl         LLaVA's question file; not needed, the prompts are the same without it
-Only questions with `isBalanced` count and are asked; answers to others in an answers file are left out.
-
+    testdev_balanced_questions.json      the official questions (12,578); testdev_all_questions.json does too
+    images/n161313.jpg, ...              the official images; --images names another folder
+    llava_gqa_testdev_balanced.jsonl     LLaVA's question file; not needed, the prompts are the same without it
+Only questions with `isBalanced` are asked and count; answers to others in an answers file are left out.
 O/testdev_balanced_predictions.json holds the answers as LLaVA's converter writes them, for the official eval.py;
 `--validate FILE --data D` checks such a file.
 
-The score is eval.py's accuracy in percent. `metrics` has all else that it prints: binary and open questions, by structural
-and semantic type, by number of reasoning steps and of words, and `distribution`, a chi-square of the answers by group (lower
-is better). Validity and plausibility, for which eval.py prints 0.00 in LLaVA's set-up, are left out.
-
-Published for LLaVA-1.5-7B: 62.0 (LoRA 63.0), on testdev balanced as here.
+The score is eval.py's accuracy in percent; 62.0 (LoRA 63.0) is published for LLaVA-1.5-7B on testdev balanced, as here.
+`metrics` has its other figures: binary and open questions, by structural and semantic type, by number of reasoning steps and
+of words, and `distribution`, a chi-square of the answers by group (lower is better); not validity and plausibility, 0.00 in
+LLaVA's set-up. Figures of no questions, or the distribution of no global group, are null (there 0, or a division by zero).
 
 Protocols, all with the same prompt (and the checkpoint's own conversation around it):
-    llava15      trailing periods stripped and lower case; the rest must equal the answer (the default): `bed .`, ` yes`
-                 and `a man` are wrong
+    llava15      trailing periods stripped, lower case; must then equal the answer (default): `bed .`, ` yes`, `a man` do not
     lmms_eval    at most 16 new tokens; ends stripped, lower case and ASCII punctuation removed, on both sides
     vlmevalkit   at most 512 new tokens; ends stripped and lower case, on both sides, so `Yes.` is wrong
-
-Unlike eval.py, figures of which there are no questions, and the distribution where no question has a global group, are null
-(there 0, and a division by zero).
 """
 
 from __future__ import annotations
@@ -63,23 +57,15 @@ SUBMISSION = some({"questionId": str, "prediction": str})
 
 
 def llava_prediction(answer: str) -> str:
-    """LLaVA's conversion: all trailing periods off, then lower case. Nothing else; spaces are not stripped."""
+    """LLaVA's conversion: all trailing periods off, then lower case. Spaces are not stripped."""
     return answer.rstrip(".").lower()
 
 
-def _stripped(answer: str) -> str:
-    return answer.strip().lower()
-
-
-def _without_punctuation(answer: str) -> str:
-    return _stripped(answer).translate(_NO_PUNCTUATION)
-
-
-# protocol -> (what is done to an answer, what to the reference)
-RULES: Mapping[str, tuple[Callable[[str], str], Callable[[str], str]]] = {
-    "llava15": (llava_prediction, str),
-    "lmms_eval": (_without_punctuation, _without_punctuation),
-    "vlmevalkit": (_stripped, _stripped),
+# what is done to an answer and, but for llava15, to the reference
+RULES: Mapping[str, Callable[[str], str]] = {
+    "llava15": llava_prediction,
+    "lmms_eval": lambda text: text.strip().lower().translate(_NO_PUNCTUATION),
+    "vlmevalkit": lambda text: text.strip().lower(),
 }
 
 
@@ -89,40 +75,34 @@ class GQA(Benchmark):
     protocols = tuple(RULES)
     generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=16), "vlmevalkit": Generation(max_new_tokens=512)}
     submission_label = "for eval.py"
-    published: ClassVar = {LLAVA15: 62.0, LLAVA15_LORA: 63.0, LLAVA_SP: 62.7}
+    published: Mapping[str, float] = {LLAVA15: 62.0, LLAVA15_LORA: 63.0, LLAVA_SP: 62.7}
     not_counted: Iterable[str] = ()  # set by load: ids of questions that are not balanced
 
     def load(self, data: Path) -> list[Item]:
-        file = find_one(data, *NAMES, what="GQA questions")
+        file = source = find_one(data, *NAMES, what="GQA questions")
         questions = self.read_json(file, QUESTIONS)
         balanced = {i: question for i, question in questions.items() if question["isBalanced"]}
         self.not_counted = questions.keys() - balanced.keys()
         if not balanced:
             raise ValueError(f"{file}: isBalanced is false for all {len(questions)} questions, and only others count")
-        lines = {
-            i: {"question_id": i, "image": f"{question['imageId']}.jpg", "text": question["question"]}
-            for i, question in balanced.items()
-        }
-        if find(data, LLAVA):
-            llava = find(data, LLAVA)[0]
-            asked = [x for x in self.read_jsonl(llava, LLAVA_LINE) if str(x["question_id"]) not in self.not_counted]
-            lines = joined([str(line["question_id"]) for line in asked], asked, balanced, llava, "line", file)
-            file = llava
+        lines: dict[str, dict[str, Any]] = {i: {} for i in balanced}
+        for source in find(data, LLAVA)[:1]:
+            asked = [x for x in self.read_jsonl(source, LLAVA_LINE) if str(x["question_id"]) not in self.not_counted]
+            lines = joined([str(line["question_id"]) for line in asked], asked, balanced, source, "line", file)
         folder = self.images or first_folder([data / "images", data / "data" / "images"])
         items = []
         for i, line in lines.items():
             question = balanced[i]
-            metadata = {
+            about = {
                 "question": question["question"],
-                "structural": question["types"]["structural"],
-                "semantic": question["types"]["semantic"],
+                **{key: question["types"][key] for key in ("structural", "semantic")},
                 "steps": steps(question["semantic"]),
                 "words": len(question["question"].split()),
                 "group": question["groups"]["global"],
             }
-            image = inside(folder, line["image"], f"{file}: question {i}")
-            text = line["text"].removesuffix(SHORT_ANSWER)
-            items.append(Item(line["question_id"], text, (image,), question["answer"], metadata))
+            image = inside(folder, line.get("image", f"{question['imageId']}.jpg"), f"{source}: question {i}")
+            text = line.get("text", question["question"]).removesuffix(SHORT_ANSWER)
+            items.append(Item(line.get("question_id", i), text, (image,), question["answer"], about))
         return items
 
     def prompt(self, item: Item) -> str:
@@ -132,9 +112,9 @@ class GQA(Benchmark):
         return super().match(items, [r for r in records if str(r["question_id"]) not in self.not_counted])
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:
-        of_answer, of_reference = RULES[self.protocol]
-        predicted = [of_answer(answer) for answer in answers]
-        gold = [of_reference(item.reference) for item in items]
+        rule = RULES[self.protocol]
+        predicted = [rule(answer) for answer in answers]
+        gold = [item.reference if self.protocol == "llava15" else rule(item.reference) for item in items]
         per_item = []
         for item, prediction, truth, text in zip(items, predicted, gold, answers):
             kind, right = item.metadata["structural"], 100.0 * (prediction == truth)
@@ -142,9 +122,7 @@ class GQA(Benchmark):
             per_item.append(row(item, prediction, text, right, category=kind, answered=answered, **item.metadata))
         kinds = ("answered", "structural", "semantic", "steps", "words")
         by = {kind: categories(grouped(per_item, kind), self.headline) for kind in kinds}
-        metrics: dict[str, Any] = {
-            name: getattr(by["answered"].get(name), "score", None) for name in ("binary", "open")
-        }
+        metrics: dict[str, Any] = {"binary": None, "open": None} | {name: c.score for name, c in by["answered"].items()}
         metrics["distribution"] = distribution([item.metadata["group"] for item in items], gold, predicted)
         for kind in kinds[1:]:
             metrics[f"per_{kind}"] = {name: {"accuracy": c.score, "count": c.count} for name, c in by[kind].items()}
@@ -158,28 +136,24 @@ class GQA(Benchmark):
 
     def validate(self, file: Path, data: Path) -> str:
         questions = self.read_json(find_one(data, *NAMES, what="GQA questions"), QUESTIONS)
-        balanced = [i for i, question in questions.items() if question["isBalanced"]]
-        results = self.read_json(file, SUBMISSION)
-        counted = [r for r in results if questions.get(r["questionId"], {"isBalanced": True})["isBalanced"]]
-        trouble = compare_ids([r["questionId"] for r in counted], balanced)
-        return verdict(file, [r["prediction"] for r in counted], [("balanced questions", trouble)])
+        others = {i for i, question in questions.items() if not question["isBalanced"]}
+        results = [r for r in self.read_json(file, SUBMISSION) if r["questionId"] not in others]
+        trouble = compare_ids([r["questionId"] for r in results], [i for i in questions if i not in others])
+        return verdict(file, [r["prediction"] for r in results], [("balanced questions", trouble)])
 
 
 def distribution(groups: Sequence[str | None], gold: Sequence[str], predicted: Sequence[str]) -> float | None:
     """How far the answers to a group of questions are from the true ones, as a chi-square over the true answers, averaged
     over the groups by their numbers of questions and divided by 100. None if no question is in a group."""
-    truth: dict[str, Counter[str]] = defaultdict(Counter)
-    given: dict[str, Counter[str]] = defaultdict(Counter)
-    for group, right, answer in zip(groups, gold, predicted):
+    by_group: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for group, truth, answer in zip(groups, gold, predicted):
         if group is not None:
-            truth[group][right] += 1
-            given[group][answer] += 1
-    if not truth:
-        return None
+            by_group[group].append((truth, answer))
     total = 0.0
-    for group, counts in truth.items():
-        total += sum((given[group][a] - n) ** 2 / n for a, n in counts.items()) * counts.total()
-    return round(total / sum(counts.total() for counts in truth.values()) / 100, 2)
+    for pairs in by_group.values():
+        truths, given = map(Counter, zip(*pairs))
+        total += sum((given[answer] - n) ** 2 / n for answer, n in truths.items()) * len(pairs)
+    return round(total / sum(map(len, by_group.values())) / 100, 2) if by_group else None
 
 
 def steps(semantic: Iterable[Mapping[str, Any]]) -> int:

@@ -1,42 +1,42 @@
-"""POPE (Li et al. 2023): is there such an object in the image? Half of the answers are yes.
+"""POPE (Li et al. 2023): is a given object in the image? Half of the answers are yes.
 
     python -m llava_sp.eval.pope --model M --data D --output O [--split random|popular|adversarial]
 
-D holds the official label files coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json (in D, in
-D/coco or in D/output/coco) and the images val2014/COCO_val2014_*.jpg. LLaVA's question file llava_pope_test.jsonl is used
-if it is there, as published numbers come from it; without it the same prompts are made from the label files, with ids that
-run on over the categories in LLaVA's order. The absent objects were drawn at random, from the most frequent ones (popular)
-or from those that often occur beside what is there (adversarial).
+D holds the official label files coco_pope_random.json, coco_pope_popular.json and coco_pope_adversarial.json (in D, D/coco
+or D/output/coco) and the images val2014/COCO_val2014_*.jpg. The absent objects were drawn at random, from the most frequent
+(popular) or from those that often occur beside what is there (adversarial). LLaVA's question file llava_pope_test.jsonl,
+which published numbers come from, is used if it is there; without it the same prompts are made from the label files, with
+ids that run on over the categories in LLaVA's order.
 
-The score is the mean of the three categories' F1, in percent: 85.9 is published for LLaVA-1.5-7B. It is neither accuracy nor
-the F1 of all questions together. `--split` scores one category alone; without it all three must be there.
+The score is the mean of the three categories' F1, in percent (not accuracy, nor the F1 of all questions together): 85.9 is
+published for LLaVA-1.5-7B. `--split` scores one category alone; without it all three must be there.
 
-2910 or 3000: LLaVA's file asks 2910 random questions, those of POPE at commit e3e3926; POPE's label files of today have 3000.
-LLaVA's scorer pairs answers and labels by position without a check (its random F1 then falls from 0.87 to 0.46). Here image
-and text of every question are compared with the label file first ("a" and "an" are the same: POPE corrected that). Labels in
-another order, or of questions that LLaVA does not ask, are found by image and text (metrics.json counts labels not asked for);
-a question without a label, or with two different ones, is an error. The `prompt` of an answers file is compared too.
+LLaVA's file asks 2910 random questions, those of POPE at commit e3e3926; today's label files have 3000. LLaVA's scorer pairs
+answers and labels by position, unchecked (its random F1 then falls from 0.87 to 0.46). Here image and text of each question
+are compared with the label file ("a" equals "an", which POPE corrected), and so is the `prompt` of an answers file. Labels
+in another order, or of questions not asked, are found by image and text (metrics.json counts labels not asked for); a
+question without a label, or with two different ones, is an error.
 
-Protocols, all with the same prompts and greedy generation of up to 128 tokens; each judges the text differently
+Protocols, all with the same prompts and greedy generation of up to 128 tokens:
     llava15     LLaVA's and POPE's own scorer. "no" if the text up to the first period, without commas, has a word "No", "no"
-                or "not", with single spaces between words; anything else is "yes", and so are "NO", "no!" and an empty answer
-    lmms_eval   the text in lower case must be "yes" or "no", with nothing around it; anything else is wrong, and recall does
-                not count it. Score: F1 of all questions together. Its yes ratio is that of the labels
+                or "not", split at single spaces; anything else is "yes": "NO", "no!" and an empty answer too
+    lmms_eval   the text in lower case must be "yes" or "no" alone; anything else is wrong, and recall leaves it out.
+                Score: F1 of all questions together. Its yes ratio is that of the labels
     vlmevalkit  one of the words "yes" and "no" without the other, in any case; anything else is wrong and counts as not yes.
                 Score: F1 of all questions together
 
-Where a denominator is zero (no answer is yes, no label is yes) precision, recall and F1 are 0 (the official scorer stops with
-ZeroDivisionError).
+Where a denominator is zero (no answer or no label is yes) precision, recall and F1 are 0; the official scorer stops with
+ZeroDivisionError.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import Any
 
 from llava_sp.common.schema import Check, one_of
 from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, SHORT_ANSWER, Benchmark, Category, Item, Scores
@@ -49,6 +49,7 @@ CATEGORIES = ("random", "popular", "adversarial")  # in the order of the paper's
 LLAVA_ORDER = ("adversarial", "popular", "random")  # in the order of LLaVA's question file
 QUESTIONS = "llava_pope_test.jsonl"
 QUESTION = {**LLAVA_LINE, "category": one_of(*CATEGORIES)}
+RULES = {"llava15": yes_no.llava_pope, "lmms_eval": yes_no.lmms_pope, "vlmevalkit": yes_no.vlmevalkit}
 LABEL = {**LLAVA_LINE, "label": Check(lambda label: label.strip().lower() in ("yes", "no"), "yes or no", str)}
 
 Row = dict[str, Any]
@@ -58,19 +59,17 @@ class POPE(Benchmark):
     name = "pope"
     title = "POPE F1 in percent, mean over the categories"
     splits = CATEGORIES
-    protocols = ("llava15", "lmms_eval", "vlmevalkit")
-    published: ClassVar = {LLAVA15: 85.9, LLAVA15_LORA: 86.4, LLAVA_SP: 86.6}
+    protocols = tuple(RULES)
+    published: Mapping[str, float] = {LLAVA15: 85.9, LLAVA15_LORA: 86.4, LLAVA_SP: 86.6}
     not_asked: Mapping[str, int] = {}  # set by load: labels that belong to no question, by category
 
     def load(self, data: Path) -> list[Item]:
         wanted = [category for category in LLAVA_ORDER if self.split in (None, category)]
         files: dict[str, Path] = {}
-        for category in wanted:
-            name = f"coco_pope_{category}.json"
-            what = f"{category} labels (--split scores one category alone)"
-            files[category] = find_one(data, name, f"output/coco/{name}", what=what)
         labels: dict[str, list[Row]] = {}
-        for category, file in files.items():
+        for category in wanted:
+            name, what = f"coco_pope_{category}.json", f"{category} labels (--split scores one category alone)"
+            file = files[category] = find_one(data, name, f"output/coco/{name}", what=what)
             lines = by_id(self.read_jsonl(file, LABEL), file).values()
             labels[category] = [line | {"category": category, "label": line["label"].strip().lower()} for line in lines]
         asked = [line for category in wanted for line in labels[category]]
@@ -78,19 +77,17 @@ class POPE(Benchmark):
             asked = [line | {"question_id": i} for i, line in enumerate(asked, 1)]
         for source in find(data, QUESTIONS)[:1]:
             lines = by_id(self.read_jsonl(source, QUESTION), source).values()
-            found: dict[Any, str] = {}
-            for category in wanted:
-                of_category = [line for line in lines if line["category"] == category]
-                found |= _labels_of(of_category, labels[category], source, files[category])
-            asked = [line | {"label": found[line["question_id"]]} for line in lines if line["category"] in wanted]
+            asked = [line for line in lines if line["category"] in wanted]
+            for category, file in files.items():
+                _add_labels([x for x in asked if x["category"] == category], labels[category], source, file)
         counts = Counter(line["category"] for line in asked)
         self.not_asked = {c: len(labels[c]) - counts[c] for c in wanted if len(labels[c]) > counts[c]}
         folder = self.images or first_folder([data / "val2014", data / "images" / "val2014", data / "images"])
         items = []
         for line in asked:
-            about = {"question": _plain(line["text"]), "category": line["category"]}
-            image = inside(folder, line["image"], f"{line['category']} question {line['question_id']}")
             text = line["text"].removesuffix(SHORT_ANSWER)
+            image = inside(folder, line["image"], f"{line['category']} question {line['question_id']}")
+            about = {"question": text.strip(), "category": line["category"]}
             items.append(Item(line["question_id"], text, (image,), line["label"], about))
         return items
 
@@ -105,10 +102,9 @@ class POPE(Benchmark):
         return super().match(items, worded)
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:
-        judge = {"llava15": llava_label, "lmms_eval": lmms_label, "vlmevalkit": yes_no.vlmevalkit}[self.protocol]
         per_item = []
         for item, text in zip(items, answers):
-            prediction = judge(text)
+            prediction = RULES[self.protocol](text)
             about = {"category": item.metadata["category"], "label": item.reference, "prediction": prediction}
             right = 100.0 * (prediction == item.reference)
             per_item.append(row(item, prediction, text, right, **about, protocol=self.protocol))
@@ -120,9 +116,8 @@ class POPE(Benchmark):
     @classmethod
     def headline(cls, per_item: Sequence[Mapping[str, Any]]) -> float:
         """The mean of the categories' F1 in percent; for other protocols than LLaVA's the F1 of all records."""
-        groups = (
-            grouped(per_item, "category", CATEGORIES).values() if per_item[0]["protocol"] == "llava15" else [per_item]
-        )
+        by_category = grouped(per_item, "category", CATEGORIES).values()
+        groups = by_category if per_item[0]["protocol"] == "llava15" else [per_item]
         return round(100 * fmean(_figures(records)["f1"] for records in groups), 2)
 
     def summary(self, scores: Scores) -> list[str]:
@@ -130,72 +125,36 @@ class POPE(Benchmark):
         return super().summary(scores) + [f"{n} labels of {category} belong to no question" for category, n in unasked]
 
 
-def llava_label(answer: str) -> str:
-    """LLaVA's rule (POPE's own is the same), quirks included: see the module's docstring."""
-    words = answer.split(".")[0].replace(",", "").split(" ")
-    return "no" if {"No", "no", "not"} & set(words) else "yes"
+def _figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    pairs = [(record["label"], record["prediction"]) for record in records]
+    found = yes_no.figures(pairs, unknown_is_no=records[0]["protocol"] == "vlmevalkit")
+    if records[0]["protocol"] == "lmms_eval":
+        found["yes_ratio"] = sum(label == "yes" for label, _ in pairs) / len(pairs)
+    return found
 
 
-def lmms_label(answer: str) -> str:
-    text = answer.lower().strip()
-    return text if text in ("yes", "no") else yes_no.UNKNOWN
-
-
-def _figures(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Accuracy, precision, recall, F1 and yes ratio (fractions), and what they were counted from."""
-    protocol = records[0]["protocol"]
-    pairs = Counter((record["label"], record["prediction"]) for record in records)
-    true_yes, false_yes, true_no = pairs["yes", "yes"], pairs["no", "yes"], pairs["no", "no"]
-    false_no = pairs["yes", "no"] + (pairs["yes", yes_no.UNKNOWN] if protocol == "vlmevalkit" else 0)
-    precision = _ratio(true_yes, true_yes + false_yes)
-    recall = _ratio(true_yes, true_yes + false_no)
-    said_yes = sum(n for (label, said), n in pairs.items() if (label if protocol == "lmms_eval" else said) == "yes")
-    return {
-        "accuracy": (true_yes + true_no) / len(records),
-        "precision": precision,
-        "recall": recall,
-        "f1": _ratio(2 * precision * recall, precision + recall),
-        "yes_ratio": said_yes / len(records),
-        **{"TP": true_yes, "FP": false_yes, "TN": true_no, "FN": false_no},
-        "unknown": pairs["yes", yes_no.UNKNOWN] + pairs["no", yes_no.UNKNOWN],
-        "count": len(records),
-    }
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
-
-
-def _labels_of(asked: Sequence[Row], labelled: Sequence[Row], file: Path, label_file: Path) -> dict[Any, str]:
-    """question_id -> label, by position if both files have the same questions in the same order, else by image and text."""
-    ids, same = [line["question_id"] for line in asked], [_identity(line) for line in asked]
-    if asked and same == [_identity(line) for line in labelled]:
-        return dict(zip(ids, (line["label"] for line in labelled)))
-    known: dict[tuple[str, str], set[str]] = {}
-    for line in labelled:
-        known.setdefault(_identity(line), set()).add(line["label"])
-    unclear = [line for line in asked if len(known.get(_identity(line), ())) != 1]
+def _add_labels(asked: Sequence[Row], labels: Sequence[Row], file: Path, label_file: Path) -> None:
+    """By position if both files have the same questions in the same order, else by image and text."""
+    same = [_identity(line) for line in asked] == [_identity(line) for line in labels]
+    known: dict[object, set[str]] = defaultdict(set)
+    for place, line in enumerate(labels):
+        known[_identity(line), place if same else None].add(line["label"])
+    found = [known[_identity(line), place if same else None] for place, line in enumerate(asked)]
+    unclear = [line for line, labels_of_line in zip(asked, found) if len(labels_of_line) != 1]
     if unclear or not asked:
-        first = (
-            f", such as {unclear[0]['question_id']}: {_plain(unclear[0]['text'])!r} about {unclear[0]['image']}"
-            if unclear
-            else ""
-        )
+        shown = [f", such as {x['question_id']}: {_wording(x['text'])!r} about {x['image']}" for x in unclear[:1]]
         raise ValueError(
             f"{file} does not fit {label_file}: of {len(asked)} questions, {len(unclear)} have no label or two different ones "
-            f"among {len(labelled)}{first}. LLaVA's file fits the label files of POPE at commit e3e3926 (2910 random questions; "
+            f"among {len(labels)}{''.join(shown)}. It fits the label files of POPE at commit e3e3926 (2910 random questions; "
             f"today's have 3000): get those, or remove {file.name} to ask the questions of the label files"
         )
-    return {i: next(iter(known[key])) for i, key in zip(ids, same)}
-
-
-def _plain(text: str) -> str:
-    return text.removesuffix(SHORT_ANSWER).strip()
+    for line, [label] in zip(asked, found):
+        line["label"] = label
 
 
 def _wording(text: str) -> str:
     """The question as it is compared: POPE first asked for "a apple", later for "an apple"."""
-    return _plain(text).replace(" an ", " a ")
+    return text.removesuffix(SHORT_ANSWER).strip().replace(" an ", " a ")
 
 
 def _identity(line: Row) -> tuple[str, str]:

@@ -1,27 +1,27 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg (Yu et al. 2016, Mao et al. 2016): where in the image is what a sentence describes?
+"""RefCOCO, RefCOCO+ and RefCOCOg (Yu et al. 2016, Mao et al. 2016): the box of what a sentence describes.
 
     python -m llava_sp.eval.refcoco --model M --data D --output O [--split val|testA|testB|test]
 
 D holds the expressions with their boxes, in any of four forms (the official refs and instances as JSON, the files of InternVL
-and Qwen-VL, MDETR's, or this package's own annotations.json); `llava_sp/eval/inputs/refcoco_files.py` says exactly which. The images
-are those of COCO train2014, in D/train2014, D/images or what --images names. If D has several of the three data sets, all are
-asked: `categories` has the accuracy of each, which is what papers report, and the score is over all expressions together.
-Without --split the first that D has is taken, in the order val, testA, testB, test.
+and Qwen-VL, MDETR's, or this package's own annotations.json), listed in `llava_sp/eval/inputs/refcoco_files.py`. The images
+are those of COCO train2014, in D/train2014, D/images or the folder of --images. If D has several of the three data sets, all
+are asked: `categories` has the accuracy of each, which papers report, and the score is over all expressions together. Without
+--split the first that D has is used, in the order val, testA, testB, test.
 
 The score is the percentage of expressions whose answered box and true box overlap by at least half (intersection over union
 0.5 or more, the field's measure). The metrics hold it for other thresholds (`ACC@0.1` ...), the mean overlap (`IoU`), how
 often the middle of the answered box lies in the true one (`Center_ACC`), and the answers without a box (`invalid`).
 
-RefCOCO is no part of LLaVA-1.5's evaluation, so there is no published figure of its authors. lmms-eval measured 56.2 on
-RefCOCO val, 64.4 on testA (pull request 52) with the rule `lmms_eval` below, which does LLaVA injustice: LLaVA is trained on
-boxes as fractions of the square that the image is padded to, and is there compared with fractions of the image itself.
+RefCOCO is not part of LLaVA-1.5's evaluation, so its authors published no figure. lmms-eval measured 56.2 on RefCOCO val and
+64.4 on testA (pull request 52) with the rule `lmms_eval` below, which is too low: LLaVA is trained on boxes as fractions of
+the square that the image is padded to, and that rule compares them with fractions of the image itself.
 
 Protocols
-    llava15         the prompt of LLaVA's training data; the first [a, b, c, d] of four numbers in the answer; brought from the
-                    padded square to the image before it is compared (S = max(w, h): x * S - (S - w) // 2, and so on). The
-                    default, as it measures where the model points
-    lmms_eval       lmms-eval's prompt, which explains the format; the first [a, b, c, d] of four plain decimals (.5 is none),
-                    else the box [0, 0, 0, 0]; compared as they are. Up to 1024 tokens
+    llava15         the prompt of LLaVA's training data; the first [a, b, c, d] of four numbers in the answer, converted from
+                    the padded square to the image (S = max(w, h): x * S - (S - w) // 2, and so on). The default, as it
+                    measures where the model points
+    lmms_eval       lmms-eval's prompt, which explains the format; the first [a, b, c, d] of four plain decimals (not .5), else
+                    the box [0, 0, 0, 0]; compared as they are. Up to 1024 tokens
     vlm_evaluation  TRI-ML's prompt, with the sentence in quotes; the whole answer must be a list of four numbers from 0 to 1
                     with x1 < x2 and y1 < y2; compared as they are. (TRI-ML rounds the true boxes to two decimals when it
                     builds its index; here they stay as they are.) TRI-ML reports each data set, `datasets` in the metrics
@@ -36,11 +36,7 @@ then divides by zero; here the overlap is 0. Answers on which TRI-ML's parser wo
 from __future__ import annotations
 
 import argparse
-import ast
-import math
-import re
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -50,7 +46,8 @@ from llava_sp.decoding import Generation
 from llava_sp.eval.base import Benchmark, Category, Item, Scores
 from llava_sp.eval.cli import main
 from llava_sp.eval.inputs.checks import first_folder, inside
-from llava_sp.eval.inputs.refcoco_files import SPLITS, Box, Expression, read_expressions
+from llava_sp.eval.inputs.refcoco_files import SPLITS, Expression, read_expressions
+from llava_sp.eval.scoring import boxes
 from llava_sp.eval.scoring.records import grouped, row
 
 REQUEST = "Please provide the bounding box coordinate of the region this sentence describes: "
@@ -59,22 +56,19 @@ FORMAT = (
     "values are floating point numbers bounded between 0 and 1. "
 )
 THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
-_PLAIN = r"(-?\d+(?:\.\d+)?)"
-_ANY = r"([-+]?(?:\d+\.?\d*|\.\d+))"
-_LMMS_BOX = re.compile(rf"\[\s*{_PLAIN},\s*{_PLAIN},\s*{_PLAIN},\s*{_PLAIN}\s*\]")
-_LLAVA_BOX = re.compile(rf"\[\s*{_ANY}\s*,\s*{_ANY}\s*,\s*{_ANY}\s*,\s*{_ANY}\s*\]")
+READ = {"llava15": boxes.first_box, "lmms_eval": boxes.first_plain_box, "vlm_evaluation": boxes.box_as_list}
 
 
 class RefCOCO(Benchmark):
     name = "refcoco"
     title = "RefCOCO accuracy in percent (overlap of 0.5 or more)"
     splits = SPLITS
-    protocols = ("llava15", "lmms_eval", "vlm_evaluation")
+    protocols = tuple(READ)
     generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=1024)}
     image_aspect_ratio = "pad"
 
     @classmethod
-    def from_arguments(cls, args: argparse.Namespace) -> Benchmark:
+    def from_arguments(cls, args: argparse.Namespace) -> RefCOCO:
         if args.image_aspect_ratio not in (None, cls.image_aspect_ratio):
             given = f"--image-aspect-ratio {args.image_aspect_ratio}"
             raise ValueError(f"refcoco has no {given}: LLaVA's boxes are fractions of the padded square (pad)")
@@ -86,9 +80,8 @@ class RefCOCO(Benchmark):
         folder = self.images or first_folder([data / name for name in names])
         items = []
         for expression in expressions:
-            images = (
-                () if expression.image is None else (inside(folder, expression.image, f"question {expression.id}"),)
-            )
+            name, where = expression.image, f"question {expression.id}"
+            images = () if name is None else (inside(folder, name, where),)
             about = {key: getattr(expression, key) for key in ("dataset", "split", "width", "height")}
             items.append(Item(expression.id, expression.text, images, expression.box, about))
         return items
@@ -103,21 +96,22 @@ class RefCOCO(Benchmark):
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:
         per_item = []
         for item, text in zip(items, answers):
-            found = self._read_box(text)
-            box = (0.0, 0.0, 0.0, 0.0) if found is None and self.protocol == "lmms_eval" else found
-            if box is not None and self.protocol == "llava15":
-                box = unpad(box, item.metadata["width"], item.metadata["height"])
-            overlap = iou(box, item.reference) if box is not None else 0.0
+            found = box = READ[self.protocol](text)
+            if self.protocol == "llava15" and box:
+                box = boxes.unpad(box, item.metadata["width"], item.metadata["height"])
+            elif self.protocol == "lmms_eval":
+                box = box or (0.0, 0.0, 0.0, 0.0)
+            overlap = boxes.iou(box, item.reference) if box else 0.0
             facts = {
-                "references": [_shown(item.reference)],
+                "references": [boxes.shown(item.reference)],
                 "category": item.metadata["dataset"],
                 "box": box and list(box),
                 "reference_box": list(item.reference),
                 "iou": overlap,
-                "center": box is not None and middle_inside(box, item.reference),
+                "center": box is not None and boxes.middle_inside(box, item.reference),
                 "invalid": found is None,
             }
-            per_item.append(row(item, _shown(None if found is None else box), text, 100.0 * (overlap >= 0.5), **facts))
+            per_item.append(row(item, boxes.shown(found and box), text, 100.0 * (overlap >= 0.5), **facts))
         datasets = {name: _figures(records) for name, records in grouped(per_item, "category").items()}
         metrics: dict[str, Any] = {
             "IoU": sum(record["iou"] for record in per_item) / len(per_item),
@@ -128,13 +122,6 @@ class RefCOCO(Benchmark):
         }
         categories = {name: Category(round(100 * d["accuracy"], 2), d["total"]) for name, d in datasets.items()}
         return Scores(self.headline(per_item), metrics, per_item, categories)
-
-    def _read_box(self, text: str) -> Box | None:
-        if self.protocol == "vlm_evaluation":
-            return box_as_list(text)
-        match = (_LMMS_BOX if self.protocol == "lmms_eval" else _LLAVA_BOX).search(text)
-        box = tuple(float(number) for number in match.groups()) if match else None
-        return box if box and all(map(math.isfinite, box)) else None
 
     def _of_split(self, expressions: list[Expression], data: Path) -> list[Expression]:
         found = {expression.split for expression in expressions}
@@ -151,47 +138,10 @@ class RefCOCO(Benchmark):
         return [expression for expression in expressions if expression.split == wanted]
 
 
-def box_as_list(text: str) -> Box | None:
-    """The answer as TRI-ML reads it: a Python list of four numbers from 0 to 1, corners in order; None if it is not."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd text is no program of ours
-            box = ast.literal_eval(text)
-        fits = isinstance(box, list) and len(box) == 4 and all(0 <= number <= 1 for number in box)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
-    return tuple(float(n) for n in box) if fits and box[0] < box[2] and box[1] < box[3] else None
-
-
-def unpad(box: Box, width: float, height: float) -> Box:
-    """From fractions of the padded square to fractions of the image; the padding is as the image processor adds it."""
-    side = max(width, height)
-    left, top = (side - width) // 2, (side - height) // 2
-    x1, y1, x2, y2 = (number * side for number in box)
-    return (x1 - left) / width, (y1 - top) / height, (x2 - left) / width, (y2 - top) / height
-
-
-def iou(a: Box, b: Box) -> float:
-    """Intersection over union; 0 for a box whose corners are not in order."""
-    intersection = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-    if not intersection:
-        return 0.0
-    return intersection / ((b[2] - b[0]) * (b[3] - b[1]) + (a[2] - a[0]) * (a[3] - a[1]) - intersection)
-
-
-def middle_inside(box: Box, reference: Box) -> bool:
-    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
-    return reference[0] <= x <= reference[2] and reference[1] <= y <= reference[3]
-
-
-def _figures(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     correct, total = sum(record["score"] == 100 for record in records), len(records)
     invalid = sum(record["invalid"] for record in records)
     return {"total": total, "correct": correct, "invalid": invalid, "accuracy": correct / total}
-
-
-def _shown(box: Box | None) -> str:
-    return "no box" if box is None else f"[{', '.join(f'{number:.3f}' for number in box)}]"
 
 
 if __name__ == "__main__":

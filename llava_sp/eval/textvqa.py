@@ -8,9 +8,9 @@ D holds (in D itself or one folder below)
     train_images/0054c91397f2fe05.jpg, ...    the official images of train and val; --images names another folder
 
 **The OCR tokens are part of LLaVA's prompt** ("Reference OCR token: ...") and of its published figures: 58.2 for
-LLaVA-1.5-7B, full and LoRA. TextVQA_0.5.1_val.json lacks them, so without LLaVA's question file the protocol `llava15` can
-only score existing answers (--answers). The protocols without OCR tokens need the official file alone; their scores are lower
-by many points and not comparable with 58.2.
+LLaVA-1.5-7B, full and LoRA. The official file lacks them, so without LLaVA's the protocol `llava15` can only score existing
+answers (--answers). The other protocols need the official file alone; their scores are lower by many points and not
+comparable with 58.2.
 
 Protocols (all with the checkpoint's own conversation around the prompt):
     llava15      prompts of LLaVA's question file; the EvalAI answer processor on answer and references (the default)
@@ -19,9 +19,9 @@ Protocols (all with the checkpoint's own conversation around the prompt):
     vlmevalkit   no OCR tokens; at most 512 new tokens; the VQAv2 normalisation on both sides with another rule for periods
                  (`1984.` keeps its own, and is then not equal to `1984`)
 
-LLaVA's question_id is the id of the *image*, and an image may have several questions. Answers are therefore joined, as in
-LLaVA's eval_textvqa.py, by image id and the question in lower case, which is read back from the `prompt` of each answer.
-In per_item.jsonl, `question_id` is the official one, which is unique.
+LLaVA's question_id is the id of the *image*, which may have several questions. Answers are joined, as in LLaVA's
+eval_textvqa.py, by image id and the question in lower case, which is read back from the `prompt` of each answer. In
+per_item.jsonl, `question_id` is the official one, which is unique.
 
 Quirk kept on purpose: where the annotations have the same question of the same image twice, `llava15` judges both by the
 answers of the last. Unlike there, missing, doubled and foreign answers are counted and named, as is a prompt from which no
@@ -33,7 +33,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -53,11 +53,7 @@ from llava_sp.eval.scoring.vqa import (
 
 OFFICIAL = "TextVQA_0.5.1_val.json"
 LLAVA = "llava_textvqa_val_v051_ocr.jsonl"
-PREPARE: Mapping[str, Callable[[str], str]] = {
-    "llava15": evalai_answer,
-    "lmms_eval": evalai_answer,
-    "vlmevalkit": vlmevalkit_answer,
-}
+PREPARE = {"llava15": evalai_answer, "lmms_eval": evalai_answer, "vlmevalkit": vlmevalkit_answer}
 _OCR = "Reference OCR token:"
 _OLD_PROMPT = re.compile("Question: (.*?) Short answer:", re.DOTALL)
 
@@ -70,23 +66,21 @@ class TextVQA(AccuracyBenchmark):
     title = "TextVQA accuracy in percent"
     protocols = tuple(PREPARE)
     generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=1024), "vlmevalkit": Generation(max_new_tokens=512)}
-    published: ClassVar = {LLAVA15: 58.2, LLAVA15_LORA: 58.2, LLAVA_SP: 58.5}
-    mean_in_percent = staticmethod(percent_of_mean)
+    published: Mapping[str, float] = {LLAVA15: 58.2, LLAVA15_LORA: 58.2, LLAVA_SP: 58.5}
 
     def load(self, data: Path) -> list[Item]:
         file = source = find_one(data, OFFICIAL, what="TextVQA annotations")
-        questions = by_id(self.read_json(file, QUESTIONS)["data"], file).values()
-        keys = [_key(question["image_id"], question["question"].lower()) for question in questions]
-        last = {key: question["answers"] for key, question in zip(keys, questions)}
-        questions = dict(zip(numbered(keys), questions))
+        records = by_id(self.read_json(file, QUESTIONS)["data"], file).values()
+        keys = [_key(record["image_id"], record["question"].lower()) for record in records]
+        last = {key: record["answers"] for key, record in zip(keys, records)}
+        questions = dict(zip(numbered(keys), records))
         asked: dict[str, dict[str, Any]] = {join: {} for join in questions}
         for source in find(data, LLAVA)[:1]:
             lines = self.read_jsonl(source, {**LLAVA_LINE, "question_id": str})
             keys = [_key(x["question_id"], question_of(x["text"], f"{source}, line {x.number}")) for x in lines]
             asked = joined(list(numbered(keys)), lines, questions, source, "line", file)
-        folder = self.images or first_folder(
-            [data / "train_images", data / "train_val_images" / "train_images", data / "images"]
-        )
+        names = ("train_images", "train_val_images/train_images", "images")
+        folder = self.images or first_folder([data / name for name in names])
         items = []
         seen: Counter[str] = Counter()  # questions of an image
         for join, line in asked.items():
@@ -114,8 +108,7 @@ class TextVQA(AccuracyBenchmark):
         if item.metadata["llava"] is None:
             raise ValueError(
                 f"the prompts of protocol llava15 hold OCR tokens, which {OFFICIAL} does not: put LLaVA's {LLAVA} (from its "
-                "eval.zip) beside it, or choose --protocol lmms_eval, which asks without them (lower scores, not comparable "
-                "with LLaVA's)"
+                "eval.zip) beside it, or use --protocol lmms_eval, without them (lower scores, not comparable with LLaVA's)"
             )
         return item.metadata["llava"]
 
@@ -126,15 +119,12 @@ class TextVQA(AccuracyBenchmark):
             where = f"answer {index} (counted from 0, image {record['question_id']})"
             keys.append(_key(record["question_id"], question_of(record.get("prompt"), where)))
         joins = [item.metadata["join"] for item in items]
-        texts = [record["text"] for record in records]
-        found = joined(
-            list(numbered(keys)), texts, joins, f"the answers file ({len(records)} lines)", questions=OFFICIAL
-        )
-        return [found[join] for join in joins]
+        where = f"the answers file ({len(records)} lines)"
+        found = joined(list(numbered(keys)), records, joins, where, questions=OFFICIAL)
+        return [found[join]["text"] for join in joins]
 
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:
-        prepare = PREPARE[self.protocol]
-        per_item = []
+        prepare, per_item = PREPARE[self.protocol], []
         for item, text in zip(items, answers):
             references = item.metadata["last_answers"] if self.protocol == "llava15" else item.reference
             answer = prepare(text)
@@ -143,6 +133,10 @@ class TextVQA(AccuracyBenchmark):
             per_item.append(row(item, answer, text, round(100 * accuracy, 2), **about))
         metrics = {"questions": len(items), "images": len({item.id for item in items})}
         return Scores(self.headline(per_item), metrics, per_item)
+
+    @classmethod
+    def headline(cls, per_item: Sequence[Mapping[str, Any]]) -> float:
+        return percent_of_mean(record["accuracy"] for record in per_item)
 
 
 def question_of(prompt: Any, where: str) -> str:
@@ -156,14 +150,11 @@ def question_of(prompt: Any, where: str) -> str:
     old = _OLD_PROMPT.search(text) if text.startswith("OCR tokens: ") else None
     if old:
         return old[1].lower()
-    if len(lines) == 3 and f"{_OCR} " in text:
-        return lines[1 if text.startswith(_OCR) else 0].lower()
-    if len(lines) == 2:
-        return lines[0].lower()
-    shown = repr(prompt)[:120]
+    if len(lines) == 2 or (len(lines) == 3 and f"{_OCR} " in text):
+        return lines[1 if len(lines) == 3 and text.startswith(_OCR) else 0].lower()
     raise ValueError(
-        f"{where}: no question can be read from the prompt {shown}; it needs 2 lines, or 3 with {_OCR!r} (an OCR token with a "
-        "line break?)"
+        f"{where}: no question can be read from the prompt {repr(prompt)[:120]}; it needs 2 lines, or 3 with {_OCR!r} (an OCR "
+        "token with a line break?)"
     )
 
 

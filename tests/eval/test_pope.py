@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from llava_sp.eval.base import SHORT_ANSWER
-from llava_sp.eval.pope import CATEGORIES, POPE, llava_label, lmms_label
+from llava_sp.eval.pope import CATEGORIES, POPE
 from llava_sp.eval.run.evaluate import check_images
-from llava_sp.eval.scoring.yes_no import vlmevalkit
+from llava_sp.eval.scoring.yes_no import llava_pope, lmms_pope, vlmevalkit
 from tests.eval.commands import command_of, read_lines, write_lines
 
 RECORDING = "pope"
@@ -109,7 +109,7 @@ def test_the_same_answers_by_every_rule(data, capsys):
     ],
 )
 def test_what_an_answer_says(answer, llava, lmms, kit):
-    assert (llava_label(answer), lmms_label(answer), vlmevalkit(answer)) == (llava, lmms, kit)
+    assert (llava_pope(answer), lmms_pope(answer), vlmevalkit(answer)) == (llava, lmms, kit)
 
 
 def test_prompts_and_generation_equal_llavas(data, recorded_prompts):
@@ -236,7 +236,8 @@ def test_answers_to_other_questions_are_refused(data, capsys):
 def test_answers_of_another_split_missing_and_doubled(data, capsys):
     answers = data / "answers" / "model.jsonl"
     lines = read_lines(answers)
-    assert "28 question ids are not in pope random: answers of another" in refused(capsys, data, "--split", "random")
+    err = refused(capsys, data, "--split", "random")
+    assert "14 questions of pope random" in err and "not in the file: 28 (1, 2, 3, ...)" in err
     write_lines(answers, [*lines[1:], lines[5]])
     err = refused(capsys, data)
     assert "(6)" in err and "(1)" in err

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from llava_sp.decoding import Generation
-from llava_sp.eval.refcoco import RefCOCO, box_as_list, iou, middle_inside, unpad
+from llava_sp.eval.refcoco import RefCOCO
 from llava_sp.eval.run.evaluate import check_images
+from llava_sp.eval.scoring.boxes import box_as_list, first_box, first_plain_box, iou, middle_inside, unpad
 from tests.eval.commands import command_of
 
 RECORDING = "refcoco"
@@ -152,8 +153,7 @@ def test_overlap():
     ],
 )
 def test_what_an_answer_says(text, llava, lmms, whole):
-    found = [RefCOCO(protocol=protocol)._read_box(text) is not None for protocol in RefCOCO.protocols]
-    assert found == [llava, lmms, whole] and (box_as_list(text) is not None) == whole
+    assert [read(text) is not None for read in (first_box, first_plain_box, box_as_list)] == [llava, lmms, whole]
 
 
 def test_answers_that_no_rule_stumbles_over(data, capsys):
@@ -312,7 +312,7 @@ def test_answers_that_do_not_fit(data, capsys):
     write(data / "answers.jsonl", [*lines[1:], lines[1], {"question_id": "77", "text": ""}])
     err = refused(capsys, data)
     assert "(1)" in err and "(0)" in err
-    assert "1 question ids are not in refcoco: answers of another split" in err
+    assert "40 questions of refcoco" in err and "not in the file: 1 (77)" in err
 
 
 @pytest.mark.parametrize(

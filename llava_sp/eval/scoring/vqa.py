@@ -19,9 +19,9 @@ Pure Python: importing this module imports neither torch nor transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 from llava_sp.eval.base import Benchmark
 
@@ -158,9 +158,7 @@ def percent_of_mean(accuracies: Iterable[float]) -> float:
 class AccuracyBenchmark(Benchmark):
     """A benchmark whose headline is the mean of VQA accuracies: each record has its own as `accuracy`, 0 to 1, unrounded."""
 
-    mean_in_percent: ClassVar[Callable[[Iterable[float]], float]] = staticmethod(percent)
-
     @classmethod
     def headline(cls, per_item: Sequence[Mapping[str, Any]]) -> float:
         """The official figure to the digit; the mean of `score`, which is rounded, is another one at times."""
-        return cls.mean_in_percent(record["accuracy"] for record in per_item)
+        return percent(record["accuracy"] for record in per_item)
