@@ -41,7 +41,6 @@ from tqdm import tqdm
 from llava_sp.common.files import Line, examples, sha256
 from llava_sp.eval.base import Benchmark, Item, Scores
 from llava_sp.eval.inputs.answers_file import read_lines
-from llava_sp.eval.inputs.checks import compare_ids
 from llava_sp.eval.run.answer_log import AnswerLog
 from llava_sp.eval.scoring.judge_client import OPENAI_KEY, JudgeClient, JudgeOptions, Request, hash_text
 
@@ -282,13 +281,6 @@ def read_judgements(path: Path) -> list[Line]:
     if note:
         print(f"note: {note}", file=sys.stderr)
     return lines
-
-
-def check_foreign_ids(file: Path, found: Iterable[int | str], items: Sequence[Item]) -> None:
-    """Raises ValueError unless the recorded judgements are of exactly these items."""
-    trouble = compare_ids(found, [item.id for item in items], "judgement")
-    if trouble:
-        raise ValueError(f"{file} does not fit the questions: {trouble}")
 
 
 def _by_place(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, int, int, str], dict[str, Any]]:
