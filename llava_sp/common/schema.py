@@ -39,7 +39,7 @@ _WORDS = {
 class Check:
     """A value of `spec` for which `test` is true; `words` say what would be right."""
 
-    test: Callable[[Any], bool]
+    test: Callable[[Any], object]
     words: str
     spec: Spec = Any
 

@@ -84,7 +84,7 @@ class LLaVABench(JudgedBenchmark):
     protocols = ("llava15", "lmms_eval", "vlmevalkit")
     generation = Generation(max_new_tokens=1024)
     generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=4096)}
-    published: ClassVar = {LLAVA15: 65.4, LLAVA15_LORA: 67.9, LLAVA_SP: 61.7}
+    published: Mapping[str, float] = {LLAVA15: 65.4, LLAVA15_LORA: 67.9, LLAVA_SP: 61.7}
     published_on = "judged by gpt-4-0314 (retired; LLaVA-SP's judge is not said)"
     rules: Mapping[str, tuple[str, str]] | None = None  # category -> role and rule, of --rules
     system = SYSTEM
@@ -231,7 +231,7 @@ def relative(ratings: Sequence[Pair], rounded: bool = True) -> tuple[float, floa
         reference, model = round(reference, 3), round(model, 3)
     share = model / reference * 100 if reference > 0 else 0.0
     digits = 1 if rounded else 2
-    return tuple(round(figure, digits) for figure in (share, reference * 10, model * 10))
+    return round(share, digits), round(reference * 10, digits), round(model * 10, digits)
 
 
 if __name__ == "__main__":

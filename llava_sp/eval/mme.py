@@ -76,7 +76,7 @@ class MME(Benchmark):
     title = "MME perception score"
     protocols = ("llava15", "lmms_eval", "vlmevalkit")
     generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=16)}
-    published: ClassVar = {LLAVA15: 1510.7, LLAVA15_LORA: 1476.9, LLAVA_SP: 1470.7}
+    published: Mapping[str, float] = {LLAVA15: 1510.7, LLAVA15_LORA: 1476.9, LLAVA_SP: 1470.7}
     folders = ("MME",)
 
     def load(self, data: Path) -> list[Item]:
@@ -195,7 +195,7 @@ def one_line(answer: str) -> str:
     return re.sub(r"[\t\r\n]+", " ", answer)
 
 
-def _figures(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What calculation.py has of a subtask. Precision and recall are of "yes" among the answers that say yes or no, and 0
     where there is nothing to divide by. In a sample an image may occur more than once, always with both questions."""
     pairs = Counter((record["references"][0], record["answer"]) for record in records)

@@ -37,7 +37,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any, ClassVar
+from typing import Any
 
 from llava_sp.common.files import examples, read_text, sha256, write_json
 from llava_sp.common.schema import Check, expect, some
@@ -84,7 +84,7 @@ class MMVet(JudgedBenchmark):
     title = "MM-Vet total"
     folders = ("mm-vet",)
     generation = Generation(max_new_tokens=1024)
-    published: ClassVar = {LLAVA15: 31.1, LLAVA15_LORA: 30.2, LLAVA_SP: 33.8}
+    published: Mapping[str, float] = {LLAVA15: 31.1, LLAVA15_LORA: 30.2, LLAVA_SP: 33.8}
     published_on = "judged by gpt-4 of 2023 (LLaVA-SP's judge is not said)"
     prompt_text = PROMPT
 
@@ -169,7 +169,7 @@ class MMVet(JudgedBenchmark):
         }
         combinations = dict(sorted(combinations.items(), key=lambda found: (-len(found[1]), found[0])))
         totals = run_means([record["grades"] for record in per_item])
-        metrics = {
+        metrics: dict[str, Any] = {
             "total": self.headline(per_item),
             "std": one_decimal(pstdev(totals)),
             "runs": [one_decimal(total) for total in totals],

@@ -152,7 +152,7 @@ class MMVP(JudgedBenchmark):
     def record(self, item: Item) -> dict[str, Any]:
         return {"question_id": item.id, "prompt": self.prompt(item), "answer": item.reference}
 
-    def read_answers(self, path: Path) -> tuple[list[dict[str, Any]], str | None]:
+    def read_answers(self, path: Path) -> tuple[Sequence[dict[str, Any]], str | None]:
         """Also reads answers of the official script, which have `response` in place of `text`."""
         first = read_text(path).lstrip().split("\n")[0]
         if '"response"' not in first or '"text"' in first:

@@ -94,7 +94,7 @@ class QBench(Benchmark):
     def record(self, item: Item) -> dict[str, Any]:
         return {**super().record(item), "img_path": item.metadata["official"]["img_path"]}
 
-    def read_answers(self, path: Path) -> tuple[list[dict[str, Any]], str | None]:
+    def read_answers(self, path: Path) -> tuple[Sequence[dict[str, Any]], str | None]:
         """The lines of an answers file, also of LLaVA's: records with `response`, in a list or one after another."""
         text = read_text(path).strip()
         if text.startswith("["):

@@ -71,7 +71,7 @@ class SeedBench(Benchmark):
     splits = (ALL, *FOLDERS)
     protocols = ("llava15", "lmms_eval")
     generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=1024)}
-    published: ClassVar = {LLAVA15: 58.6, LLAVA15_LORA: 60.1}
+    published: Mapping[str, float] = {LLAVA15: 58.6, LLAVA15_LORA: 60.1}
     published_on = "images and videos together"
     folders = ("seed_bench", "SEED-Bench")
 
@@ -139,7 +139,7 @@ class SeedBench(Benchmark):
         by_type = {records[0]["type"]: records for records in grouped(per_item, "type_id").values()}
         kinds = grouped(per_item, "data_type", FOLDERS)
         found = categories(by_type | kinds, share_right)
-        metrics = {"total": self.headline(per_item), "count": len(per_item)}
+        metrics: dict[str, Any] = {"total": self.headline(per_item), "count": len(per_item)}
         metrics |= {kind: found[kind].score for kind in kinds}
         metrics["by_type"] = {name: found[name].score for name in by_type}
         return Scores(self.headline(per_item), metrics, per_item, found)
@@ -172,16 +172,16 @@ def _llava_lines(
     for question in questions:
         parts = (question["question"], *_options(question).values())
         same = of_id[_llava_id(question["question_id"])]
-        line = next((line for line in same if not_in(line["text"], parts) is None), None)
-        if line is None:
+        fitting = [line for line in same if not_in(line["text"], parts) is None]
+        if not fitting:
             asks = f"asks {same[0]['text'][:60]!r}" if same else "is not there"
             raise ValueError(
                 f"{file}: question {question['question_id']} {asks}; SEED-Bench.json has {' / '.join(parts)[:120]!r}: is one "
                 "of another version?"
             )
         if len(same) > 1:
-            same.remove(line)  # the next question of this id has the next line
-        chosen.append(line)
+            same.remove(fitting[0])  # the next question of this id has the next line
+        chosen.append(fitting[0])
     return chosen
 
 

@@ -277,6 +277,6 @@ def test_answers_that_do_not_fit(data, capsys):
     status, _, err = run(capsys, data)
     assert status == 2
     assert "(6)" in err and "(1, 2)" in err
-    assert "1 question ids are not in mmvp: answers of another split or data set? (301)" in err
+    assert "questions of mmvp" in err and "not in the file: 1 (301)" in err
     (data / QUESTIONS).unlink()
     assert "has no questions of MMVP: looked for Questions.csv" in run(capsys, data)[2]
