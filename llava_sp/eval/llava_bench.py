@@ -167,7 +167,7 @@ class LLaVABench(JudgedBenchmark):
             record["score"] = 10 * fmean(min(10.0, max(0.0, model)) for _, model in record["ratings"])
             record["judgements"] = replies
         by_category = grouped(per_item, "category", CATEGORIES)
-        figures = {name: _figures(records) for name, records in {"all": per_item, **by_category}.items()}
+        figures = {"all": _figures(per_item)} | {name: _figures(group) for name, group in by_category.items()}
         ratings = [rating for record in per_item for rating in record["ratings"]]
         read_ratings = [rating for rating in ratings if rating != UNREAD]
         metrics: dict[str, Any] = {

@@ -131,7 +131,7 @@ class RefCOCO(Benchmark):
         if None in found:
             return expressions
         wanted = self.split or next((split for split in SPLITS if split in found), None)
-        if wanted not in found:
+        if wanted is None or wanted not in found:
             there = ", ".join(sorted(map(str, found)))
             raise ValueError(f"{data} has no {self.split or ' or '.join(SPLITS)} expressions, only those of {there}")
         self.split = wanted

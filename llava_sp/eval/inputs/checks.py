@@ -13,6 +13,7 @@ ID = (int, str)
 LLAVA_LINE = {"question_id": ID, "image": str, "text": str}  # of LLaVA's question files
 
 Record = TypeVar("Record")
+Row = TypeVar("Row", bound=dict[str, Any])
 
 
 def find(data: Path, *names: str) -> list[Path]:
@@ -50,9 +51,9 @@ def inside(folder: Path, name: str, where: str) -> Path:
     return folder / name
 
 
-def by_id(records: Iterable[dict[str, Any]], file: Path, key: str = "question_id") -> dict[Any, dict[str, Any]]:
+def by_id(records: Iterable[Row], file: Path, key: str = "question_id") -> dict[Any, Row]:
     """{id: record}. Raises ValueError, with examples and where the first one is, if ids repeat."""
-    found: dict[Any, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+    found: dict[Any, list[tuple[int, Row]]] = defaultdict(list)
     for index, record in enumerate(records):
         found[record[key]].append((index, record))
     twice = [i for i, places in found.items() if len(places) > 1]

@@ -92,7 +92,7 @@ def read_xlsx(file: Path, spec: Spec) -> list[dict[str, Any]]:
     return rows
 
 
-def differences(rows: Sequence[Mapping[str, Any]], wanted: Mapping[int, Mapping[str, str]]) -> str:
+def differences(rows: Sequence[Mapping[str, Any]], wanted: Mapping[Any, Mapping[str, str]]) -> str:
     """What in rows of a table is not as in those `wanted`, by index; empty if nothing is."""
     submitted = {row["index"]: row for row in rows}
     trouble = compare_ids([row["index"] for row in rows], wanted)
