@@ -80,18 +80,15 @@ def _to_llava_hf(found: Checkpoint, folder: Path, bases: dict[str, Any], max_sha
         raise ValueError(f"{found.folder} cannot be transformers' LLaVA: it has {lacking}")
     ours = open_model(LlavaSPForCausalLM, found, **bases)
     config = ours.config
-    shared = (
-        "text_config",
-        "vision_config",
-        "pad_token_id",
-        "vision_feature_layer",
-        "vision_feature_select_strategy",
-        "tie_word_embeddings",
-    )
-    llava_config = LlavaConfig(
+    llava_config = LlavaConfig(  # type: ignore[call-arg]  # its stub lacks pad_token_id
+        text_config=config.text_config,
+        vision_config=config.vision_config,
         image_token_index=config.image_token_id,
         image_seq_length=config.num_image_tokens,
-        **{name: getattr(config, name) for name in shared},
+        pad_token_id=config.pad_token_id,
+        vision_feature_layer=config.vision_feature_layer,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        tie_word_embeddings=config.tie_word_embeddings,
     )
     with torch.device("meta"):
         llava = LlavaForConditionalGeneration(llava_config)
