@@ -44,7 +44,7 @@ class Source:
         return Path(self.path).resolve().name if Path(self.path).is_dir() else self.path
 
     @property
-    def overrides(self) -> dict[str, str]:
+    def overrides(self) -> dict[str, Any]:
         """The backbones that were named in place of the recorded ones."""
         named = {"language_model": self.language_model, "vision_tower": self.vision_tower}
         return {name: value for name, value in named.items() if value is not None}

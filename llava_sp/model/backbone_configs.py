@@ -73,7 +73,7 @@ def vision_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
         import timm
 
         with torch.device("meta"):
-            network = timm.create_model(config.architecture, num_classes=0, **(config.model_args or {}))
+            network: Any = timm.create_model(config.architecture, num_classes=0, **(config.model_args or {}))
         if getattr(network, "patch_embed", None) is None:
             raise ValueError(f"the vision tower {path}: {config.architecture} is no ViT with patches")
         config.hidden_size = network.embed_dim

@@ -275,10 +275,11 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         """transformers' own `from_pretrained`, of a full checkpoint. Raises `ValueError` where tensors are missing in it."""
         if (Path(path) / ADAPTER_FILE).is_file():
             raise ImportError(f"{path} is an adapter checkpoint (LoRA and projector): pip install llava_sp opens it")
-        quantization = kwargs.get("quantization_config")
+        quantization: Any = kwargs.get("quantization_config")
         if getattr(quantization, "llm_int8_skip_modules", FULL_PRECISION) is None:
             quantization.llm_int8_skip_modules = FULL_PRECISION  # the language model is what is large
-        model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        opened: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
+        model, info = opened
         missing = sorted(info["missing_keys"])
         if missing:
             raise ValueError(f"{path} lacks {len(missing)} tensors, such as {', '.join(missing[:4])}")

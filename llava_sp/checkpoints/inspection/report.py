@@ -253,7 +253,7 @@ def _processor_problems(found: Checkpoint, language: Backbone, tower: Backbone) 
             LlavaSPProcessor.from_saved(found.folder)
         elif found.format not in OURS and None not in bases.values():
             own = {"language_model": found.holds_language_model, "vision_tower": found.format == "llava_hf"}
-            given = {keyword: folder for keyword, folder in bases.items() if not own[keyword]}
+            given: dict[str, Any] = {keyword: folder for keyword, folder in bases.items() if not own[keyword]}
             make_processor(LlavaSPProcessor, found, **given, local_files_only=True)
     except (ValueError, OSError) as error:
         return [f"its processor: {error}"]
@@ -272,10 +272,9 @@ def _spatial(found: Checkpoint, config: LlavaSPConfig | None) -> dict[str, Any]:
     settings = dict(found.spatial)
     if config is None:
         return {"spatial_variant": settings.pop("spatial_variant", None), **settings, "grid_size": None}
-    names = ("spatial_variant", "spatial_fusion", "spatial_scales", "spatial_width", "spatial_projection_bias")
-    names += ("fusion_kernel", "fusion_stride", "num_spatial_tokens", "num_patch_tokens", "grid_size")
-    if config.spatial_variant == "none":
-        names = ("spatial_variant", "num_spatial_tokens", "num_patch_tokens", "grid_size")
+    layout = ["spatial_fusion", "spatial_scales", "spatial_width", "spatial_projection_bias"]
+    layout = [] if config.spatial_variant == "none" else [*layout, "fusion_kernel", "fusion_stride"]
+    names = ("spatial_variant", *layout, "num_spatial_tokens", "num_patch_tokens", "grid_size")
     return {name: getattr(config, name) for name in names}
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -144,7 +145,7 @@ def open_adapter(
     return freeze(model)
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
+def load_adapter(model: Any, path: str | os.PathLike) -> None:
     """Load LoRA and projector of a checkpoint into a model that has the same parts.
 
     Raises:
@@ -154,7 +155,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> None:
     fill(model, found, differences=config_differences(found, model.config))
 
 
-def load_projector(model: nn.Module, path: str | os.PathLike) -> None:
+def load_projector(model: Any, path: str | os.PathLike) -> None:
     """Load a first stage's whole projector (patch MLP and spatial branch) into a model.
 
     Raises:

@@ -119,9 +119,9 @@ class Backbones:
         **kwargs,
     ) -> Backbones:
         """Raises `ValueError` if one is not given, or the tokenizer has words after the placeholder."""
-        for name, given in (("language_model", language_model), ("vision_tower", vision_tower)):
-            if given is None:
-                raise ValueError(f"{name} is not set: a hub id or a folder")
+        if language_model is None or vision_tower is None:
+            name = "language_model" if language_model is None else "vision_tower"
+            raise ValueError(f"{name} is not set: a hub id or a folder")
         hub = hub_kwargs(kwargs)
         language_hub = hub if language_revision is None else hub | {"revision": language_revision}
         tower_hub = hub if tower_revision is None else hub | {"revision": tower_revision}
@@ -137,9 +137,7 @@ class Backbones:
             vision_config=vision_config(self.tower, **self.tower_hub),
             image_token_index=self.image_token_id,
             pad_token_id=self.pad_token_id,
-            bos_token_id=text.bos_token_id,
-            eos_token_id=text.eos_token_id,
-            tie_word_embeddings=text.tie_word_embeddings,
+            **{name: getattr(text, name) for name in ("bos_token_id", "eos_token_id", "tie_word_embeddings")},
             **settings,
         )
 
@@ -155,9 +153,9 @@ class Backbones:
         """The model with a fresh projector. `recorded`: `config` is a checkpoint's, and stays as it is."""
         dtype = _dtype(dtype)
         tower_kwargs = {name: value for name, value in kwargs.items() if name != "quantization_config"} | self.tower_hub
-        tower = load_vision_tower(self.tower, dtype=dtype, **tower_kwargs)
+        tower: Any = load_vision_tower(self.tower, dtype=dtype, **tower_kwargs)
         language = load_language_model(self.language, dtype=dtype, **kwargs | self.language_hub)
-        if dtype == "auto":
+        if isinstance(dtype, str):  # "auto"
             dtype = language.dtype
             tower.to(dtype)
         if not recorded:
@@ -292,12 +290,13 @@ def grow_vocabulary(language: PreTrainedModel, rows: int) -> None:
         return
     language.resize_token_embeddings(rows, mean_resizing=False)
     for module in (language.get_input_embeddings(), language.get_output_embeddings()):
-        with gathered([module.weight], modify=True):
-            if module.weight.numel():
-                module.weight[old_rows:] = module.weight[:old_rows].float().mean(dim=0).to(module.weight.dtype)
+        weight: Any = module.weight
+        with gathered([weight], modify=True):
+            if weight.numel():
+                weight[old_rows:] = weight[:old_rows].float().mean(dim=0).to(weight.dtype)
 
 
-def _load_complete(auto_class, path: str | os.PathLike, zeros_allowed: bool = True, **kwargs) -> PreTrainedModel:
+def _load_complete(auto_class, path: str | os.PathLike, zeros_allowed: bool = True, **kwargs) -> Any:
     """`from_pretrained`, but what the folder does not hold whole is an error, not random numbers or NaN.
 
     A matrix of zeros may be meant in a backbone, not in a LLaVA that was trained.
@@ -307,9 +306,7 @@ def _load_complete(auto_class, path: str | os.PathLike, zeros_allowed: bool = Tr
             weights. Each is named.
     """
     stored = []
-    if (
-        Path(path) / "config.json"
-    ).is_file():  # before anything is read; without one, transformers names what is missing
+    if (Path(path) / "config.json").is_file():  # before anything is read; without it, transformers' own message
         read_generation_config(Path(path))
         stored = [tensor for file in weight_files(Path(path)) for tensor in stored_tensors(file)]
     verbosity = logging.get_verbosity()

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llava_sp.checkpoints.reading.formats import Checkpoint
 from llava_sp.checkpoints.reading.names import LORA, PROJECTOR, TOWER, tower_name, with_adapter_name
@@ -80,7 +81,7 @@ def copy_strictly(
                 parameter.copy_(tensors[name])
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: PreTrainedModel) -> PreTrainedModel:
     """A model as it is opened: nothing trains, LoRA is in the model's own type, dropout is off."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)

@@ -99,7 +99,8 @@ def _wanted(found: Checkpoint, config: LlavaSPConfig) -> tuple[dict[str, tuple[i
         model = LlavaSPForCausalLM(config)
         if found.lora is not None and text_is_known:
             model.add_adapter(found.lora_config(), adapter_name=ADAPTER_NAME)
-    brought, any_shape = [PROJECTOR], []
+    brought = [PROJECTOR]
+    any_shape: list[str] = []
     if found.lora is not None:
         (brought if text_is_known else any_shape).append(LORA)
     if found.holds_language_model:

@@ -17,6 +17,7 @@ from llava_sp.checkpoints.reading.formats import Checkpoint, recognise
 from llava_sp.checkpoints.reading.names import ADAPTER_NAME, LORA, PROJECTOR, TOWER, tower_name
 from llava_sp.checkpoints.reading.places import base_kwargs, fetch, hub_kwargs
 from llava_sp.checkpoints.reading.tensor_files import read_checked
+from llava_sp.model.modeling_llava_sp import LlavaSPForCausalLM
 
 PATCH_MLP = (f"{PROJECTOR}linear_1.", f"{PROJECTOR}linear_2.")
 
@@ -71,7 +72,9 @@ def holds_lora(path: str | os.PathLike) -> bool:
     return recognise(fetch(path)).lora is not None
 
 
-def start_from(model: PreTrainedModel, start: str | os.PathLike | Checkpoint, *, check_base: bool = True) -> list[str]:
+def start_from(
+    model: LlavaSPForCausalLM, start: str | os.PathLike | Checkpoint, *, check_base: bool = True
+) -> list[str]:
     """Put the patch MLP and the LoRA of a checkpoint into the model; returns the names of these parts.
 
     A model without LoRA gets the checkpoint's own.

@@ -16,16 +16,19 @@ def weights_fingerprint(path: str | os.PathLike, **hub_kwargs) -> str:
 
     The same for the same weights as safetensors or `.bin`, in any sharding; different for other weights.
     """
-    folder = Path(path) if Path(path).is_dir() else fetch_config(path, **hub_kwargs).parent
-    return _hash_of(weight_files(folder))
+    config = fetch_config(path, **hub_kwargs)
+    return _hash_of(weight_files(config.parent if config else Path(path)))
 
 
 def checkpoint_hash(checkpoint: str | os.PathLike | Checkpoint) -> str:
     """16 hex digits that stand for the weights in a checkpoint of any format, for provenance."""
-    try:
-        found = checkpoint if isinstance(checkpoint, Checkpoint) else recognise(checkpoint)
-    except UnknownFormat:  # a backbone
-        return weights_fingerprint(checkpoint)
+    if isinstance(checkpoint, Checkpoint):
+        found = checkpoint
+    else:
+        try:
+            found = recognise(checkpoint)
+        except UnknownFormat:  # a backbone
+            return weights_fingerprint(checkpoint)
     if found.manifest is None:
         return _hash_of(found.files)
     parts = [file["sha256"] for _, file in sorted(found.manifest["files"].items())]

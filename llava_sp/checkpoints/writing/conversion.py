@@ -80,12 +80,12 @@ def _to_llava_hf(found: Checkpoint, folder: Path, bases: dict[str, Any], max_sha
         raise ValueError(f"{found.folder} cannot be transformers' LLaVA: it has {lacking}")
     ours = open_model(LlavaSPForCausalLM, found, **bases)
     config = ours.config
-    llava_config = LlavaConfig(
+    llava_config = LlavaConfig(  # type: ignore[call-arg]  # its stub lacks pad_token_id
         text_config=config.text_config,
         vision_config=config.vision_config,
         image_token_index=config.image_token_id,
-        pad_token_id=config.pad_token_id,
         image_seq_length=config.num_image_tokens,
+        pad_token_id=config.pad_token_id,
         vision_feature_layer=config.vision_feature_layer,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         tie_word_embeddings=config.tie_word_embeddings,

@@ -68,8 +68,8 @@ def merge(
         raise ValueError(f"{source} is merged already, {_merged_from(source)}")
     if not found.lora:
         raise ValueError(f"{source} ({FORMATS[found.format]}) has no LoRA apart from its weights: nothing to merge")
-    given = {"language_model": language_model, "vision_tower": vision_tower}
-    given = {name: value for name, value in given.items() if value is not None}
+    bases = {"language_model": language_model, "vision_tower": vision_tower}
+    given: dict[str, Any] = {name: value for name, value in bases.items() if value is not None}
     if device != "cpu":
         given["device_map"] = device
     model = open_model(LlavaSPForCausalLM, found, dtype=dtype, **given)
@@ -98,9 +98,11 @@ def merge(
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     """Every layer with LoRA by its name in the model. Raises ValueError where LoRA is on something else than a Linear."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    for name, layer in layers.items():
-        if not isinstance(layer, LoraLinear):
+    layers = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLinear):
+            layers[name] = layer
+        elif isinstance(layer, BaseTunerLayer):
             raise ValueError(f"{name} is a {type(layer).__module__}.{type(layer).__name__}; only linear LoRA is merged")
     return layers
 
@@ -116,7 +118,7 @@ def merge_layers(model: LlavaSPForCausalLM) -> dict[str, Probe]:
     """
     probes = {}
     for name in tqdm(list(lora_layers(model)), desc="merging", unit="layer"):
-        layer = model.get_submodule(name)  # not from a dict of all, which would keep each one's float32
+        layer: Any = model.get_submodule(name)  # not from a dict of all, which would keep each one's float32
         dtype = layer.get_base_layer().weight.dtype
         layer.float()
         vector = probe_vector(layer.in_features, layer.get_base_layer().weight.device)
@@ -151,7 +153,8 @@ def _check_new(target: Path, *sources: str | os.PathLike) -> None:
 def _describe(model: LlavaSPForCausalLM, found: Checkpoint) -> dict[str, Any]:
     """What is merged: the record before there is a proof."""
     layers = lora_layers(model).values()
-    config, lora = model.config, next(iter(model.peft_config.values()))
+    config = model.config
+    lora: Any = next(iter(model.peft_config.values()))
     ranks = sorted({rank for layer in layers for rank in layer.r.values()})
     alphas = sorted({alpha for layer in layers for alpha in layer.lora_alpha.values()})
     return {

@@ -70,7 +70,7 @@ def to_original(found: Checkpoint, folder: Path, bases: dict[str, Any], max_shar
         name = "mm_projector.bin" if config.spatial_variant == "none" else "model.bin"
         torch.save(projector, folder / name)
         return f"{name} for the original code's --pretrain_mm_mlp_adapter"
-    _write_json(folder / "adapter_config.json", _lora_settings(found, settings["_name_or_path"]))
+    _write_json(folder / "adapter_config.json", _lora_settings(found, found.lora, settings["_name_or_path"]))
     lora = read_checked(found.part("", lora=True))
     lora = {PEFT + original_name(name, config.spatial_variant): tensor for name, tensor in lora.items()}
     torch.save({PEFT + key: tensor for key, tensor in projector.items()}, folder / "non_lora_trainables.bin")
@@ -81,8 +81,9 @@ def to_original(found: Checkpoint, folder: Path, bases: dict[str, Any], max_shar
 def _our_config(found: Checkpoint) -> LlavaSPConfig:
     if found.format == "llava_hf":
         llava = LlavaConfig.from_pretrained(found.folder)
-        shared = ("text_config", "vision_config", "image_token_index", "vision_feature_layer", "pad_token_id")
-        return LlavaSPConfig(**{name: getattr(llava, name, None) for name in shared}, spatial_variant="none")
+        names = ("text_config", "vision_config", "image_token_index", "vision_feature_layer", "pad_token_id")
+        shared: dict[str, Any] = {name: getattr(llava, name, None) for name in names}
+        return LlavaSPConfig(**shared, spatial_variant="none")
     return recorded_config(found)
 
 
@@ -126,21 +127,21 @@ def _rope(found: Checkpoint, text: PreTrainedConfig) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": {"type": kind, "factor": float(rope["factor"])}}
 
 
-def _lora_settings(found: Checkpoint, base: str) -> dict[str, Any]:
+def _lora_settings(found: Checkpoint, lora: dict[str, Any], base: str) -> dict[str, Any]:
     """PEFT's adapter_config.json in the fields that PEFT of the original's time knows; it fails on any other.
 
     Raises `ValueError` for a setting that makes something else than plain LoRA.
     """
-    check_plain_lora(found.lora, found.lora_file)
+    check_plain_lora(lora, found.lora_file)
     leaves = sorted({name.split(LORA)[0].rpartition(".")[2] for name in found.part("", lora=True)})
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "r": found.lora["r"],
-        "lora_alpha": found.lora["lora_alpha"],
-        "lora_dropout": found.lora.get("lora_dropout") or 0.0,
+        "r": lora["r"],
+        "lora_alpha": lora["lora_alpha"],
+        "lora_dropout": lora.get("lora_dropout") or 0.0,
         "target_modules": leaves,
         "bias": "none",
         "fan_in_fan_out": False,

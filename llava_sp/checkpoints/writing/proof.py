@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -110,7 +111,7 @@ def _find_lora(merged: nn.Module, probes: dict[str, Probe]) -> dict:
     """How much of LoRA is found in each merged layer: 1 is right. Layers where rounding hides it are only counted."""
     shares = {}
     for name, probe in probes.items():
-        layer = merged.get_submodule(name)
+        layer: Any = merged.get_submodule(name)
         bias = None if layer.bias is None else layer.bias.float()
         vector = probe_vector(layer.in_features, layer.weight.device)
         found = F.linear(vector, layer.weight.float(), bias).cpu() - probe.base
