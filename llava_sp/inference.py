@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from llava_sp.checkpoints.reading.fingerprint import checkpoint_hash
 from llava_sp.checkpoints.reading.formats import OURS, Checkpoint, recognise
 from llava_sp.checkpoints.reading.places import checkpoints_hint, fetch
 from llava_sp.common.files import read_json
-from llava_sp.data.images import load_image
+from llava_sp.data.images import decode_image
 from llava_sp.model.conversation import IMAGE_MARK
 
 _PLACES = ("language_model_name_or_path", "vision_tower_name_or_path", "mm_vision_tower", "_name_or_path")
@@ -208,14 +207,11 @@ def open_image(source: Path | bytes, owner: str) -> Image.Image:
     Raises:
         ValueError: naming `owner` (the question) and the file, if it is missing, empty, broken, or gigantic.
     """
+    what = f"image {source}" if isinstance(source, Path) else f"embedded image of {len(source)} bytes"
     try:
-        if isinstance(source, Path):
-            return load_image(source.parent, source.name)
-        with Image.open(io.BytesIO(source)) as image:
-            return image.convert("RGB")
-    except (ValueError, OSError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        what = "" if isinstance(source, Path) else f"embedded image of {len(source)} bytes: "
-        raise ValueError(f"{owner}: {what}{error}") from error
+        return decode_image(source, what)
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}") from error
 
 
 def place_images(text: str, count: int, owner: str) -> str:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -77,7 +77,7 @@ class DataArguments:
 class TrainArguments(TrainingArguments):
     """How it learns: `transformers.TrainingArguments` and what a LLaVA-SP run states besides."""
 
-    stage: Literal["pretrain", "finetune_lora"] = "pretrain"  # what trains: an entry of train/stages.py
+    stage: str = "pretrain"  # what trains: an entry of train/stages.py
     projector_lr: float | None = None  # default learning_rate
     global_batch_size: int | None = None  # samples per step over all processes; sets gradient_accumulation_steps
     include_num_input_tokens_seen: str | bool = "non_padding"

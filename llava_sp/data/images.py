@@ -6,6 +6,7 @@ a long image), sides in a ratio of at most `MAX_RATIO`.
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import warnings
@@ -49,10 +50,15 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
         BadSample: the file is outside the folder, missing, empty, not an image, gigantic, or damaged.
     """
     path = image_path(folder, name)
+    return decode_image(path, f"image {path}")
+
+
+def decode_image(source: Path | bytes, what: str) -> Image.Image:
+    """An image file, or the bytes of one, as RGB. Raises `BadSample` as `load_image`, naming `what`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits below are stricter
-            with Image.open(path) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
                 width, height = image.size
                 for value, limit, unit in (
                     (width * height, MAX_PIXELS, "pixels"),
@@ -60,21 +66,21 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
                     (max(image.size), MAX_RATIO * min(image.size), f"a side ({MAX_RATIO} times the other)"),
                 ):
                     if value > limit:
-                        raise BadSample(f"image {path} is {width} x {height}, {value:,}; the limit is {limit:,} {unit}")
+                        raise BadSample(f"{what} is {width} x {height}, {value:,}; the limit is {limit:,} {unit}")
                 return image.convert("RGB")
     except BadSample:
         raise
     except _BROKEN as error:
-        raise BadSample(f"image {path} {_reason(path, error)}") from error
+        raise BadSample(f"{what} {_reason(source, error)}") from error
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(source: Path | bytes, error: Exception) -> str:
     """Why an image cannot be decoded."""
     if isinstance(error, Image.DecompressionBombError):
         return f"is too large, the limit is {MAX_PIXELS:,} pixels: {error}"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be opened: {error.strerror}"
-    content = path.read_bytes()
+    content = source if isinstance(source, bytes) else source.read_bytes()
     if not content:
         return "is empty (0 bytes)"
     if isinstance(error, UnidentifiedImageError):

@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from llava_sp.checkpoints.opening.warm_start import holds_lora
 from llava_sp.common.files import is_missing_folder
+from llava_sp.common.schema import expect, one_of
 from llava_sp.config.arguments import DataArguments, ModelArguments, Run, TrainArguments
 from llava_sp.data.mixture import load_mixture
 from llava_sp.train.build import SCRATCH
@@ -35,6 +36,7 @@ VARIABLES = {
 def check_inputs(run: Run) -> None:
     """Raise `ValueError` that names all that is missing or in the way, the key that sets it, and where it comes from."""
     model, data, args = run.model, run.data, run.train
+    expect({"stage": args.stage}, {"stage": one_of(*STAGES)}, "This run cannot start")
     problems = [*_warm_start(model, args), *_models(model), *_projector(model, args), *_data(data), *_output(run)]
     if problems:
         raise ValueError("\n- ".join(["This run cannot start yet; what is missing or wrong:", *problems]) + HELP)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from llava_sp.data.annotations import BadSample
-from llava_sp.data.images import MAX_PIXELS, load_image
+from llava_sp.data.images import MAX_PIXELS, decode_image, load_image
 
 
 @pytest.fixture
@@ -96,3 +96,18 @@ def test_bad_files(folder):
     for name, message in expected.items():
         with pytest.raises(BadSample, match=message):
             load_image(folder, name)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (png(20000, 4000), "one is 20000 x 4000, 20,000; the limit is 16,384 a side"),
+        (png(1, 201), "one is 1 x 201, 201; the limit is 200 a side"),
+        (png(30000, 30000), "one is .*89,478,485"),
+        (b"", "one is empty"),
+        (b"<html>", "one is not an image: its 6 bytes begin with b'<html>'"),
+    ],
+)
+def test_bytes_have_the_same_limits(content, message):
+    with pytest.raises(BadSample, match=message):
+        decode_image(content, "one")

@@ -9,7 +9,7 @@ from llava_sp.eval.run.registry import ORDER, benchmark_names, load_benchmark
 
 
 def test_all_benchmarks_are_found_in_the_papers_order():
-    assert tuple(benchmark_names()) == ORDER
+    assert tuple(benchmark_names()[: len(ORDER)]) == ORDER  # others follow, by name
 
 
 def test_a_new_file_is_found(tmp_path):

@@ -134,7 +134,6 @@ def test_variables(tmp_path, monkeypatch):
         ({}, ["--image_foldr", "x"], r"command line: unknown key 'image_foldr'; did you mean 'image_folder'"),
         ({"max_steps": "many"}, [], r"c\.yaml: max_steps is 'many'; expected a whole number"),
         ({}, ["--learning_rate", "fast"], r"command line: learning_rate is 'fast'; expected a number"),
-        ({"stage": "third"}, [], r"c\.yaml: stage is 'third'; expected 'pretrain' or 'finetune_lora'"),
         ({"lr_scheduler_type": "cosinus"}, [], r"c\.yaml: lr_scheduler_type is 'cosinus'; expected .*'cosine'"),
         ({"spatial_scales": [4, "x"]}, [], r"c\.yaml: spatial_scales is \[4, 'x'\]; expected a list of a whole number"),
         ({"spatial_scale": [4]}, [], r"c\.yaml: unknown key 'spatial_scale'; did you mean 'spatial_scales'"),

@@ -98,6 +98,7 @@ def test_broken_mixtures(tmp_path, text, word):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--stage", "third"], "stage is 'third'; expected 'pretrain' or 'finetune_lora'"),
         (["--conversation_template", "vicunna"], "vicunna"),
         (["--image_aspect_ratio", "squash"], "squash"),
         (["--on_bad_sample", "ignore"], "on_bad_sample is 'ignore'"),
