@@ -123,9 +123,7 @@ class LlavaSPProcessor(LlavaProcessor):
         language_model = language_model or config.language_model_name_or_path
         vision_tower = vision_tower or config.vision_tower_name_or_path
         if language_model is None:
-            raise ValueError(
-                "no language model: the config records no language_model_name_or_path, give language_model="
-            )
+            raise ValueError("language_model_name_or_path is not set in the configuration; give language_model=")
         tokenizer = load_tokenizer(language_model, **hub_kwargs)
         add_special_tokens(tokenizer)
         return cls(

@@ -427,11 +427,7 @@ def test_a_warm_start_in_the_hubs_cache(golden, tmp_path):
 
 
 def test_an_adapter_is_no_language_model(golden, kinds):
-    for given in (
-        (kinds["llava_sp_adapter"].folder, golden / "clip"),
-        (golden / "base", kinds["llava_sp_adapter"].folder),
-    ):
-        with pytest.raises(
-            ValueError, match="is an adapter checkpoint, without a language model and a tower of its own"
-        ):
+    adapter = kinds["llava_sp_adapter"].folder
+    for given in ((adapter, golden / "clip"), (golden / "base", adapter)):
+        with pytest.raises(ValueError, match=f"{adapter} is an adapter checkpoint: merge it first"):
             LlavaSPForCausalLM.from_backbones(*given)

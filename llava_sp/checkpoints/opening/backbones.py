@@ -243,10 +243,7 @@ def load_llava(path: str | os.PathLike, **kwargs) -> LlavaForConditionalGenerati
     if read_settings(path, **hub_kwargs(kwargs))["model_type"] == "llava":
         return _load_complete(LlavaForConditionalGeneration, path, zeros_allowed=False, **kwargs)
     if not recognise(fetch(path, **kwargs)).holds_language_model:
-        raise ValueError(
-            f"{path} is an adapter checkpoint, without a language model and a tower of its own: merge it first "
-            "(python -m llava_sp.checkpoints.merge)"
-        )
+        raise ValueError(f"{path} is an adapter checkpoint: merge it first (python -m llava_sp.checkpoints.merge)")
     return LlavaSPForCausalLM.from_pretrained(path, **kwargs)
 
 

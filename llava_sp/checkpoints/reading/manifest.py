@@ -32,16 +32,11 @@ def describe(folder: Path) -> dict[str, Any]:
     """
     file = folder / MANIFEST
     if not file.is_file():
-        raise ValueError(
-            f"{folder} has no {MANIFEST}: saving it was cut off. Use an earlier checkpoint (checkpoint-* beside it), or run "
-            "the same training command again."
-        )
+        raise ValueError(f"{folder} has no {MANIFEST}: saving it was cut off; use an earlier one or train again")
     manifest = read_json(file, _MANIFEST)
     for name, about in manifest["files"].items():
         tensors = folder / name
         size = tensors.stat().st_size if tensors.is_file() else None
         if size != about["bytes"]:
-            raise ValueError(
-                f"{tensors} is {size} bytes long, but {MANIFEST} says {about['bytes']}: the copy is cut off"
-            )
+            raise ValueError(f"{tensors} is {size} bytes long, but {MANIFEST} says {about['bytes']}: cut off")
     return manifest

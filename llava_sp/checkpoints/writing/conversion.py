@@ -56,10 +56,7 @@ def convert(
 
 def _to_ours(found: Checkpoint, folder: Path, bases: dict[str, Any], max_shard_size: str) -> str:
     if found.part(TOWER) and not found.holds_language_model:
-        raise ValueError(
-            f"{found.folder} holds a trained vision tower, which an adapter checkpoint cannot hold: merge it instead "
-            "(python -m llava_sp.checkpoints.merge)"
-        )
+        raise ValueError(f"{found.folder} holds a trained vision tower, as no adapter checkpoint can: merge it instead")
     model = open_model(LlavaSPForCausalLM, found, **bases)
     processor = open_processor(LlavaSPProcessor, found, **bases)
     if found.holds_language_model:

@@ -127,9 +127,7 @@ def merge_layers(model: LlavaSPForCausalLM) -> dict[str, Probe]:
         layer.merge()
         merged = layer.get_base_layer().to(dtype)
         if not torch.isfinite(merged.weight).all():
-            raise ValueError(
-                f"{name}: the merged weight holds NaN or infinity in {dtype_name(dtype)}; nothing was written"
-            )
+            raise ValueError(f"{name}: the merged weight holds NaN or infinity in {dtype_name(dtype)}")
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, merged)
     del model.peft_config

@@ -49,7 +49,7 @@ def to_original(found: Checkpoint, folder: Path, bases: dict[str, Any], max_shar
     source = _find_tokenizer(found, config, bases)
     if source is None and found.holds_language_model:
         raise ValueError(
-            f"{found.folder} has no tokenizer.model, which the original code needs: give --language-model with one"
+            f"{found.folder} has no tokenizer.model, as the original needs: give --language-model with one"
         )
     for name in _TOKENIZER:
         if source is not None and (source / name).is_file():
@@ -152,9 +152,7 @@ def _settings(found: Checkpoint, config: LlavaSPConfig, bases: dict[str, Any]) -
     """The original's config.json: the language model's fields and its own. Raises `ValueError` for what has no field."""
     tower = bases.get("vision_tower") or (None if found.format == "llava_hf" else found.vision_tower)
     if tower is None:
-        raise ValueError(
-            f"{found.folder} does not record a vision tower that the original code could read: give --vision-tower"
-        )
+        raise ValueError(f"{found.folder} does not record a vision tower of the original's: give --vision-tower")
     text = config.text_config.to_dict()
     dtype = config.dtype or next(iter(found.part(PROJECTOR).values())).dtype
     text |= {

@@ -60,9 +60,7 @@ def text_logits(model: LlavaSPForCausalLM, sample) -> Tensor:
     positions = (sample["input_ids"][0] != model.config.image_token_id).nonzero()[:, 0]
     logits = model(**sample, logits_to_keep=positions).logits[0].float().cpu()
     if not torch.isfinite(logits).all():
-        raise ValueError(
-            f"logits hold NaN or infinity: weights are broken, or {dtype_name(model.dtype)} is too narrow for them"
-        )
+        raise ValueError(f"logits hold NaN or infinity: broken weights, or {dtype_name(model.dtype)} is too narrow")
     return logits
 
 
@@ -82,9 +80,7 @@ def prove(stage: Path, sample, before: Tensor, probes: dict[str, Probe], dtype: 
     placed = {} if device == "cpu" else {"device_map": device}
     merged = LlavaSPForCausalLM.from_pretrained(stage, **placed)
     if dtype_name(merged.dtype) != dtype:
-        raise ValueError(
-            f"the merged checkpoint opens in {dtype_name(merged.dtype)}, not in {dtype}; nothing was written"
-        )
+        raise ValueError(f"the merged model opens in {dtype_name(merged.dtype)}, not in {dtype}; nothing was written")
     return {"logits": _compare_logits(before, text_logits(merged, sample), dtype), "layers": _find_lora(merged, probes)}
 
 
