@@ -17,7 +17,7 @@ def check_new(target: Path, *sources: str | os.PathLike) -> None:
     """Raises `ValueError` if `target` holds files, or lies in a source that is a folder."""
     for source in sources:
         if Path(source).is_dir() and target.is_relative_to(Path(source).resolve()):
-            raise ValueError(f"{target} lies in {source}, which is read: choose a folder elsewhere")
+            raise ValueError(f"{target} is inside {source}, which is read: choose a folder elsewhere")
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file: choose a new folder")
     if target.is_dir() and any(target.iterdir()):

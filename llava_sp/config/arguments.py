@@ -62,7 +62,7 @@ class DataArguments:
     mixture: str | None = None  # YAML with a list of {annotations, images, weight}
     data_path: str | None = None  # LLaVA JSON or JSONL, instead of a mixture
     image_folder: str | None = None  # of data_path's images
-    data_source: str | None = None  # where the data can be had, for the message that it is missing
+    data_source: str | None = None  # where the data comes from, for the message that it is missing
     eval_data_path: str | None = None  # LLaVA JSON or JSONL for the validation loss
     eval_image_folder: str | None = None  # of its images; default image_folder
     validation_fraction: float = 0.0  # share of the training data kept for validation

@@ -30,7 +30,7 @@ _BROKEN = (
 
 
 def image_path(folder: str | os.PathLike, name: str) -> Path:
-    """Where the image `name` of a record lies: always below `folder`.
+    """Where the image `name` of a record is: always below `folder`.
 
     A name may not be absolute nor hold `..`. Symbolic links in the folder are followed: they are its owner's layout
     (LLaVA's `playground/data` and the hub's cache are made of them), a record cannot make one.

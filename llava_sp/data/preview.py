@@ -2,7 +2,7 @@
 
     python -m llava_sp.data.preview --config configs/finetune_lora_7b_cropping.yaml --index 0 [--output preview] [--key value]
 
-Learned text is green on a terminal and stands in [[double brackets]] otherwise.
+Learned text is green on a terminal and is in [[double brackets]] otherwise.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """LLaVA annotation files by index: a JSON list of records, or one record per line (JSONL).
 
-A file is read once to find where each record stands; records are then read from the file as they are needed. 665,000
+A file is read once to find where each record begins; records are then read from the file as they are needed. 665,000
 records cost some 15 MB here, instead of the gigabytes of Python objects that every data worker would copy.
 """
 
@@ -46,7 +46,7 @@ class RecordFile:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Record `index` as it stands in the file. `ValueError` if the file was changed since it was opened."""
+        """Record `index` as it is in the file. `ValueError` if the file was changed since it was opened."""
         if self._handle is None or self._handle[0] != os.getpid():
             self._handle = (os.getpid(), self.path.open("rb"))
             if self._file_stamp() != self._stamp:

@@ -8,7 +8,7 @@ reads them from mmbench_cn: either does. Everything else is as for `python -m ll
 protocols, the table for the server.
 
 Published for LLaVA-1.5-7B: 58.3. The model is asked for the letter in Chinese, except that lmms-eval's prompt
-introduces the options in English. Full-width marks are no marks to the rules of VLMEvalKit, which finds no letter in
+introduces the options in English. Full-width marks do not count as marks for the rules of VLMEvalKit, which finds no letter in
 the Chinese for "the answer is A" either; lmms-eval's rule finds one there.
 """
 

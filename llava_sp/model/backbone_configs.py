@@ -1,4 +1,4 @@
-"""The configurations and tokenizers of backbones, wherever they stand: alone, in a CLIP or SigLIP checkpoint, in a LLaVA-1.5 one."""
+"""The configurations and tokenizers of backbones, wherever they are: alone, in a CLIP or SigLIP checkpoint, in a LLaVA-1.5 one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def is_original(settings: dict[str, Any]) -> bool:
 
 
 def read_settings(path: str | os.PathLike, **hub_kwargs) -> dict[str, Any]:
-    """What stands in a model's config.json. Raises `ValueError` or `OSError`."""
+    """The content of a model's config.json. Raises `ValueError` or `OSError`."""
     with as_value_error(path):
         settings, _ = PreTrainedConfig.get_config_dict(path, **hub_kwargs)
     if not isinstance(settings, dict):
@@ -95,7 +95,7 @@ def load_tokenizer(path: str | os.PathLike, **hub_kwargs) -> PreTrainedTokenizer
     known = {"config": language_config(path, **hub_kwargs)} if is_original(settings) else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **known, **hub_kwargs)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:  # whatever transformers stumbles over
+    except (ValueError, LookupError, TypeError, AttributeError) as error:  # whatever transformers raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"the tokenizer of {path} cannot be read: a file of it is missing, cut off, or not what it should be ({reason})"

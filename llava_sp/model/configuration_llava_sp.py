@@ -83,7 +83,11 @@ class LlavaSPConfig(LlavaConfig):
         grid, scales = self.grid_size, self.spatial_scales or []
         in_grid = f"from 1 to {grid}, the side of the patch grid"
         distinct = len(scales) == len(set(scales)) > 0 and all(1 <= scale <= grid for scale in scales)
-        yield "spatial_scales", distinct, f'different numbers {in_grid}; for none of them use spatial_variant="none"'
+        yield (
+            "spatial_scales",
+            distinct,
+            f'different numbers {in_grid}; for no spatial tokens use spatial_variant="none"',
+        )
         yield "spatial_width", (self.spatial_width or 0) >= 1, "at least 1"
         if self.spatial_fusion:
             yield "fusion_kernel", 1 <= (self.fusion_kernel or 0) <= grid, in_grid

@@ -161,7 +161,7 @@ class EndWithLauncher(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         for launcher in self.launchers:
             if not launcher.is_running() or launcher.status() == psutil.STATUS_ZOMBIE:
-                raise SystemExit("The launcher of this process is gone; stopping. The same command again goes on.")
+                raise SystemExit("The launcher of this process ended; stopping. The same command resumes.")
 
 
 def launchers() -> list[psutil.Process]:

@@ -199,7 +199,7 @@ def test_where_it_must_not_go(golden, adapter, merged, tmp_path):
     with pytest.raises(ValueError, match=r"thesis.tex is a file"):
         merge_adapter(adapter, tmp_path / "full/thesis.tex")
     for source in (adapter, golden / "base", golden / "clip"):
-        with pytest.raises(ValueError, match=f"lies in {source}, which is read"):
+        with pytest.raises(ValueError, match=f"is inside {source}, which is read"):
             merge_adapter(adapter, source / "merged")
         assert not (source / "merged").exists()
     (tmp_path / ".out.part").mkdir()

@@ -44,7 +44,7 @@ def test_targets_that_are_not_new(tmp_path):
     check_new(tmp_path / "new", tmp_path / "source", "hub/model")
     check_new(tmp_path / "source")
     for target, message in {
-        "source/inner": "source/inner lies in .*source, which is read",
+        "source/inner": "source/inner is inside .*source, which is read",
         "file": "file is a file",
         "full": "full holds files",
     }.items():

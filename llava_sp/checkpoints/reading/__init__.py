@@ -1,1 +1,1 @@
-"""What stands in a folder of weights, with nothing opened."""
+"""What is in a folder of weights, with nothing opened."""

@@ -63,7 +63,7 @@ def check_plain_lora(settings: dict[str, Any], file: Path, allowed: tuple[str, .
 
 
 def original_lora_config(settings: dict[str, Any]) -> LoraConfig:
-    """PEFT's settings of an original's LoRA, held to the language model: `q_proj` alone would be the tower's too."""
+    """PEFT's settings of an original's LoRA, restricted to the language model: `q_proj` alone would be the tower's too."""
     targets = settings["target_modules"]
     if not isinstance(targets, str):
         leaves = "|".join(sorted(re.escape(target) for target in targets))

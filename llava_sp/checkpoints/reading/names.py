@@ -170,5 +170,5 @@ def _replaced(key: str, table: tuple[tuple[str, str], ...]) -> str | None:
 
 @cache
 def _template(text: str) -> re.Pattern[str]:
-    parts = re.split(r"\{(\w+)\}", text)  # literal text and fields by turns
+    parts = re.split(r"\{(\w+)\}", text)  # literal text and fields in alternation
     return re.compile("".join(f"(?P<{p}>{_FIELDS[p]})" if i % 2 else re.escape(p) for i, p in enumerate(parts)))

@@ -1,4 +1,4 @@
-"""The benchmarks that there are: the modules of this package that define a `Benchmark` named after themselves."""
+"""The benchmarks: the modules of this package that define a `Benchmark` named after themselves."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _REFUSALS = (
     "Cannot determine the answer",
 )
 _TO_SPACES = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
-_LAST_WORDS = 4  # where VLMEvalKit wants the letter to stand
+_LAST_WORDS = 4  # where VLMEvalKit expects the letter
 _FORMS = ("X", "X.", "X,", "X:", "X)", "X).", "(X)", "(X).", ":X", ":X,", ":X.", ":X)", ":X).")
 # what lmms-eval's MMBench allows around a letter, in the order in which it tries them
 _AROUND = tuple(form.split("X") for form in _FORMS)

@@ -55,7 +55,7 @@ WRITERS: dict[str, Callable[[Path, Settings], Written]] = {
 def write_all(output: Path, settings: Settings | None = None, log: Callable[[str], None] = print) -> dict[str, Any]:
     """Write every benchmark under `output`; returns what `world.json` holds.
 
-    A folder that this function made is made anew where the settings differ or an earlier call was interrupted. Raises
+    A folder that this function made is made again where the settings differ or an earlier call was interrupted. Raises
     `ValueError` for a folder of something else.
     """
     settings = settings or Settings()
