@@ -16,8 +16,8 @@ from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel, L
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 
-from . import opening
 from .configuration_llava_sp import LlavaSPConfig
+from .opening import needed_formats, other_formats
 from .projector import SpatialProjector, reset_parameters
 
 IGNORE_INDEX = -100
@@ -266,8 +266,9 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
                 f"{pretrained_model_name_or_path}: {' and '.join(f'{name}=' for name in given)} cannot be chosen on opening, "
                 "the weights decide. from_backbones(...) makes a new model"
             )
-        if opening.formats is not None:
-            return opening.formats.open_model(cls, pretrained_model_name_or_path, *args, **_with_dtype(kwargs))
+        formats = other_formats()
+        if formats is not None:
+            return formats.open_model(cls, pretrained_model_name_or_path, *args, **_with_dtype(kwargs))
         return cls.from_full(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
@@ -295,7 +296,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
 
         The keywords, formats and errors are those of `llava_sp.checkpoints.opening.from_backbones`.
         """
-        return opening.needed().from_backbones(cls, language_model, vision_tower, **_with_dtype(kwargs))
+        return needed_formats().from_backbones(cls, language_model, vision_tower, **_with_dtype(kwargs))
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Save a full checkpoint; with LoRA attached, an adapter checkpoint (LoRA and projector, no base weights)."""
@@ -304,7 +305,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         write = kwargs.pop("is_main_process", True)
         if args or kwargs:
             raise ValueError(f"saving LoRA and projector takes no {', '.join(map(str, [*args, *kwargs]))}")
-        opening.needed().save_adapter(self, None, save_directory, write=write)
+        needed_formats().save_adapter(self, None, save_directory, write=write)
 
 
 # Keywords of `from_pretrained` that would make another model than that of the weights.

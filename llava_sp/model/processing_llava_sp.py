@@ -17,7 +17,6 @@ from transformers import BatchFeature
 from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.processing_utils import MultiModalData
 
-from . import opening
 from .backbone_configs import has_words, load_tokenizer
 from .configuration_llava_sp import LlavaSPConfig
 from .conversation import IMAGE_MARK, Segment, Turn, get_template, jinja_template, normalize_turns, render_segments
@@ -28,6 +27,7 @@ from .image_preprocessing import (
     pad_to_square,
     pillow_counterpart,
 )
+from .opening import other_formats
 from .tokenization import TextEncoder, add_special_tokens
 
 IGNORE_INDEX = -100
@@ -145,8 +145,9 @@ class LlavaSPProcessor(LlavaProcessor):
             FileNotFoundError: a folder that is not there.
             ValueError: a file of it is broken.
         """
-        if opening.formats is not None:
-            return opening.formats.open_processor(cls, pretrained_model_name_or_path, *args, **kwargs)
+        formats = other_formats()
+        if formats is not None:
+            return formats.open_processor(cls, pretrained_model_name_or_path, *args, **kwargs)
         return cls.from_saved(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
