@@ -18,7 +18,7 @@ def test_quickstart_notebook(repo: Path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(repo / "notebooks" / "quickstart.ipynb", as_version=4)
     folder = {"metadata": {"path": str(repo / "notebooks")}}
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder).execute()
+    nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", resources=folder).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     assert not [output for output in outputs if output.output_type == "error"]
     assert any("image/png" in output.get("data", {}) for output in outputs)

@@ -71,5 +71,5 @@ def test_a_problem_of_one_ends_the_block_on_all(repo):
         )
         for rank in "01"
     ]
-    errors = [process.communicate(timeout=120)[1] for process in started]
+    errors = [process.communicate(timeout=600)[1] for process in started]
     assert [process.returncode for process in started] == [0, 0], errors

@@ -269,7 +269,7 @@ def test_processes_killed_then_resumed_by_another_number(tmp_path):
     whole = run_all(tmp_path / "whole", count, batch_size=3)
     output = tmp_path / "killed"
     processes = start_world(output, count, 2, seconds=0.2)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while len(read_logs(output / LOGS)) < 20 and time.monotonic() < deadline:
         time.sleep(0.05)
     for process in processes:

@@ -165,7 +165,7 @@ def test_works_without_torchvision(processor, tmp_path, repo):
 def run_python(script: str, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": "", "HF_MODULES_CACHE": str(folder / "modules"), **environment}
     command = [sys.executable, "-c", script, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900)
 
 
 def test_remote_code_files_import_only_each_other(repo):
