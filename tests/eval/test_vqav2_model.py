@@ -201,7 +201,7 @@ def test_killed_and_resumed_equals_undisturbed(checkpoint, data, whole, tmp_path
     output = tmp_path / "out"
     given = arguments(checkpoint, data, output, "--batch-size", 2)
     process = subprocess.Popen(**command("-m", "llava_sp.eval.vqav2", *given))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while len(read_logs(output / "answers")) < 4 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
