@@ -498,9 +498,12 @@ def test_a_manifest_that_is_gone(kinds, tmp_path):
         ({"hidden_size": "many"}, "configuration"),
         (
             {"mm_vision_select_layer": 9, "mm_vision_tower": GOLDEN_TOWER},
-            "is 9, but the vision tower has 4 layers: use -5 to 4",
+            "vision_feature_layer is 9; it must be -5 to 4: embeddings and 4 layers",
         ),
-        ({"mm_vision_select_layer": -6, "mm_vision_tower": GOLDEN_TOWER}, "is -6, but the vision tower has 4 layers"),
+        (
+            {"mm_vision_select_layer": -6, "mm_vision_tower": GOLDEN_TOWER},
+            "vision_feature_layer is -6; it must be -5 to 4",
+        ),
         ({"mm_vision_tower": ["clip"]}, "config.json: mm_vision_tower is ['clip']; expected the hub id or folder"),
     ],
 )
