@@ -1,8 +1,8 @@
 """The keys of a run: three dataclasses and the projector's settings, and `load_config`, which reads them.
 
-A key of a YAML file is the name of a field below, of `transformers.TrainingArguments`, or of `LlavaSPConfig` (`PROJECTOR`).
-A file may build on another (`base: other.yaml`, relative to the file); later files and the command line (`--key value`)
-win. `${NAME}` and `${NAME:-default}` are replaced from the environment, `${config_dir}` by the folder of the file.
+A key of a YAML file is the name of a field below, of `transformers.TrainingArguments`, or of `LlavaSPConfig` (its
+`PROJECTOR_SETTINGS`). A file may build on another (`base: other.yaml`, relative to the file); later files and the command
+line (`--key value`) win. `${NAME}` and `${NAME:-default}` are replaced from the environment, `${config_dir}` by the folder of the file.
 """
 
 from __future__ import annotations
@@ -20,15 +20,7 @@ from transformers.utils import is_torch_tf32_available
 
 from llava_sp.common.files import is_missing_folder, read_json
 from llava_sp.config.files import nearest, read_with_bases, specs_of, split_command_line, typed
-from llava_sp.model.configuration_llava_sp import LlavaSPConfig
-
-# What a run may set of LlavaSPConfig: all that it declares but where the backbones came from, and the tower's layers.
-PROJECTOR = {
-    f.name: f
-    for f in fields(LlavaSPConfig)
-    if f.name == "vision_feature_layer"
-    or (f.name in LlavaSPConfig.__annotations__ and not f.name.startswith(("language_model_", "vision_tower_")))
-}
+from llava_sp.model.configuration_llava_sp import PROJECTOR_SETTINGS
 
 
 @dataclass
@@ -37,7 +29,7 @@ class ModelArguments:
 
     language_model: str | None = None
     vision_tower: str | None = None
-    projector: dict[str, Any] = field(default_factory=dict)  # the keys of PROJECTOR, as LlavaSPConfig takes them
+    projector: dict[str, Any] = field(default_factory=dict)  # values of PROJECTOR_SETTINGS
     # Output of stage 1, for stage 2. "scratch": what warm_start does not give starts from random weights.
     projector_checkpoint: str | None = None
     # A trained LLaVA-1.5: its patch MLP and its LoRA or language model are kept, the spatial branch is fresh.
@@ -145,7 +137,7 @@ class Run:
         def keys_of(kind: type) -> dict[str, Any]:
             return {f.name: given[f.name] for f in fields(kind) if f.name in given}
 
-        projector = {key: given.get(key, f.default) for key, f in PROJECTOR.items()}
+        projector = {key: given.get(key, f.default) for key, f in PROJECTOR_SETTINGS.items()}
         model = ModelArguments(**keys_of(ModelArguments), projector=projector)
         return cls(model, DataArguments(**keys_of(DataArguments)), TrainArguments(**keys_of(TrainArguments)), given)
 
@@ -226,7 +218,7 @@ def read_keys(path: str | os.PathLike | None, overrides: Sequence[str] | Mapping
 
 def _specs() -> dict[str, Any]:
     """The schema of every key."""
-    hints = {key: f.type for key, f in PROJECTOR.items()}
+    hints = {key: f.type for key, f in PROJECTOR_SETTINGS.items()}
     for kind in (ModelArguments, DataArguments, TrainArguments):
         declared = get_type_hints(kind)
         hints |= {f.name: declared[f.name] for f in fields(kind) if f.init and f.name != "projector"}

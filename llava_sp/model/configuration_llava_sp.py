@@ -3,6 +3,7 @@
 Token counts, the patch grid and the scales are derived here, once; nothing else in the project spells them out.
 """
 
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -135,5 +136,14 @@ def _square_side(size: object, name: str) -> int:
 
 
 LlavaSPConfig.register_for_auto_class()
+
+# What a new model can be given, as fields by name: the projector's settings, and the layer(s) of the tower that it reads.
+# The other fields follow from the two backbones.
+PROJECTOR_SETTINGS = {
+    f.name: f
+    for f in dataclasses.fields(LlavaSPConfig)
+    if f.name == "vision_feature_layer"
+    or (f.name in LlavaSPConfig.__annotations__ and not f.name.startswith(("pad_", "language_model_", "vision_tower_")))
+}
 
 __all__ = ["LlavaSPConfig"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llava_sp.config.arguments import PROJECTOR, load_config, split_global_batch
-from llava_sp.model.configuration_llava_sp import LlavaSPConfig
+from llava_sp.config.arguments import load_config, split_global_batch
+from llava_sp.model.configuration_llava_sp import PROJECTOR_SETTINGS, LlavaSPConfig
 from llava_sp.train.preflight import check_inputs
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -94,12 +94,14 @@ def test_words_and_dictionaries(tmp_path):
 
 def test_the_keys_of_the_projector_are_those_of_the_configuration(tmp_path):
     """LlavaSPConfig declares them, with their defaults and types; nothing else spells them out."""
-    backbones = {"language_model", "vision_tower"}
-    declared = {
-        name for name in LlavaSPConfig.__annotations__ if name.rsplit("_", 1)[0].split("_name_or")[0] not in backbones
+    of_the_backbones = {
+        f"{name}_{fact}" for name in ("language_model", "vision_tower") for fact in ("name_or_path", "fingerprint")
     }
-    assert set(PROJECTOR) == declared | {"vision_feature_layer"}
-    assert load_config(write(tmp_path)).model.projector == {name: getattr(LlavaSPConfig, name) for name in PROJECTOR}
+    declared = set(LlavaSPConfig.__annotations__) - of_the_backbones - {"pad_token_id"}
+    assert set(PROJECTOR_SETTINGS) == declared | {"vision_feature_layer"}
+    assert load_config(write(tmp_path)).model.projector == {
+        name: getattr(LlavaSPConfig, name) for name in PROJECTOR_SETTINGS
+    }
     path = write(tmp_path, fusion_kernel=8, vision_feature_layer=[-2, -3], spatial_projection_bias=True)
     projector = load_config(path, ["--fusion_stride", "4"]).model.projector
     assert (projector["fusion_kernel"], projector["fusion_stride"]) == (8, 4)

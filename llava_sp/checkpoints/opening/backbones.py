@@ -40,18 +40,13 @@ from llava_sp.model.backbone_configs import (
     read_settings,
     vision_config,
 )
-from llava_sp.model.configuration_llava_sp import LlavaSPConfig
+from llava_sp.model.configuration_llava_sp import PROJECTOR_SETTINGS, LlavaSPConfig
 from llava_sp.model.modeling_llava_sp import LlavaSPForCausalLM
 from llava_sp.model.processing_llava_sp import add_special_tokens
 from llava_sp.model.projector import SpatialProjector
 
 # Enough for a paragraph; only where neither the caller nor the checkpoint says otherwise.
 DEFAULT_MAX_NEW_TOKENS = 512
-# What a new model can be given: the projector's settings, and the layer(s) of the tower that it reads.
-MODEL_SETTINGS = (
-    *(f.name for f in dataclasses.fields(LlavaSPConfig) if f.name.startswith(("spatial_", "fusion_"))),
-    "vision_feature_layer",
-)
 
 
 def from_backbones(
@@ -74,14 +69,14 @@ def from_backbones(
         dtype: of all weights; `"auto"` is the language model's own.
         seed: of the projector's fresh weights.
         language_model_revision, vision_tower_revision: of hub models; what was loaded is recorded by its fingerprint.
-        kwargs: `MODEL_SETTINGS`, as of `LlavaSPConfig`; the rest is passed to both backbones' `from_pretrained`
+        kwargs: `PROJECTOR_SETTINGS`, as of `LlavaSPConfig`; the rest is passed to both backbones' `from_pretrained`
             (`device_map`, `attn_implementation`, `cache_dir`, ...), `quantization_config` to the language model alone.
 
     Raises:
         ValueError: a backbone lacks weights, the tower has no square grid, or a spatial argument does not fit.
         OSError: a backbone is not there (transformers' message names the path).
     """
-    settings = {name: kwargs.pop(name) for name in MODEL_SETTINGS if name in kwargs}
+    settings = {name: kwargs.pop(name) for name in PROJECTOR_SETTINGS if name in kwargs}
     if "revision" in kwargs:
         raise ValueError("revision= would mean both backbones; use language_model_revision= and vision_tower_revision=")
     backbones = Backbones.find(language_model, vision_tower, language_model_revision, vision_tower_revision, **kwargs)
