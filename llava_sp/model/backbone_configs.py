@@ -47,13 +47,21 @@ def read_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
 
 
 def language_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
-    """The configuration of a language model, or of the one within a full LLaVA (the original's, transformers', ours)."""
+    """The configuration of a language model, or of the one within a full LLaVA (the original's, transformers', ours).
+
+    Raises `ValueError` for a model without words of its own, such as a whole CLIP.
+    """
     settings = read_settings(path, **hub_kwargs)
     if is_original(settings):
         with as_value_error(path):
             return LlamaConfig(**{key: value for key, value in settings.items() if key in _llama_settings()})
     config = read_config(path, **hub_kwargs)
-    return config.text_config if config.model_type in FULL_LLAVAS else config
+    config = config.text_config if config.model_type in FULL_LLAVAS else config
+    if not hasattr(config, "vocab_size"):
+        raise ValueError(
+            f"language_model {path} cannot be used as a language model: its model type is {config.model_type}"
+        )
+    return config
 
 
 def _llama_settings() -> set[str]:

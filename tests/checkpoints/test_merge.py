@@ -300,7 +300,8 @@ def test_the_first_model_is_gone_before_the_second_is_opened(adapter, tmp_path, 
         opened.append(weakref.ref(model))
         return text_logits(model, sample)
 
-    monkeypatch.setattr("llava_sp.checkpoints.writing.merging.text_logits", watched)
+    for module in ("merging", "proof"):
+        monkeypatch.setattr(f"llava_sp.checkpoints.writing.{module}.text_logits", watched)
     merge_adapter(adapter, tmp_path / "out")
     assert alive == [[], [False]]
 

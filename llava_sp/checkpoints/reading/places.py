@@ -41,7 +41,9 @@ def fetch(path: str | os.PathLike, **kwargs) -> Path:
         return Path(snapshot_download(str(path), **given))
     except (OSError, ValueError) as error:  # also huggingface_hub's own
         reason = " ".join(str(error).split())
-        raise OSError(f"there is no folder {path}, and no such model on the hub: {reason}") from None
+        raise OSError(
+            f"there is no folder {path}, and no model of that name can be had from the hub: {reason}"
+        ) from None
 
 
 def fetch_config(path: str | os.PathLike, name: str = "config.json", **kwargs) -> Path | None:
