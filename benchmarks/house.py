@@ -7,7 +7,9 @@ not. A guard line is one of a `raise`, of an `if` whose body ends with one, of a
 named check* or expect*.
 
 `--trips` runs three journeys and counts through how many modules they lead: `modules`, `stays` (how often one module's code is
-entered from another's) and `returns` (entries into a module that was left before). `tests/test_design.py` holds the zeros.
+entered from another's) and `returns` (entries into a module that was left before); each function counts once. Two, three and
+four calls deep is what somebody reads to follow the journey; the last column is every call below. `tests/test_design.py` holds
+the zeros.
 """
 
 from __future__ import annotations
@@ -216,8 +218,11 @@ def _imported(module: str, is_package: bool, node: ast.Import | ast.ImportFrom) 
 class Trip:
     """Counts the modules of the package that a call leads through."""
 
+    DEPTHS = (2, 3, 4, None)
+
     def __init__(self, package: str = "llava_sp"):
-        self.package, self.entered = package, []
+        self.package = package
+        self._entered: list[tuple[int, str]] = []  # how many calls of ours deep, module
         self._seen: set[object] = set()
 
     def __enter__(self) -> Trip:
@@ -227,19 +232,27 @@ class Trip:
     def __exit__(self, *exception: object) -> None:
         sys.setprofile(None)
 
+    def _is_ours(self, frame) -> bool:
+        ours = frame.f_globals.get("__name__", "").startswith(f"{self.package}.")
+        return ours and not frame.f_code.co_name.startswith("<")
+
     def _event(self, frame, event: str, argument: object) -> None:
-        code = frame.f_code
-        if event != "call" or code.co_name.startswith("<") or code in self._seen:
+        if event != "call" or frame.f_code in self._seen or not self._is_ours(frame):
             return
-        name = frame.f_globals.get("__name__", "")
-        if name.startswith(self.package + "."):
-            self._seen.add(code)
-            if not self.entered or self.entered[-1] != name:
-                self.entered.append(name)
+        self._seen.add(frame.f_code)
+        depth, outer = 0, frame.f_back
+        while outer is not None:
+            depth, outer = depth + self._is_ours(outer), outer.f_back
+        self._entered.append((depth, frame.f_globals["__name__"]))
+
+    def count(self, deepest: int | None) -> tuple[int, int, int]:
+        """Modules, stays and returns of the calls up to a depth."""
+        names = [name for depth, name in self._entered if deepest is None or depth <= deepest]
+        stays = [name for name, _ in itertools.groupby(names)]
+        return len(set(stays)), len(stays), len(stays) - len(set(stays))
 
     def __str__(self) -> str:
-        modules = set(self.entered)
-        return f"{len(modules):3} modules {len(self.entered):5} stays {len(self.entered) - len(modules):5} returns"
+        return "".join("{:8}{:5}{:5}".format(*self.count(depth)) for depth in self.DEPTHS)
 
 
 TRIPS = {
@@ -253,7 +266,8 @@ with trip:
     "setting up a run": """
 import yaml
 from transformers import Trainer
-from llava_sp.train.run import main
+try: from llava_sp.train.run import main
+except ImportError: from llava_sp.train.__main__ import main
 golden = root.parent / "tests/golden"
 settings = {"base": str(root.parent / "configs/finetune_lora.yaml"), "language_model": str(golden / "base"),
     "vision_tower": str(golden / "clip"), "spatial_width": 5, "data_path": str(golden / "samples/data.json"),
@@ -279,6 +293,8 @@ with trip:
 
 
 def measure_trips(root: Path) -> None:
+    depths = "".join(f"{f'{depth} calls deep' if depth else 'every call':>18}" for depth in Trip.DEPTHS)
+    print(f"{'modules, stays, returns':32} {depths}")
     for name, code in TRIPS.items():
         setup = f"""
 import sys, tempfile, importlib.util
@@ -293,7 +309,7 @@ root, folder, trip = Path({str(root.resolve())!r}), tempfile.mkdtemp(), house.Tr
             capture_output=True,
             text=True,
         )
-        print(f"{name:32} {(done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1]}")
+        print(f"{name:32} {(done.stdout if done.returncode == 0 else done.stderr).rstrip().splitlines()[-1]}")
 
 
 def main() -> None:

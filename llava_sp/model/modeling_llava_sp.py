@@ -266,9 +266,10 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
                 f"{pretrained_model_name_or_path}: {' and '.join(f'{name}=' for name in given)} cannot be chosen on opening, "
                 "the weights decide. from_backbones(...) makes a new model"
             )
+        kwargs = _with_dtype(kwargs)
         formats = other_formats()
         if formats is not None:
-            return formats.open_model(cls, pretrained_model_name_or_path, *args, **_with_dtype(kwargs))
+            return formats.open_model(cls, pretrained_model_name_or_path, *args, **kwargs)
         return cls.from_full(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
