@@ -85,9 +85,6 @@ def test_images_stand_where_the_prompt_says():
         (["--image", "/"], "--image is /; it must be a file"),
         (["--model", "/nowhere/model"], "model /nowhere/model is neither a directory nor a model on the hub"),
         (["--conversation-template", "nope"], "unknown conversation template 'nope'"),
-        (["--temperature", "-1"], "--temperature is -1.0; it must be 0 (greedy) or more"),
-        (["--top-p", "2"], "--top-p is 2.0; it must be above 0 and at most 1"),
-        (["--max-new-tokens", "0"], "--max-new-tokens is 0; it must be at least 1"),
         (["--device", "toaster"], "--device toaster"),
     ],
 )

@@ -7,21 +7,58 @@ interrupted by Ctrl-C, 143 by SIGTERM.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
 
 from llava_sp.common.processes import USER_ERRORS, FailedHere, Processes, ReportedElsewhere
+from llava_sp.common.schema import Check, fits, is_utf8, whole
 
 INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose errors are one line."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        for word in words:
+            if not is_utf8(word):
+                self.error(f"{word!r} is not UTF-8 text")
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)  # of `fitting`
+        self.exit(2, f"error: {message}\n")
+
+
+def fitting(right: Check) -> Callable[[str], Any]:
+    """A type for `add_argument`: what a word stands for, which must fit `right`, a number or text."""
+
+    def read(word: str) -> Any:
+        with contextlib.suppress(ValueError):
+            value = right.spec(word)
+            if fits(value, right):
+                return value
+        raise argparse.ArgumentTypeError(f"is {word[:40]!r}; it must be {right.words}")
+
+    return read
+
+
+count, natural, seed = fitting(whole(1)), fitting(whole(0)), fitting(whole(0, 2**32 - 1))
+temperature = fitting(
+    Check(lambda t: t == 0 or 0.001 <= t <= 1000, "0 (greedy), or a number from 0.001 to 1000", float)
+)
 
 
 def command_parser(module: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
     """The parser of `python -m MODULE`, with `--traceback`; the description is printed as it is."""
     layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description, **layout | options)
+    parser = _Parser(prog=f"python -m {module}", description=description, **layout | options)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
 

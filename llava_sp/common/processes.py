@@ -17,7 +17,8 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _LONGEST_WAIT = timedelta(days=7)  # for the slowest process at the end of a long benchmark
-USER_ERRORS = (ValueError, OSError, MemoryError)  # what the user can put right, or the machine is too small for
+# What the user can put right, or the machine is too small for, or has not installed.
+USER_ERRORS = (ValueError, OSError, MemoryError, ImportError)
 
 
 class ReportedElsewhere(ValueError):

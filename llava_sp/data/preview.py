@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_sp.common.command import command_parser, run_command
+from llava_sp.common.command import command_parser, natural, run_command
 from llava_sp.data.annotations import BadSample
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def show(dataset: ConversationDataset, index: int, folder: Path, marks: tuple[st
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("llava_sp.data.preview", __doc__)
     parser.add_argument("--config", required=True, help="training YAML")
-    parser.add_argument("--index", type=int, default=0, help="which sample")
+    parser.add_argument("--index", type=natural, default=0, help="which sample")
     parser.add_argument("--output", type=Path, default=Path("preview"), help="folder for the images")
     options, overrides = parser.parse_known_args(arguments)
     marks = COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else BRACKETS

@@ -27,7 +27,7 @@ from llava_sp.common.command import command_parser, run_command
 from llava_sp.common.processes import USER_ERRORS, Processes
 from llava_sp.common.provenance import now, versions
 from llava_sp.eval.base import Benchmark
-from llava_sp.eval.cli import INTERRUPTED, check_numbers, default_data, make_parser
+from llava_sp.eval.cli import INTERRUPTED, default_data, make_parser
 from llava_sp.eval.report.table import Row, Table
 from llava_sp.eval.run.registry import benchmark_names, load_benchmark
 
@@ -101,7 +101,6 @@ def _arguments(
         protocol = ["--protocol", args.protocol] if args.protocol in cls.protocols else []
         parsed[cls], left = make_parser(cls).parse_known_args([*rest, *protocol, "--model", args.model])
         unknown &= set(left)
-        check_numbers(parsed[cls])
     if unknown:
         raise ValueError(f"unknown arguments: {' '.join(argument for argument in rest if argument in unknown)}")
     return parsed

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_sp.common.command import check_arguments, command_parser, run_command
+from llava_sp.common.command import command_parser, count, natural, run_command, seed
 from llava_sp.common.files import examples, read_json, read_jsonl, write_json
 from llava_sp.eval.base import Benchmark
 from llava_sp.eval.run.registry import benchmark_names, load_benchmark
@@ -209,15 +209,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser("llava_sp.eval.compare", __doc__)
     parser.add_argument("a", type=Path, help="output folder of the first run")
     parser.add_argument("b", type=Path, help="output folder of the second run")
-    parser.add_argument("--samples", type=int, default=RESAMPLES, help=f"bootstrap samples (default {RESAMPLES})")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--show", type=int, default=5, help="how many changed questions to print (default 5)")
+    parser.add_argument("--samples", type=count, default=RESAMPLES, help=f"bootstrap samples (default {RESAMPLES})")
+    parser.add_argument("--seed", type=seed, default=0, help="of the bootstrap")
+    parser.add_argument("--show", type=natural, default=5, help="how many changed questions to print (default 5)")
     parser.add_argument("--output", type=Path, help="write everything as JSON to this file")
     args = parser.parse_args(argv)
 
     def run() -> int:
         """Compares and prints each pair; of several, one that does not compare does not stop the others."""
-        check_arguments([("--samples", args.samples, args.samples >= 1, "at least 1")])
         pairs = find_pairs(args.a, args.b)
         results, status = [], 0
         for a, b in pairs:

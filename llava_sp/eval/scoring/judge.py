@@ -38,7 +38,9 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from llava_sp.common.command import count, fitting
 from llava_sp.common.files import Line, examples, sha256
+from llava_sp.common.schema import POSITIVE
 from llava_sp.eval.base import Benchmark, Item, Scores
 from llava_sp.eval.inputs.answers_file import read_lines
 from llava_sp.eval.run.answer_log import AnswerLog
@@ -81,9 +83,15 @@ class JudgedBenchmark(Benchmark):
         add("--judge", metavar="MODEL", help="the model that judges; without it, answers are produced and not scored")
         add("--judge-url", metavar="URL", help="server with OpenAI's chat API (default OPENAI_BASE_URL, else OpenAI)")
         add("--judge-key-env", metavar="NAME", default=OPENAI_KEY, help="variable with the key (default %(default)s)")
-        add("--judge-concurrency", metavar="N", type=int, default=8, help="requests at once (default %(default)s)")
-        add("--judge-runs", metavar="N", type=int, help="judge N times and average (default 1)")
-        add("--judge-timeout", metavar="SECONDS", type=float, default=300.0, help="of a request (default %(default)s)")
+        add("--judge-concurrency", metavar="N", type=count, default=8, help="requests at once (default %(default)s)")
+        add("--judge-runs", metavar="N", type=count, help="judge N times and average (default 1)")
+        add(
+            "--judge-timeout",
+            metavar="SECONDS",
+            type=fitting(POSITIVE),
+            default=300.0,
+            help="of a request (default %(default)s)",
+        )
         add("--judgements", metavar="FILE", type=Path, nargs="+", help="score these recorded replies, without requests")
 
     @classmethod
