@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from llava_sp.common.processes import USER_ERRORS, FailedHere, Processes, ReportedElsewhere
@@ -24,7 +24,7 @@ INTERRUPTED = 130
 class _Parser(argparse.ArgumentParser):
     """One whose errors are one line."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         for word in words:
             if not is_utf8(word):

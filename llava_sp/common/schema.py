@@ -121,7 +121,8 @@ def _problems(value: Any, spec: Spec, path: str) -> Iterator[tuple[str, str]]:
     """(path to the value, what is wrong with it) of everything that does not fit."""
     if isinstance(spec, tuple):
         if not any(fits(value, one) for one in spec):
-            alike = [one for one in spec if isinstance(one, dict) and isinstance(value, dict)]
+            inner = [one.spec if isinstance(one, Check) else one for one in spec]
+            alike = [one for one, kind in zip(spec, inner) if isinstance(kind, dict) and isinstance(value, dict)]
             yield next(_problems(value, alike[0], path)) if len(alike) == 1 else (path, _wrong(value, spec))
     elif isinstance(spec, Check):
         inner = list(_problems(value, spec.spec, path))

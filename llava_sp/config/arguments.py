@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -236,7 +236,7 @@ def _specs() -> dict[str, Any]:
         hints |= {name: declared[name] for name in kind.__annotations__ if name != "projector"}
     inherited = {f.name: f for f in fields(TrainingArguments) if f.init and f.name not in hints}
     refused = {
-        name: allowed(f.default if f.default is not MISSING else f.default_factory(), INSTEAD[name])
+        name: allowed(f.default_factory() if callable(f.default_factory) else f.default, INSTEAD[name])
         for name, f in inherited.items()
         if name in INSTEAD
     }

@@ -33,7 +33,7 @@ VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 class _Loader(yaml.SafeLoader):
     """As YAML says and PyYAML does not: no key twice."""
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         names = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         first = {key.value: key for key in reversed(names)}

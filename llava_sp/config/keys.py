@@ -8,12 +8,13 @@ not. `INSTEAD` says of each what to use.
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Any, Literal
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy
 
-from llava_sp.common.schema import NOT_NEGATIVE, POSITIVE, SHARE, TEXT, Check, only, some, whole
+from llava_sp.common.schema import NOT_NEGATIVE, POSITIVE, SHARE, TEXT, Check, fits, only, some, whole
 
 Count = Annotated[int, whole(1)]
 Natural = Annotated[int, whole(0)]
@@ -73,7 +74,7 @@ HONOURED: dict[str, Any] = {
     "adam_beta1": Share,
     "adam_beta2": Share,
     "adam_epsilon": Positive,
-    "max_grad_norm": Annotated[float, Check(lambda n: n >= 0, "a number, 0 or more (0 and inf: no limit)", float)],
+    "max_grad_norm": Annotated[float, Check(lambda n: n == math.inf or fits(n, NOT_NEGATIVE), "a number, 0 or more (0 and inf: no limit)", float)],
     "average_tokens_across_devices": bool,
     "seed": Seed,
     "data_seed": Seed | None,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
-from transformers import get_scheduler
+from transformers import SchedulerType, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
 from llava_sp.checkpoints.opening.warm_start import holds_lora
@@ -173,20 +173,18 @@ def _trainer(args: TrainArguments) -> Iterator[str]:
         for tracker in get_reporting_integration_callbacks(args.report_to):
             tracker()
     except (RuntimeError, ImportError, ValueError) as error:  # its package is not installed
-        yield f"report_to = {', '.join(args.report_to)}: {_short(error).rstrip('.')}."
+        yield f"report_to = {args.report_to}: {_short(error).rstrip('.')}."
     steps = args.max_steps if args.max_steps > 0 else 10**6
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    kind, kwargs = SchedulerType(args.lr_scheduler_type), cast("dict | None", args.lr_scheduler_kwargs)
     try:
-        schedule: Any = get_scheduler(
-            args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs
-        )
+        schedule: Any = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, kwargs)
         rates = [share(step) for share in schedule.lr_lambdas for step in (0, steps // 2, steps - 1)]
         wrong = "" if all(map(math.isfinite, rates)) else f"the rate becomes {rates} times learning_rate"
     except (TypeError, ValueError, ArithmeticError) as error:
         wrong = _short(error)
     if wrong:
-        kwargs = args.lr_scheduler_kwargs
-        yield f"lr_scheduler_kwargs = {kwargs}: {wrong} (lr_scheduler_type = {args.lr_scheduler_type.value})."
+        yield f"lr_scheduler_kwargs = {kwargs}: {wrong} (lr_scheduler_type = {kind.value})."
 
 
 def _output(run: Run) -> Iterator[str]:

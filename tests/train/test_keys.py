@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from llava_sp import LlavaSPForCausalLM
 from llava_sp.config.arguments import DataArguments, ModelArguments, TrainArguments, load_config, read_keys
-from llava_sp.config.keys import FORMER, HONOURED, INSTEAD
+from llava_sp.config.keys import FORMER, HONOURED, INSTEAD, NEEDS
 from llava_sp.model.configuration_llava_sp import PROJECTOR_SETTINGS, LlavaSPConfig
 from llava_sp.train.preflight import check_inputs
 
@@ -22,6 +22,7 @@ OURS = {name for kind in (ModelArguments, DataArguments, TrainArguments) for nam
     "projector"
 }
 DEFAULTS = {f.name: f.default for kind in (ModelArguments, DataArguments, TrainArguments) for f in fields(kind)}
+DEFAULTS |= {name: f.default for name, f in PROJECTOR_SETTINGS.items()}
 KEYS = sorted(OURS | set(HONOURED) | set(PROJECTOR_SETTINGS))
 
 TEXTS = {
@@ -53,8 +54,7 @@ def is_right(key: str, name: str) -> bool:
     if key in TEXTS and of_text:
         return True
     if name == "nothing":
-        return default is None or key in ("report_to", "spatial_scales", "spatial_width", "spatial_projection_bias",
-                                          "fusion_kernel", "fusion_stride")  # fmt: skip
+        return default is None or key == "report_to"
     if isinstance(default, bool) or kind in (bool, bool | None) or key in ("spatial_fusion", "spatial_projection_bias"):
         return name == "zero"
     return (
@@ -62,7 +62,7 @@ def is_right(key: str, name: str) -> bool:
         or (name == "negative" and key in MINUS_ONE)
         or (name == "mapping" and key in OBJECTS and "checkpointing" not in key)
         or (name == "two values" and key in ("spatial_scales", "vision_feature_layer"))
-        or (name == "two texts" and key == "lora_target_modules")
+        or (name in ("two texts", "tag", "5000 digits") and key == "lora_target_modules")
         or (name in ("infinite", "5000 digits") and key == "max_grad_norm")
         or (name == "zero" and key == "include_num_input_tokens_seen")
     )
@@ -74,7 +74,8 @@ def test_values_that_cannot_be(key, tmp_path):
     for name, value in BAD.items():
         file.write_text(yaml.safe_dump({key: value}) if name not in ("huge", "hexadecimal") else f"{key}: 0x{value:x}")
         if is_right(key, name):
-            read_keys(file)
+            if key not in ("deepspeed", *NEEDS):  # these need more
+                read_keys(file)
             continue
         with pytest.raises(ValueError) as caught:
             load_config(file)
@@ -95,7 +96,6 @@ OTHER = {bool: True, str: "steps", int: 7, float: 0.5, type(None): "x", list: ["
 @pytest.mark.parametrize("key", sorted(INSTEAD))
 def test_a_key_that_is_not_honoured_may_have_its_default_alone(key):
     field = {f.name: f for f in fields(TrainingArguments)}[key]
-    default = getattr(TrainingArguments(), key) if field.default_factory is not field.default else field.default
     default = field.default if not callable(field.default_factory) else field.default_factory()
     assert read_keys(None, {key: default}) == {key: default}
     other = not default if isinstance(default, bool) else OTHER[type(default)]
@@ -128,7 +128,14 @@ def test_why_label_smoothing_is_refused():
             "lr_scheduler_kwargs is set, but constant",
         ),
         ({"lr_scheduler_kwargs": {"min_lr": math.nan}}, "lr_scheduler_kwargs.min_lr is nan; expected a number"),
-        ({"gradient_checkpointing_kwargs": {"use_reentrant": "x"}}, "use_reentrant is 'x'; expected true or false"),
+        (
+            {"gradient_checkpointing_kwargs": {"reentrant": True}},
+            "gradient_checkpointing_kwargs is {'reentrant': True}",
+        ),
+        (
+            {"gradient_checkpointing_kwargs": {"use_reentrant": "x"}},
+            "gradient_checkpointing_kwargs.use_reentrant is 'x'; expected true or false",
+        ),
         ({"warmup_steps": 1.5}, "warmup_steps is 1.5; expected a whole number of steps, or a share"),
         ({"logging_steps": 1.5}, "logging_steps is 1.5; expected a whole number of steps, or a share"),
         ({"max_steps": 0}, "max_steps is 0; expected a whole number from 1 on, or -1"),
@@ -142,13 +149,13 @@ def test_why_label_smoothing_is_refused():
 def test_values_that_would_fail_later_or_do_nothing(keys, message):
     with pytest.raises(ValueError) as caught:
         load_config(None, keys)
-    assert f"command line: {message}" in str(caught.value) or f".{message}" in str(caught.value)
+    assert f"command line: {message}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"report_to": "codecarbon"}, "report_to = codecarbon: .*requires"),
+        ({"report_to": "codecarbon"}, r"report_to = \['codecarbon'\]: .*requires"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs = None: One of min_lr or min_lr_rate"),
         ({"lr_scheduler_kwargs": {"cycles": 2}}, "lr_scheduler_kwargs = {'cycles': 2}: .*unexpected keyword"),
         (
@@ -183,6 +190,7 @@ def test_values_of_the_projector(key, value):
         "image_size": 56,
         "patch_size": 14,
         "num_hidden_layers": 2,
+        "num_attention_heads": 2,
         "model_type": "clip_vision_model",
     }
     with pytest.raises(ValueError, match=f"{key} is .*; it must be"):
@@ -190,7 +198,7 @@ def test_values_of_the_projector(key, value):
 
 
 def test_files_that_are_no_configuration_are_named_on_one_line(tmp_path: Path, monkeypatch):
-    file, deep = tmp_path / "c.yaml", 3000
+    file, deep = tmp_path / "c.yaml", 600
     bomb = "\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))])
     contents: dict[str | bytes, str] = {
         "a: [": "is not valid YAML: expected the node content, .*, line 1 column 5",

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from llava_sp.common.command import count, fitting
 from llava_sp.common.files import Line, examples, sha256
-from llava_sp.common.schema import POSITIVE
+from llava_sp.common.schema import Check
 from llava_sp.eval.base import Benchmark, Item, Scores
 from llava_sp.eval.inputs.answers_file import read_lines
 from llava_sp.eval.run.answer_log import AnswerLog
@@ -61,6 +61,7 @@ _LINE = {
     "answered_by?": (str, None),
     "usage?": ({"total_tokens?": (int, None)}, None),
 }
+SECONDS = Check(lambda number: 0 < number <= 10**6, "a number of seconds above 0, at most 1,000,000", float)
 _CARRIED = ("split", "protocol", "rules", "judge_prompt", "grader_prompt")  # arguments that the later command needs too
 
 J = TypeVar("J", bound="JudgedBenchmark")
@@ -88,7 +89,7 @@ class JudgedBenchmark(Benchmark):
         add(
             "--judge-timeout",
             metavar="SECONDS",
-            type=fitting(POSITIVE),
+            type=fitting(SECONDS),
             default=300.0,
             help="of a request (default %(default)s)",
         )
