@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_sp.common.command import command_parser, natural, run_command
+from llava_sp.common.files import writing
 from llava_sp.data.annotations import BadSample
 
 if TYPE_CHECKING:
@@ -85,11 +86,11 @@ def show(dataset: ConversationDataset, index: int, folder: Path, marks: tuple[st
     print("-" * 80, text, "-" * 80, sep="\n")
     if not images:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     seen = seen_images(dataset, dataset.processor.preprocess_images(images))
     for number, (name, image, pixels) in enumerate(zip(conversation.images, images, seen, strict=True)):
         path = folder / f"sample_{index}_image_{number}.png"
-        pixels.save(path)
+        with writing(path):
+            pixels.save(path)
         print(
             f"{name} ({image.width} x {image.height}) as the model sees it ({pixels.width} x {pixels.height}): {path}"
         )

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from llava_sp.common.command import command_parser, count, run_command, seed
+from llava_sp.common.files import write_atomic
 from llava_sp.common.provenance import version
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "backbones"
@@ -76,7 +77,7 @@ def _train_cycle(part: str, folder: Path, seed: int, number: int, max_steps: int
     module.save(model, folder)
     cycles = [*_cycles_done(folder), {"steps": steps, "batch size": BATCH[part], **figures}]
     record = {"seed": seed, "parameters": sum(p.numel() for p in model.parameters()), "cycles": cycles}
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    write_atomic(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def write_readme(output: Path, threads: int) -> None:
@@ -105,7 +106,7 @@ def write_readme(output: Path, threads: int) -> None:
         vocabulary=llama.VOCABULARY,
         figures="\n".join(lines),
     )
-    (output / "README.md").write_text(text)
+    write_atomic(output / "README.md", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -103,5 +103,11 @@ def test_made_once_and_never_over_other_files(data, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert main(["--output", str(tmp_path)]) == 2
     assert "other files" in capsys.readouterr().err
-    assert main(["--output", str(tmp_path / "new"), "--captions", "0"]) == 2
-    assert "error: --captions is 0" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_names_the_file(tmp_path, capsys):
+    full = tmp_path / "images" / "caption_000000.jpg"
+    full.parent.mkdir()
+    full.symlink_to("/dev/full")
+    assert main(["--output", str(tmp_path), "--captions", "1"]) == 2
+    assert capsys.readouterr().err == f"error: cannot write {full}: No space left on device\n"
