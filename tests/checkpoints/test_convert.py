@@ -131,7 +131,7 @@ def test_transformers_llava_both_ways(golden, tmp_path, llava_hf, images):
 def test_the_original_needs_its_slow_tokenizer(golden, tmp_path, llava_hf):
     shutil.copytree(llava_hf, tmp_path / "hf")
     (tmp_path / "hf/tokenizer.model").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match="hf has no tokenizer.model, as the original needs: give --language-model"):
+    with pytest.raises(ValueError, match="hf has no tokenizer.model, which the original needs: give --language-model"):
         convert(tmp_path / "hf", tmp_path / "original", target="original", vision_tower=golden / "clip")
     assert not (tmp_path / "original").exists()
 

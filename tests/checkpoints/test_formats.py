@@ -172,7 +172,7 @@ def test_what_is_no_checkpoint(golden, tmp_path):
         tmp_path / "tokenizer": "It holds: tokenizer.model, tokenizer_config.json. Expected one of",
         golden / "base": r"base \(llama\) holds a model without a projector: it is a backbone.*from_backbones",
         golden / "clip": r"clip \(clip\) holds a model without a projector",
-        golden / "base/pytorch_model-00001-of-00002.bin": "holds no projector but",
+        golden / "base/pytorch_model-00001-of-00002.bin": "holds no projector, only",
     }
     for place, message in places.items():
         with pytest.raises(UnknownFormat, match=message):
@@ -278,7 +278,7 @@ def test_both_a_bin_and_safetensors(kinds, tmp_path, name):
     ways = {"open": copy.open, "convert": lambda: convert(copy.folder, tmp_path / "y", **copy.keywords)}
     ways["warm start"] = lambda: LlavaSPForCausalLM.from_backbones(*copy.keywords.values(), warm_start=copy.folder)
     for way in ways.values():
-        with pytest.raises(ValueError, match=f"{both}{key} differs; remove the one"):
+        with pytest.raises(ValueError, match=f"{both}{key} differs; remove the wrong one"):
             way()
     for spoilt in ({key: tensors[key].half()}, {key: tensors[key][..., 1:].clone()}, {"more": torch.ones(2)}):
         save(tensors | spoilt, other)

@@ -487,8 +487,8 @@ def test_a_manifest_that_is_gone(kinds, tmp_path):
     copy = kinds["llava_sp_adapter"].copy(tmp_path / "x")
     (copy.folder / "llava_sp.json").unlink()
     report = inspect(copy.folder)
-    assert not report["loads"] and "saving it was cut off" in report["problems"][0]
-    refused(copy, "saving it was cut off")
+    assert not report["loads"] and "saving was interrupted" in report["problems"][0]
+    refused(copy, "saving was interrupted")
 
 
 @pytest.mark.parametrize(

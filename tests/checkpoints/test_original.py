@@ -122,9 +122,7 @@ def test_a_hub_id_that_cannot_be_reached_is_said_to_be_so(golden):
     """Whatever else is passed: nothing is known of its format."""
     for opens in (LlavaSPForCausalLM, LlavaSPProcessor):
         for given in ({}, bases(golden), {**bases(golden), "local_files_only": True}):
-            with pytest.raises(
-                OSError, match="there is no folder someone/llava-sp-lora, and no model of that name can be"
-            ):
+            with pytest.raises(OSError, match="there is no folder someone/llava-sp-lora, and no model of that name"):
                 opens.from_pretrained("someone/llava-sp-lora", **given)
 
 
