@@ -182,7 +182,7 @@ INSTEAD = {
     "restore_callback_states_from_checkpoint": _SAME_RUN,
     "resume_from_checkpoint": _SAME_RUN,
     "save_on_each_node": "all nodes share output_dir",
-    "save_only_model": "a run could not go on from such a checkpoint",
+    "save_only_model": "a run cannot resume from such a checkpoint",
     "torch_compile": _SPEED,
     "torch_compile_backend": _SPEED,
     "torch_compile_mode": _SPEED,
