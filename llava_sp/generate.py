@@ -16,7 +16,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_sp.common.command import check_arguments, command_parser, count, fitting, run_command, seed, temperature
+from llava_sp.common.command import (
+    at_once,
+    check_arguments,
+    command_parser,
+    count,
+    fitting,
+    run_command,
+    seed,
+    temperature,
+)
 from llava_sp.common.schema import Check
 from llava_sp.decoding import Generation
 
@@ -40,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-new-tokens", type=count, default=512, help="default 512")
     add("--temperature", type=temperature, help="sample at this temperature instead of greedy decoding")
     add("--top-p", type=fitting(PART), help="sample from the likeliest tokens that together have this probability")
-    add("--num-beams", type=count, default=1, help="beam search; the answer is then printed at the end")
+    add("--num-beams", type=at_once, default=1, help="beam search; the answer is then printed at the end")
     add("--repetition-penalty", type=fitting(PENALTY), default=1.0, help="above 1 makes repetition less likely")
     add("--seed", type=seed, help="makes sampling repeatable")
     add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",

@@ -50,6 +50,7 @@ def fitting(right: Check) -> Callable[[str], Any]:
 
 
 count, natural, seed = fitting(whole(1)), fitting(whole(0)), fitting(whole(0, 2**32 - 1))
+at_once = fitting(whole(1, 1024))  # processes, threads, requests, beams: more would end the machine
 temperature = fitting(
     Check(lambda t: t == 0 or 0.001 <= t <= 1000, "0 (greedy), or a number from 0.001 to 1000", float)
 )

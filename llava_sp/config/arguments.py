@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_tf32_available
 
 from llava_sp.common.files import is_missing_folder, read_json
+from llava_sp.common.processes import launcher_number
 from llava_sp.config.files import nearest, read_with_bases, specs_of, split_command_line, typed
 from llava_sp.config.keys import (
     FORMER,
@@ -102,7 +103,7 @@ class TrainArguments(TrainingArguments):
             self.report_to = "none"
         if self.global_batch_size is not None:
             self.per_device_train_batch_size, self.gradient_accumulation_steps = split_global_batch(
-                self.global_batch_size, self.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
+                self.global_batch_size, self.per_device_train_batch_size, launcher_number("WORLD_SIZE")
             )
         super().__post_init__()
 

@@ -17,7 +17,6 @@ from transformers.trainer_utils import IntervalStrategy
 from llava_sp.common.schema import NOT_NEGATIVE, POSITIVE, SHARE, TEXT, Check, fits, only, some, whole
 
 Count = Annotated[int, whole(1)]
-Natural = Annotated[int, whole(0)]
 Seed = Annotated[int, whole(0, 2**32 - 1)]
 Positive = Annotated[float, POSITIVE]
 NotNegative = Annotated[float, NOT_NEGATIVE]
@@ -99,7 +98,7 @@ HONOURED: dict[str, Any] = {
     "local_rank": Annotated[int, whole(-1)],
     # data
     "dataloader_multiprocessing_context": Literal["fork", "spawn", "forkserver"] | None,
-    "dataloader_num_workers": Natural,
+    "dataloader_num_workers": Annotated[int, whole(0, 1024)],
     "dataloader_persistent_workers": bool,
     "dataloader_pin_memory": bool,
     "dataloader_prefetch_factor": Count | None,

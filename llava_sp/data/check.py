@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_sp.common.command import command_parser, natural, run_command
+from llava_sp.common.command import command_parser, fitting, natural, run_command
 from llava_sp.common.files import counted, write_jsonl
+from llava_sp.common.schema import whole
 from llava_sp.data.annotations import BadSample
 
 if TYPE_CHECKING:
@@ -102,7 +103,9 @@ def summary(findings: Findings, limit: int, show: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("llava_sp.data.check", __doc__)
     parser.add_argument("--config", required=True, help="training YAML")
-    parser.add_argument("--workers", type=natural, default=min(8, os.cpu_count() or 1), help="reading processes")
+    parser.add_argument(
+        "--workers", type=fitting(whole(0, 1024)), default=min(8, os.cpu_count() or 1), help="reading processes"
+    )
     parser.add_argument("--output", type=Path, help="JSONL file for the bad samples")
     parser.add_argument("--show", type=natural, default=20, help="how many bad samples to print")
     options, overrides = parser.parse_known_args(arguments)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_sp.common.command import command_parser, count, run_command, seed
+from llava_sp.common.command import at_once, command_parser, count, run_command, seed
 from llava_sp.common.files import read_json, write_json
 from llava_sp.shapes.chains import Chains, Command, cores
 from llava_sp.shapes.report import write_report
@@ -113,7 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=seed, default=[DEFAULT_SEED], help=seeds)
     add("--pretrain-steps", type=count, help="instead of max_steps in configs/shapes/pretrain.yaml")
     add("--finetune-steps", type=count, help="instead of max_steps in configs/shapes/finetune_lora.yaml")
-    add("--jobs", type=count, default=min(JOBS, cores()), help="models trained at a time (default here: %(default)s)")
+    add("--jobs", type=at_once, default=min(JOBS, cores()), help="models trained at a time (default here: %(default)s)")
     add("--questions", type=count, help="held-out questions (default: what llava_sp.shapes.make makes)")
     return parser.parse_args(argv)
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from llava_sp.common.command import command_parser, count, run_command, seed
+from llava_sp.common.command import at_once, command_parser, count, run_command, seed
 from llava_sp.common.files import write_atomic
 from llava_sp.common.provenance import version
 
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--output", type=Path, default=DEFAULT_OUTPUT, help="default: %(default)s")
     add("--only", choices=tuple(BATCH), help="train this one alone")
     add("--seed", type=seed, default=0)
-    add("--threads", type=count, default=2)
+    add("--threads", type=at_once, default=2)
     add("--max-steps", type=count, help="no more steps than this in a cycle (to try the command out)")
     args = parser.parse_args(argv)
 

@@ -38,7 +38,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from llava_sp.common.command import count, fitting
+from llava_sp.common.command import at_once, count, fitting
 from llava_sp.common.files import Line, counted, examples, sha256
 from llava_sp.common.schema import Check
 from llava_sp.eval.base import Benchmark, Item, Scores
@@ -84,7 +84,7 @@ class JudgedBenchmark(Benchmark):
         add("--judge", metavar="MODEL", help="the model that judges; without it, answers are produced and not scored")
         add("--judge-url", metavar="URL", help="server with OpenAI's chat API (default OPENAI_BASE_URL, else OpenAI)")
         add("--judge-key-env", metavar="NAME", default=OPENAI_KEY, help="variable with the key (default %(default)s)")
-        add("--judge-concurrency", metavar="N", type=count, default=8, help="requests at once (default %(default)s)")
+        add("--judge-concurrency", metavar="N", type=at_once, default=8, help="requests at once (default %(default)s)")
         add("--judge-runs", metavar="N", type=count, help="judge N times and average (default 1)")
         add(
             "--judge-timeout",
