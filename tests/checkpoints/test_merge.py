@@ -243,7 +243,9 @@ def test_a_wrong_merge_is_caught(adapter, tmp_path, monkeypatch, dtype, factor, 
 
 def test_in_16_bit_a_layer_that_logits_do_not_show(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(LoraLinear, "get_delta_weight", scaled(1.05, first_only=True))
-    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj: 1.05\d of LoRA is in the merged weight; 1 is expected"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.self_attn.q_proj: 1.05\d of LoRA is in the merged weight; 1 is expected"
+    ):
         merge_adapter(adapter, tmp_path / "out", dtype="bfloat16")
     assert not any(tmp_path.iterdir())
 
