@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_sp.common.files import parse_line
+from llava_sp.common.files import parse_json, parse_line
 from llava_sp.common.schema import expect
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
@@ -159,7 +159,7 @@ class _Text:
         start = self.byte
         while True:
             try:
-                value, end = self.decoder.raw_decode(self.text, self.place)
+                value, end = parse_json(self.text, lambda text: self.decoder.raw_decode(text, self.place))
             except json.JSONDecodeError as error:
                 if not self.ended:
                     self.read()

@@ -16,7 +16,10 @@ def test_a_folder_appears_at_the_end(tmp_path):
     with new_folder(target, needed=0) as stage:
         (stage / "x").write_text("text")
         assert not target.exists()
-        with pytest.raises(ValueError, match="target.part is there"), new_folder(target, needed=0):
+        with (
+            pytest.raises(ValueError, match="target.part is being written by another command"),
+            new_folder(target, needed=0),
+        ):
             pass
     assert (target / "x").read_text() == "text" and os.listdir(tmp_path) == ["deep"]
 
