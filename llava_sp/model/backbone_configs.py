@@ -19,7 +19,7 @@ def as_value_error(path: str | os.PathLike) -> Iterator[None]:
     """Makes of what transformers raises for JSON files with invalid values a `ValueError` that names the folder."""
     try:
         yield
-    except (StrictDataclassError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except (StrictDataclassError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{path} cannot be read: its config.json, or another JSON file there, holds invalid values ({reason})"

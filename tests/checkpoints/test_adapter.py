@@ -22,6 +22,7 @@ from llava_sp.checkpoints.opening.adapter import (
 from llava_sp.checkpoints.reading.fingerprint import checkpoint_hash
 from llava_sp.checkpoints.reading.formats import UnknownFormat, recognise
 from llava_sp.checkpoints.reading.manifest import describe
+from llava_sp.common.files import sha256
 from tests.released import variant
 
 
@@ -165,7 +166,8 @@ def test_missing_and_renamed_tensors_are_named(copy):
     tensors["spatial.linear.wait"] = tensors.pop("spatial.linear.weight")
     save_file(tensors, copy / "projector.safetensors")
     about = json.loads((copy / "llava_sp.json").read_text())
-    about["files"]["projector.safetensors"]["bytes"] = (copy / "projector.safetensors").stat().st_size
+    file = copy / "projector.safetensors"
+    about["files"]["projector.safetensors"] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     (copy / "llava_sp.json").write_text(json.dumps(about))
     with pytest.raises(
         ValueError,

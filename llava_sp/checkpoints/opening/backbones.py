@@ -28,8 +28,9 @@ from transformers.utils import logging
 
 from llava_sp.checkpoints.opening.fill import check_model, gathered
 from llava_sp.checkpoints.reading.fingerprint import weights_fingerprint
-from llava_sp.checkpoints.reading.formats import read_generation_config, recognise
+from llava_sp.checkpoints.reading.formats import recognise
 from llava_sp.checkpoints.reading.places import fetch, hub_kwargs
+from llava_sp.checkpoints.reading.settings import check_settings
 from llava_sp.checkpoints.reading.tensor_files import stored_tensors, weight_files
 from llava_sp.model.backbone_configs import (
     FULL_LLAVAS,
@@ -299,7 +300,7 @@ def _load_complete(auto_class, path: str | os.PathLike, zeros_allowed: bool = Tr
     """
     stored = []
     if (Path(path) / "config.json").is_file():  # before anything is read; without it, transformers' own message
-        read_generation_config(Path(path))
+        check_settings(Path(path))
         stored = [tensor for file in weight_files(Path(path)) for tensor in stored_tensors(file)]
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else a CLIP's text half is reported, key by key, as unexpected

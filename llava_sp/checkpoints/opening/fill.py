@@ -98,16 +98,25 @@ def check_model(model: nn.Module, path: object, stored: Iterable[StoredTensor], 
         zeros_allowed: a matrix of zeros may be meant in a backbone and in what is ours.
     """
     stored = list(stored)
+    held = {name: (parameter, _stored_as(name, stored)) for name, parameter in model.named_parameters()}
+    cast = [
+        f"{tensor.key} in {tensor.file} ({tensor.dtype})"
+        for parameter, tensor in held.values()
+        if tensor
+        and parameter.is_floating_point()
+        and not (tensor.dtype.is_floating_point or getattr(model, "is_quantized", False))
+    ]
+    if cast:
+        raise ValueError(f"{path} holds whole numbers where weights have to be, such as {cast[0]}")
     check_values(
-        (_described(name, path, stored), parameter.detach(), zeros_allowed)
-        for name, parameter in model.named_parameters()
+        (f"{tensor.key} in {tensor.file}" if tensor else f"{name} in {path}", parameter.detach(), zeros_allowed)
+        for name, (parameter, tensor) in held.items()
         if not parameter.is_meta and not hasattr(parameter, "ds_id")  # kept on the disk; split by ZeRO-3
     )
 
 
-def _described(name: str, path: object, stored: list[StoredTensor]) -> str:
-    """The tensor that became a parameter, with its file: files have prefixes or not, in one order or another."""
+def _stored_as(name: str, stored: list[StoredTensor]) -> StoredTensor | None:
+    """The tensor that became a parameter: files have prefixes or not, in one order or another."""
     tail, words = f".{'.'.join(name.split('.')[-5:])}", set(name.split("."))
     alike = [tensor for tensor in stored if f".{tensor.key}".endswith(tail)]  # a tower's layers end as a decoder's do
-    held = min(alike, key=lambda tensor: len(words ^ set(tensor.key.split("."))), default=None)
-    return f"{held.key} in {held.file}" if held else f"{name} in {path}"
+    return min(alike, key=lambda tensor: len(words ^ set(tensor.key.split("."))), default=None)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from peft import LoraConfig
 from llava_sp.checkpoints.reading.lora_settings import (
     OPENED,
     ORIGINAL_SETTINGS,
-    SETTINGS,
+    check_ours,
     check_plain_lora,
     original_lora_config,
 )
-from llava_sp.checkpoints.reading.manifest import describe
+from llava_sp.checkpoints.reading.manifest import MANIFEST, describe
 from llava_sp.checkpoints.reading.names import (
     CONSTANTS,
     HEAD,
@@ -44,6 +44,7 @@ from llava_sp.checkpoints.reading.names import (
     tower_name,
     unwrapped,
 )
+from llava_sp.checkpoints.reading.settings import check_settings
 from llava_sp.checkpoints.reading.tensor_files import (
     WEIGHT_FILES,
     StoredTensor,
@@ -65,6 +66,7 @@ FORMATS = {
 }
 OURS = ("llava_sp", "llava_sp_adapter")
 LORA_FOLDER = "lora"
+LORA_TENSORS = f"{LORA_FOLDER}/adapter_model.safetensors"
 
 _LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
@@ -168,18 +170,20 @@ class Checkpoint:
         return LoraConfig.from_pretrained(str(self.lora_file.parent))
 
     def add(self, tensors: list[StoredTensor], named: Callable[[str], str | None]) -> None:
-        """Enter tensors under our names. Raises `ValueError` for two that belong in one place."""
+        """Enter tensors under our names. Raises `ValueError` for two that belong in one place, and for whole numbers."""
         for tensor in tensors:
             name = named(tensor.key)
-            if name is None:
-                self.unknown += [] if tensor.key.endswith(CONSTANTS) else [tensor]
-            elif not name.endswith(CONSTANTS):
-                other = self.tensors.setdefault(name, tensor)
-                if other is not tensor:
-                    raise ValueError(
-                        f"{tensor.key} in {tensor.file} and {other.key} in {other.file} are the same part of the model: "
-                        "two checkpoints, perhaps of two variants, were mixed"
-                    )
+            if tensor.key.endswith(CONSTANTS):
+                continue
+            if not tensor.dtype.is_floating_point and "quantization_config" not in self.config:
+                raise ValueError(f"{tensor.key} in {tensor.file} holds {tensor.dtype}; expected floating-point weights")
+            other = tensor if name is None else self.tensors.setdefault(name, tensor)
+            self.unknown += [tensor] if name is None else []
+            if other is not tensor:
+                raise ValueError(
+                    f"{tensor.key} in {tensor.file} and {other.key} in {other.file} are the same part of the model: "
+                    "two checkpoints, perhaps of two variants, were mixed"
+                )
 
 
 def recognise(path: str | os.PathLike) -> Checkpoint:
@@ -193,17 +197,28 @@ def recognise(path: str | os.PathLike) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no folder {path}")
-    folder = path if path.is_dir() else path.parent
+    found = _recognise(path, path if path.is_dir() else path.parent)
+    kind = "ours" if found.format in OURS else "model" if found.format == "llava_hf" else "backbone"
+    check_settings(found.folder, kind)
+    return found
+
+
+def _recognise(path: Path, folder: Path) -> Checkpoint:
     config = read_json(folder / "config.json", dict) if (folder / "config.json").is_file() else {}
     if path.is_file():
         return _original_projector(folder, path, config)
+    whole = shard_index(folder) is not None or bool(_find(folder, WEIGHT_FILES))
     if (folder / ADAPTER_FILE).is_file():
+        if whole:
+            raise ValueError(
+                f"{folder} holds a whole model beside {ADAPTER_FILE}: two checkpoints were saved in one folder"
+            )
         return _adapter(folder, config)
     if config.get("model_type") == "llava_sp" and not _find(folder, _NON_LORA_FILES):
         return _full(folder, config)
     if _find(folder, _LORA_FILES) or _find(folder, _NON_LORA_FILES):
         return _original_lora(folder, config)
-    if shard_index(folder) is not None or _find(folder, WEIGHT_FILES):
+    if whole:
         return _full_of_others(folder, config)
     if _find(folder, _PROJECTOR_FILES):
         return _original_projector(folder, _find(folder, _PROJECTOR_FILES)[0], config)
@@ -231,26 +246,27 @@ def _ours(folder: Path, config: dict, kind: str) -> Checkpoint:
 
 
 def _full(folder: Path, config: dict) -> Checkpoint:
-    read_generation_config(folder)
     found = _ours(folder, config, "llava_sp")
     found.add(folder_tensors(folder), tower_name)
     return found
 
 
-def read_generation_config(folder: Path) -> dict[str, Any]:
-    """A file whose errors transformers reports without its name. Raises `ValueError` if it is not valid."""
-    file = folder / "generation_config.json"
-    return read_json(file, dict) if file.is_file() else {}
-
-
 def _adapter(folder: Path, config: dict) -> Checkpoint:
     found = _ours(folder, config, "llava_sp_adapter")
     found.manifest = describe(folder)
-    found.add(stored_tensors(folder / ADAPTER_FILE), lambda key: PROJECTOR + key)
+    found.add(_recorded(found, ADAPTER_FILE), lambda key: PROJECTOR + key)
     if (folder / LORA_FOLDER).is_dir():
-        found.lora = read_json(found.lora_file, SETTINGS)
-        found.add(stored_tensors(folder / LORA_FOLDER / _LORA_FILES[0]), lambda key: key.removeprefix(PEFT))
+        found.lora = read_json(found.lora_file)
+        check_ours(found.lora, found.lora_file)
+        found.add(_recorded(found, LORA_TENSORS), lambda key: key.removeprefix(PEFT))
     return found
+
+
+def _recorded(found: Checkpoint, name: str) -> list[StoredTensor]:
+    """The tensors of a file that the manifest has to know; its bytes are held to the manifest when they are read."""
+    assert found.manifest is not None
+    files = expect(found.manifest["files"], {name: dict}, f"{found.folder / MANIFEST}: files")
+    return [replace(tensor, sha256=files[name]["sha256"]) for tensor in stored_tensors(found.folder / name)]
 
 
 # ---- the original code's
@@ -330,7 +346,6 @@ def _full_of_others(folder: Path, config: dict) -> Checkpoint:
 
 
 def _llava_hf(folder: Path, config: dict, tensors: list[StoredTensor]) -> Checkpoint:
-    read_generation_config(folder)
     found = Checkpoint(folder, "llava_hf", config, spatial={"spatial_variant": "none"})
     found.add(tensors, llava_hf_name)
     tower = found.part(TOWER)

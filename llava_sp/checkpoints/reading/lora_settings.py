@@ -9,21 +9,19 @@ from typing import Any
 from peft import LoraConfig
 
 from llava_sp.checkpoints.reading.names import LANGUAGE
-from llava_sp.common.schema import Check, fits, one_of
+from llava_sp.checkpoints.reading.settings import COUNT, POSITIVE, SHARE
+from llava_sp.common.schema import Check, expect, fits, one_of
 
 SETTINGS = {
     "peft_type": one_of("LORA"),
-    "r": Check(lambda value: type(value) is int and value > 0, "a whole number above 0"),
-    "lora_alpha": float,
-    "lora_dropout?": (
-        Check(lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"),
-        None,
-    ),
+    "r": COUNT,
+    "lora_alpha": POSITIVE,
+    "lora_dropout?": (SHARE, None),
     "target_modules": Check(lambda value: bool(value) and fits(value, (str, [str])), "the names of linear layers"),
     "use_rslora?": (bool, None),
     "use_dora?": (bool, None),
-    "rank_pattern?": (dict, None),
-    "alpha_pattern?": (dict, None),
+    "rank_pattern?": ({str: COUNT}, None),
+    "alpha_pattern?": ({str: POSITIVE}, None),
     "base_model_name_or_path?": (str, None),
 }
 # An expression may name layers of the tower too.
@@ -43,6 +41,10 @@ OPENED = (
     "rank_pattern",
     "alpha_pattern",
 )
+# What ours may have beside: its tensors are saved too, or it only says how they began.
+_OURS = (
+    *OPENED, "init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "layers_to_transform", "layers_pattern", "lora_bias",
+)  # fmt: skip
 # Settings that plain LoRA on linear layers has, or that change nothing once it is trained; further ones have to be unset.
 _PLAIN = (
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "inference_mode",
@@ -60,6 +62,11 @@ def check_plain_lora(settings: dict[str, Any], file: Path, allowed: tuple[str, .
         plain = key in _PLAIN and (key != "init_lora_weights" or value in (*_INITIALISATIONS, None))
         if not (unset or plain or key in allowed):
             raise ValueError(f"{file}: {key} is {value!r}; expected plain LoRA on linear layers, without it")
+
+
+def check_ours(settings: dict[str, Any], file: Path) -> None:
+    """Raises `ValueError` for an adapter_config.json of anything but LoRA on linear layers, all of whose tensors are saved."""
+    check_plain_lora(expect(settings, SETTINGS, file), file, _OURS)
 
 
 def original_lora_config(settings: dict[str, Any]) -> LoraConfig:

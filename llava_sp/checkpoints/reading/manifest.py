@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llava_sp.common.files import read_json
+from llava_sp.common.files import read_json, sha256
 from llava_sp.common.schema import Check
 
 MANIFEST = "llava_sp.json"
@@ -40,3 +40,12 @@ def describe(folder: Path) -> dict[str, Any]:
         if size != about["bytes"]:
             raise ValueError(f"{tensors} is {size} bytes long, but {MANIFEST} says {about['bytes']}: cut off")
     return manifest
+
+
+def check_sha256(file: Path, recorded: str | None) -> None:
+    """Raises `ValueError` where a file has another hash than is recorded; about a second for each GiB."""
+    if recorded is not None and (now := sha256(file)) != recorded:
+        raise ValueError(
+            f"{file} is not the file that was saved: its sha256 is {now}, but {MANIFEST} says {recorded}. It was damaged, "
+            f"or is another run's; if it was changed on purpose, put its sha256 into {MANIFEST}"
+        )

@@ -1,0 +1,89 @@
+"""What may stand in the JSON files beside weights: the settings that decide what is computed, with their ranges.
+
+The types of further settings are transformers' and PEFT's to check.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from llava_sp.common.files import read_json
+from llava_sp.common.schema import Check, Spec, expect
+
+COUNT = Check(lambda value: 1 <= value < 2**31, "a whole number from 1 on", int)
+POSITIVE = Check(lambda value: 0 < value < math.inf, "a number above 0", float)
+SHARE = Check(lambda value: 0 <= value <= 1, "a number from 0 to 1", float)
+_LAYERS = Check(lambda value: 1 <= value <= 1000, "a whole number from 1 to 1000", int)
+_FINITE = Check(math.isfinite, "a number", float)
+_NOT_NEGATIVE = Check(lambda value: 0 <= value < math.inf, "0 or more", float)
+_SIZE = (COUNT, [COUNT], None)
+_SIDES = (COUNT, [COUNT], {str: (COUNT, None)}, None)
+
+
+def _each(names: str, spec: Spec) -> dict[str, Spec]:
+    """These keys, separated by spaces, where they are there."""
+    return {f"{name}?": spec for name in names.split()}
+
+
+# Of a language model or a tower, whatever its kind.
+_BACKBONE = {
+    **_each("num_hidden_layers", (_LAYERS, None)),
+    **_each("hidden_size intermediate_size head_dim num_attention_heads num_key_value_heads num_channels", _SIZE),
+    **_each("vocab_size", COUNT),
+    **_each("image_size patch_size", _SIDES),
+    **_each("rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps rope_theta", (POSITIVE, None)),
+    **_each("rope_parameters rope_scaling", (_each("rope_theta factor", (POSITIVE, None)), None)),
+    **_each("attention_dropout hidden_dropout dropout", (SHARE, None)),
+}
+# config.json of a backbone alone, or of a model of both.
+_CONFIG = _BACKBONE | _each("text_config vision_config", (_BACKBONE, None))
+_GENERATION = {
+    **_each("max_new_tokens max_length num_beams num_return_sequences", (COUNT, None)),
+    **_each("temperature top_k min_length min_new_tokens no_repeat_ngram_size", (_NOT_NEGATIVE, None)),
+    **_each("top_p min_p typical_p", (SHARE, None)),
+    **_each("repetition_penalty max_time", (POSITIVE, None)),
+    **_each("length_penalty guidance_scale", (_FINITE, None)),
+    **_each("do_sample use_cache", (bool, None)),
+}
+_IMAGES = {
+    **_each("image_mean", ([_FINITE], None)),
+    **_each("image_std", ([POSITIVE], None)),
+    **_each("rescale_factor", (POSITIVE, None)),
+    **_each("size crop_size", _SIDES),
+}
+_STATED = ("do_resize", "size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+_OUR_PROCESSOR = {
+    "num_image_tokens": COUNT,
+    "image_aspect_ratio": str,
+    "conversation_template": str,
+    "image_processor?": _IMAGES | dict.fromkeys(_STATED, Any),
+}
+
+
+def check_settings(folder: Path, kind: str = "backbone") -> None:
+    """Hold the JSON files in a model's folder to their ranges.
+
+    Args:
+        kind: "ours", a "model" of somebody else, whose settings of `generate` count, or a "backbone", of which only what
+            ends an answer does.
+
+    Raises:
+        ValueError: file, key and value, and what would be right.
+    """
+    config = _read(folder / "config.json", _CONFIG)
+    rows = (config.get("text_config") or {}).get("vocab_size") or config.get("vocab_size") or 2**31
+    token = Check(lambda value: 0 <= value < rows, f"a token's id, below {rows}", int)
+    ends = _each("eos_token_id", (token, [token], None))
+    if kind != "backbone":
+        ends |= _GENERATION | _each("bos_token_id pad_token_id image_token_index", (token, None))
+        expect(config, ends, folder / "config.json")
+    _read(folder / "generation_config.json", ends)
+    _read(folder / "preprocessor_config.json", _IMAGES)
+    _read(folder / "processor_config.json", _OUR_PROCESSOR if kind == "ours" else dict)
+    _read(folder / "tokenizer_config.json", _each("model_max_length", (POSITIVE, None)))
+
+
+def _read(file: Path, spec: Spec) -> Any:
+    return read_json(file, spec) if file.is_file() else {}
