@@ -19,6 +19,10 @@ def as_value_error(path: str | os.PathLike) -> Iterator[None]:
     """Makes of what transformers raises for JSON files with invalid values a `ValueError` that names the folder."""
     try:
         yield
+    except ValueError as error:
+        if str(path) in str(error) or not os.path.exists(path):
+            raise
+        raise ValueError(f"{path}: {error}") from error
     except (StrictDataclassError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(

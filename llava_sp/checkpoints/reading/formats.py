@@ -76,8 +76,7 @@ _TYPE = Check(
     lambda name: not name or isinstance(getattr(torch, str(name).removeprefix("torch."), None), torch.dtype),
     "float16 or the like",
 )
-# What config.json may hold of the settings that are read, and of those that change what a model does with an image.
-_CONFIG = {"language_model_name_or_path?": _PLACE, "vision_tower_name_or_path?": _PLACE}
+# What other code's config.json may hold of the settings that are read, and of those that change what becomes of an image.
 _ORIGINAL_CONFIG = {
     "_name_or_path?": _PLACE,
     "mm_vision_tower?": _PLACE,
@@ -237,7 +236,6 @@ def _find(folder: Path, names: tuple[str, ...]) -> list[Path]:
 
 
 def _ours(folder: Path, config: dict, kind: str) -> Checkpoint:
-    expect(config, _CONFIG, folder / "config.json")
     found = Checkpoint(folder, kind, config)
     found.spatial = {key: value for key, value in config.items() if key.startswith(("spatial_", "fusion_"))}
     found.language_model = config.get("language_model_name_or_path") or None

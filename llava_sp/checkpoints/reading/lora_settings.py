@@ -66,6 +66,7 @@ def check_plain_lora(settings: dict[str, Any], file: Path, allowed: tuple[str, .
 
 def check_ours(settings: dict[str, Any], file: Path) -> None:
     """Raises `ValueError` for an adapter_config.json of anything but LoRA on linear layers, all of whose tensors are saved."""
+    expect(settings, {"peft_type": SETTINGS["peft_type"]}, file)  # before what other kinds do not have
     check_plain_lora(expect(settings, SETTINGS, file), file, _OURS)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp.common.files import read_json
-from llava_sp.common.schema import Check, Spec, expect
+from llava_sp.common.schema import Check, Spec, expect, one_of
 
 COUNT = Check(lambda value: 1 <= value < 2**31, "a whole number from 1 on", int)
 POSITIVE = Check(lambda value: 0 < value < math.inf, "a number above 0", float)
@@ -52,13 +52,27 @@ _IMAGES = {
     **_each("image_std", ([POSITIVE], None)),
     **_each("rescale_factor", (POSITIVE, None)),
     **_each("size crop_size", _SIDES),
+    **_each("resample", (one_of(*range(6)), None)),
+    **_each("do_resize do_rescale do_normalize do_center_crop do_convert_rgb", (bool, None)),
 }
-_STATED = ("do_resize", "size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+_TOKENIZER = _each("model_max_length", (POSITIVE, None)) | _each("add_prefix_space", (bool, None))
+# Of what is ours; what decides the model has to be there, see `opening.full.recorded_config`.
+_OUR_CONFIG = _CONFIG | {
+    **_each("spatial_scales", ([COUNT], None)),
+    **_each("spatial_width fusion_kernel fusion_stride", (COUNT, None)),
+    **_each("spatial_fusion spatial_projection_bias multimodal_projector_bias", (bool, None)),
+    **_each("vision_feature_layer", (int, [int])),
+    **_each("vision_feature_select_strategy", one_of("default", "full")),
+    **_each("language_model_name_or_path vision_tower_name_or_path", (str, None)),
+    **_each("language_model_fingerprint vision_tower_fingerprint", (str, None)),
+}
+_STATED = "do_resize size resample do_rescale rescale_factor do_normalize image_mean image_std"
+_OUR_IMAGES = _IMAGES | dict.fromkeys(_STATED.split(), Any)
 _OUR_PROCESSOR = {
     "num_image_tokens": COUNT,
     "image_aspect_ratio": str,
     "conversation_template": str,
-    "image_processor?": _IMAGES | dict.fromkeys(_STATED, Any),
+    "image_processor?": _OUR_IMAGES,
 }
 
 
@@ -72,7 +86,7 @@ def check_settings(folder: Path, kind: str = "backbone") -> None:
     Raises:
         ValueError: file, key and value, and what would be right.
     """
-    config = _read(folder / "config.json", _CONFIG)
+    config = _read(folder / "config.json", _OUR_CONFIG if kind == "ours" else _CONFIG)
     rows = (config.get("text_config") or {}).get("vocab_size") or config.get("vocab_size") or 2**31
     token = Check(lambda value: 0 <= value < rows, f"a token's id, below {rows}", int)
     ends = _each("eos_token_id", (token, [token], None))
@@ -82,7 +96,7 @@ def check_settings(folder: Path, kind: str = "backbone") -> None:
     _read(folder / "generation_config.json", ends)
     _read(folder / "preprocessor_config.json", _IMAGES)
     _read(folder / "processor_config.json", _OUR_PROCESSOR if kind == "ours" else dict)
-    _read(folder / "tokenizer_config.json", _each("model_max_length", (POSITIVE, None)))
+    _read(folder / "tokenizer_config.json", _TOKENIZER)
 
 
 def _read(file: Path, spec: Spec) -> Any:
