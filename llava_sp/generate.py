@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llava_sp.common.command import check_arguments, command_parser, run_command
 from llava_sp.decoding import Generation
@@ -69,27 +70,20 @@ def _generate(args: argparse.Namespace) -> None:
     import torch
     from transformers import TextStreamer
 
-    from llava_sp.inference import Engine, Source, answering, open_image, place_images, render_prompt
+    from llava_sp.inference import Engine, Source, open_image, place_images
 
     message = place_images(args.prompt, len(args.image), "--prompt")
     images = [open_image(path, "--image") for path in args.image]
-    source = Source(args.model, args.language_model, args.vision_tower)
-    engine = Engine.choose(source, args.dtype, args.device)
-    processor = engine.processor()
-    prompt = render_prompt(processor, message, args.conversation_template)
-    inputs = processor(text=prompt, images=images or None, return_tensors="pt").to(engine.device)
-    model = engine.model
-    if images:
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    engine = Engine.choose(Source(args.model, args.language_model, args.vision_tower), args.dtype, args.device)
+    options: dict[str, Any] = {"repetition_penalty": args.repetition_penalty}
+    if args.num_beams == 1:
+        tokenizer = engine.processor().tokenizer
+        options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    arguments = generation.arguments() | {"repetition_penalty": args.repetition_penalty}
-    if args.num_beams == 1:
-        arguments["streamer"] = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with answering("with one question; try --dtype bfloat16"):
-        ids = model.generate(**inputs, **arguments)
+    answer = engine.answer(message, images, generation, args.conversation_template, **options)
     if args.num_beams > 1:
-        print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+        print(answer)
 
 
 if __name__ == "__main__":
