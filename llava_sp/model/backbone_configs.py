@@ -23,7 +23,15 @@ def as_value_error(path: str | os.PathLike) -> Iterator[None]:
         if str(path) in str(error) or not os.path.exists(path):
             raise
         raise ValueError(f"{path}: {error}") from error
-    except (StrictDataclassError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except (
+        StrictDataclassError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{path} cannot be read: its config.json, or another JSON file there, holds invalid values ({reason})"

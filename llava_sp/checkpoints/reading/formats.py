@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig
 
 from llava_sp.checkpoints.reading.lora_settings import (
@@ -83,17 +82,11 @@ _LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 _PROJECTOR_FILES = ("model.bin", "mm_projector.bin")
 _PLACE = Check(lambda value: value is None or isinstance(value, str), "the hub id or folder of one model")
-_TYPE = Check(
-    lambda name: not name or isinstance(getattr(torch, str(name).removeprefix("torch."), None), torch.dtype),
-    "float16 or the like",
-)
 # What other code's config.json may hold of the settings that are read, and of those that change what becomes of an image.
 _ORIGINAL_CONFIG = {
     "_name_or_path?": _PLACE,
     "mm_vision_tower?": _PLACE,
     "vision_tower?": _PLACE,
-    "torch_dtype?": _TYPE,
-    "dtype?": _TYPE,
     "mm_vision_select_layer?": int,
     "mm_vision_select_feature?": one_of("patch"),
     "mm_projector_type?": one_of("mlp2x_gelu"),

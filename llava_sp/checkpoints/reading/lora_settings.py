@@ -58,7 +58,7 @@ def check_plain_lora(settings: dict[str, Any], file: Path, allowed: tuple[str, .
     """Raises `ValueError` for a setting, but for those `allowed`, that makes something else than plain LoRA."""
     usual = LoraConfig().to_dict()
     for key, value in settings.items():
-        unset = value in (None, False, [], {}, "none", usual.get(key))
+        unset = fits(value, one_of(None, False, [], {}, "none", usual.get(key)))
         plain = key in _PLAIN and (key != "init_lora_weights" or value in (*_INITIALISATIONS, None))
         if not (unset or plain or key in allowed):
             raise ValueError(f"{file}: {key} is {value!r}; expected plain LoRA on linear layers, without it")

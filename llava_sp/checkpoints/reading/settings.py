@@ -9,6 +9,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llava_sp.common.files import read_json
 from llava_sp.common.schema import Check, Spec, expect, one_of
 
@@ -18,6 +20,11 @@ SHARE = Check(lambda value: 0 <= value <= 1, "a number from 0 to 1", float)
 _LAYERS = Check(lambda value: 1 <= value <= 1000, "a whole number from 1 to 1000", int)
 _FINITE = Check(math.isfinite, "a number", float)
 _NOT_NEGATIVE = Check(lambda value: 0 <= value < math.inf, "0 or more", float)
+_DTYPE = Check(
+    lambda name: isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype) or name in ("", "auto"),
+    "float16 or the like",
+    str,
+)
 _SIZE = (COUNT, [COUNT], None)
 _SIDES = (COUNT, [COUNT], {str: (COUNT, None)}, None)
 
@@ -32,6 +39,7 @@ _BACKBONE = {
     **_each("num_hidden_layers", (_LAYERS, None)),
     **_each("hidden_size intermediate_size head_dim num_attention_heads num_key_value_heads num_channels", _SIZE),
     **_each("vocab_size", COUNT),
+    **_each("dtype torch_dtype", (_DTYPE, None)),
     **_each("image_size patch_size", _SIDES),
     **_each("rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps rope_theta", (POSITIVE, None)),
     **_each("rope_parameters rope_scaling", (_each("rope_theta factor", (POSITIVE, None)), None)),
@@ -48,8 +56,8 @@ _GENERATION = {
     **_each("do_sample use_cache", (bool, None)),
 }
 _IMAGES = {
-    **_each("image_mean", ([_FINITE], None)),
-    **_each("image_std", ([POSITIVE], None)),
+    **_each("image_mean", ([Check(lambda value: -1 <= value <= 255, "a pixel's value", float)], None)),
+    **_each("image_std", ([Check(lambda value: 0 < value <= 255, "above 0, and a pixel's value", float)], None)),
     **_each("rescale_factor", (POSITIVE, None)),
     **_each("size crop_size", _SIDES),
     **_each("resample", (one_of(*range(6)), None)),
@@ -86,13 +94,17 @@ def check_settings(folder: Path, kind: str = "backbone") -> None:
     Raises:
         ValueError: file, key and value, and what would be right.
     """
-    config = _read(folder / "config.json", _OUR_CONFIG if kind == "ours" else _CONFIG)
-    rows = (config.get("text_config") or {}).get("vocab_size") or config.get("vocab_size") or 2**31
+    file = folder / "config.json"
+    config = _read(file, _OUR_CONFIG if kind == "ours" else _CONFIG)
+    text = config.get("text_config") or config
+    rows = text.get("vocab_size") or 2**31
     token = Check(lambda value: 0 <= value < rows, f"a token's id, below {rows}", int)
+    padding = Check(lambda value: -1 <= value < rows, f"a token's id, below {rows}, or -1", int)
+    expect(text, _each("pad_token_id", (padding, None)), file)
     ends = _each("eos_token_id", (token, [token], None))
     if kind != "backbone":
         ends |= _GENERATION | _each("bos_token_id pad_token_id image_token_index", (token, None))
-        expect(config, ends, folder / "config.json")
+        expect(config, ends, file)
     _read(folder / "generation_config.json", ends)
     _read(folder / "preprocessor_config.json", _IMAGES)
     _read(folder / "processor_config.json", _OUR_PROCESSOR if kind == "ours" else dict)

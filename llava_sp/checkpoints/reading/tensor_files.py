@@ -43,7 +43,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a whole model, the preferred first
 # An index of shards: key -> name of the file that holds it.
-_INDEX = {"weight_map": Check(bool, "an object that names a file for each key", {str: str}), "metadata?": dict}
+_INDEX = {"weight_map": Check(bool, "an object that names a file for each key", {str: str}), "metadata": dict}
 _TENSORS = Check(lambda held: all(isinstance(key, str) for key in held), "tensors under names", {str: Tensor})
 _UNREADABLE = (  # what torch's unpickler raises for bytes that are not a pickle
     RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
