@@ -1,4 +1,4 @@
-"""A folder that is either all there or not there: written beside its place, then renamed."""
+"""Atomic creation of a folder: written beside the target, then renamed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOCK = ".lock"  # in a folder that is being written
 
 
 def check_new(target: Path, *sources: str | os.PathLike) -> None:
-    """Raises `ValueError` if `target` holds files, or lies in a source that is a folder."""
+    """Raises `ValueError` if `target` holds files or is inside a source folder."""
     for source in sources:
         if Path(source).is_dir() and target.is_relative_to(Path(source).resolve()):
             raise ValueError(f"{target} is inside {source}, which is read: choose a folder elsewhere")
@@ -28,12 +28,12 @@ def check_new(target: Path, *sources: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def new_folder(target: Path, needed: int) -> Iterator[Path]:
-    """A folder beside `target` that becomes it at the end, or is removed; `needed` bytes must be free there.
+    """A folder beside `target`, renamed to it at the end, removed on failure; `needed` bytes must be free there.
 
-    What a killed command left there is removed.
+    Remains of a killed command there are removed.
 
     Raises:
-        OSError: not enough room, or the disk is full after all.
+        OSError: not enough space, or the disk fills up while writing.
         ValueError: another process is writing the same folder.
     """
     anchor = next(folder for folder in target.parents if folder.is_dir())
@@ -42,18 +42,16 @@ def new_folder(target: Path, needed: int) -> Iterator[Path]:
         free = shutil.disk_usage(anchor).free
         try:
             if free < needed:
-                raise OSError(f"{target} takes {readable(needed)}, but {anchor} has {readable(free)} free")
+                raise OSError(f"{target} needs {readable(needed)}, but {anchor} has {readable(free)} free")
             yield stage
-            mode = (
-                stage / _LOCK
-            ).stat().st_mode & 0o666  # as the umask has it; safetensors' files are their owner's alone
+            mode = (stage / _LOCK).stat().st_mode & 0o666  # as set by the umask
             for file in (path for path in stage.rglob("*") if path.is_file()):
-                file.chmod(mode)
+                file.chmod(mode)  # safetensors makes files that only their owner can read
             sync(stage)
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(stage, target)  # fails if somebody has put files there meanwhile
+            os.rename(stage, target)  # fails if files have been put there meanwhile
             (target / _LOCK).unlink()
-        except SafetensorError as error:  # how it reports a full disk
+        except SafetensorError as error:  # raised for a full disk
             raise OSError(f"{stage}: {error}") from error
         finally:
             shutil.rmtree(stage, ignore_errors=True)
@@ -61,12 +59,12 @@ def new_folder(target: Path, needed: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _owned(stage: Path) -> Iterator[None]:
-    """The folder `stage`, empty but for a lock, which the system takes from a process that is killed."""
+    """The folder `stage`, empty but for a lock, which the system releases when the process ends, also by a kill."""
     stage.mkdir(exist_ok=True)
     file = stage / _LOCK
     with open(file, "a") as stream:
         held = lock(stream, stage) and file.exists() and os.path.samestat(file.stat(), os.fstat(stream.fileno()))
-        if not held:  # or its owner has renamed it since the file was opened
+        if not held:  # or its owner has renamed the folder since the file was opened
             raise ValueError(f"{stage} is being written by another command: wait for it, or end it")
         for entry in stage.iterdir():
             if entry.is_dir():
@@ -77,7 +75,7 @@ def _owned(stage: Path) -> Iterator[None]:
 
 
 def sync(folder: Path) -> None:
-    """Bring every file below a folder to the disk."""
+    """fsync every file below a folder."""
     for directory, _, names in os.walk(folder):
         for name in names:
             with open(os.path.join(directory, name), "rb") as file:
@@ -86,7 +84,7 @@ def sync(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's own entries (names, not contents) to the disk."""
+    """fsync a folder's own entries (names, not contents)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

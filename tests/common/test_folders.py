@@ -52,7 +52,7 @@ def test_what_a_killed_command_left_is_removed(tmp_path, repo):
 def test_too_little_room_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**32, 2**31, 2**30))
-    room = pytest.raises(OSError, match="target takes 2.0 GiB, but .* has 1.0 GiB free")
+    room = pytest.raises(OSError, match="target needs 2.0 GiB, but .* has 1.0 GiB free")
     with room, new_folder(tmp_path / "target", needed=2**31):
         raise AssertionError("the folder was made")
 
