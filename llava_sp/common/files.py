@@ -16,11 +16,9 @@ from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeVar
+from typing import Any
 
 from llava_sp.common.schema import Spec, expect
-
-T = TypeVar("T")
 
 _NO_LOCKS = frozenset((errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP))  # flock on such file systems
 
@@ -63,7 +61,7 @@ def read_json(path: Path, spec: Spec = Any) -> Any:
     return expect(content, spec, path)
 
 
-def parse_json(text: str, decode: Callable[[str], T] = json.loads) -> T:
+def parse_json(text: str, decode: Callable[[str], Any] = json.loads) -> Any:
     """Raises `JSONDecodeError`, also where Python gives up: brackets thousands deep, whole numbers of thousands of digits."""
     try:
         return decode(text)

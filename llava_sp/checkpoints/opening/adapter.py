@@ -31,7 +31,7 @@ from llava_sp.checkpoints.opening.full import config_differences, recorded_confi
 from llava_sp.checkpoints.reading.formats import LORA_FOLDER, LORA_TENSORS, Checkpoint, recognise
 from llava_sp.checkpoints.reading.lora_settings import check_ours
 from llava_sp.checkpoints.reading.manifest import MANIFEST
-from llava_sp.checkpoints.reading.names import ADAPTER_NAME, LORA, PEFT, PROJECTOR, without_adapter_name
+from llava_sp.checkpoints.reading.names import ADAPTER_NAME, LORA, PEFT, PROJECTOR, adapter_of, without_adapter_name
 from llava_sp.checkpoints.reading.places import base_kwargs, hub_kwargs
 from llava_sp.common.files import replacing, sha256, write_json
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
@@ -45,9 +45,9 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Under ZeRO-3 every process must call this; each parameter is gathered in turn.
     """
-    state, ending = {}, f".{_active_adapter(model)}."
+    state, active = {}, _active_adapter(model)
     for name, parameter in model.named_parameters():
-        if name.startswith(PROJECTOR) or ending in f"{name}.".partition(LORA)[2]:
+        if name.startswith(PROJECTOR) or adapter_of(name) == active:
             with gathered([parameter]):
                 state[name] = parameter.detach().cpu().clone().contiguous()
     return state
@@ -94,7 +94,7 @@ def save_adapter(
         raise ValueError(f"{path} is not saved: {such}")
     path, adapter = Path(path), _active_adapter(model)
     projector = {name.removeprefix(PROJECTOR): t for name, t in state.items() if name.startswith(PROJECTOR)}
-    lora = {PEFT + without_adapter_name(name, adapter): tensor for name, tensor in state.items() if LORA in name}
+    lora = {PEFT + without_adapter_name(name): tensor for name, tensor in state.items() if LORA in name}
     settings = (
         _lora_settings(model, adapter, path / LORA_FOLDER) if adapter in getattr(model, "peft_config", {}) else None
     )

@@ -106,10 +106,16 @@ def llava_hf_name(key: str) -> str | None:
     return _replaced(tower_name(key.removeprefix("model.")), _LLAVA_HF)
 
 
-def without_adapter_name(name: str, adapter: str = ADAPTER_NAME) -> str:
+def adapter_of(name: str) -> str | None:
+    """The name of the adapter that a model's parameter belongs to; None if it is not LoRA's."""
+    return name.rpartition(LORA)[2].split(".")[1] if LORA in name else None
+
+
+def without_adapter_name(name: str) -> str:
     """LoRA's parameter name in a model -> in a checkpoint."""
     layer, lora, rest = name.rpartition(LORA)
-    return layer + lora + rest.replace(f".{adapter}", "", 1)
+    matrix, _, leaf = rest.partition(".")
+    return ".".join([layer + lora + matrix, *leaf.split(".")[1:]])  # an embedding's has no leaf
 
 
 def with_adapter_name(name: str) -> str:
