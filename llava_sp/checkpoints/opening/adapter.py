@@ -90,7 +90,7 @@ def save_adapter(
         return
     broken = [name for name, tensor in state.items() if not (tensor.numel() and torch.isfinite(tensor).all())]
     if broken or not state:
-        such = f"{len(broken)} tensors are empty or not finite, for example {broken[0]}" if state else "no projector"
+        such = f"tensors empty or not finite: {len(broken)}, for example {broken[0]}" if state else "no projector"
         raise ValueError(f"{path} is not saved: {such}")
     path, adapter = Path(path), _active_adapter(model)
     projector = {name.removeprefix(PROJECTOR): t for name, t in state.items() if name.startswith(PROJECTOR)}
