@@ -14,7 +14,7 @@ from llava_sp import LlavaSPConfig, LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints.inspection.report import inspect
 from llava_sp.checkpoints.opening.full import recorded_config
 from llava_sp.checkpoints.reading.formats import recognise
-from llava_sp.checkpoints.reading.settings import check_settings
+from llava_sp.checkpoints.reading.settings import read_all_settings
 from tests.checkpoints.kinds import Kind
 from tests.released import load_released
 
@@ -50,7 +50,7 @@ WRONG = {  # file, key -> values that are never right
     (ADAPTER, "alpha_pattern"): ({"q_proj": NAN}, {"q_proj": -1}, [1]),
     (ADAPTER, "rank_pattern"): ({"q_proj": 0}, {"q_proj": 2.5}),
     (ADAPTER, "bias"): ("all",),
-    (ADAPTER, "trainable_token_indices"): (0, [3]),
+    (ADAPTER, "trainable_token_indices"): (0, False, [3]),
     (ADAPTER, "alora_invocation_tokens"): ([5],),
     ("processor_config.json", "num_image_tokens"): (0, -5, NAN, "x"),
     ("processor_config.json", "image_processor.image_mean"): ([NAN] * 3, ["x"], 3),
@@ -161,7 +161,7 @@ def test_all_that_decides_is_saved(tmp_path, text, tower):
         vision_config={"model_type": tower, "image_size": 224, "patch_size": 14},
     )
     config.save_pretrained(tmp_path)
-    check_settings(tmp_path, "ours")
+    read_all_settings(tmp_path, "ours")
     whole = json.loads((tmp_path / "config.json").read_text())
     for part in ("text_config", "vision_config"):
         made = getattr(config, part).to_dict()

@@ -24,10 +24,10 @@ from llava_sp.checkpoints.reading.formats import (
     UnknownFormat,
     recognise,
 )
-from llava_sp.checkpoints.reading.manifest import MERGE_RECORD, MERGED, check_sha256
+from llava_sp.checkpoints.reading.manifest import MERGE_RECORD, MERGED, hold_to_sha256
 from llava_sp.checkpoints.reading.names import HEAD, LANGUAGE, LORA, ORIGINAL_GRID, PROJECTOR, TOWER
 from llava_sp.checkpoints.reading.places import base_folder
-from llava_sp.checkpoints.reading.settings import check_settings
+from llava_sp.checkpoints.reading.settings import read_all_settings
 from llava_sp.checkpoints.reading.tensor_files import stored_tensors, weight_files
 from llava_sp.common.files import is_missing_folder, read_json
 from llava_sp.model.backbone_configs import is_original, language_config, vision_config
@@ -131,7 +131,7 @@ def _problems(
         config = _config(found, language, tower)
         comparison = compare(found, config)
         for tensor in {tensor.file: tensor for tensor in found.tensors.values()}.values():
-            check_sha256(tensor.file, tensor.sha256)
+            hold_to_sha256(tensor.file, tensor.sha256)
         if not problems:
             problems += _processor_problems(found, language, tower)
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
@@ -176,7 +176,7 @@ def _place(found: Checkpoint, recorded: str | None, fingerprint: str | None) -> 
 def _weights_problem(folder: Path) -> str | None:
     """A problem of its files or their headers; whether the model is complete is checked on opening."""
     try:
-        check_settings(folder)
+        read_all_settings(folder)
         for file in weight_files(folder):
             stored_tensors(file)
     except (ValueError, OSError) as error:

@@ -29,7 +29,7 @@ from llava_sp.checkpoints.opening.fit import check_fits
 from llava_sp.checkpoints.opening.foreign import bases_of
 from llava_sp.checkpoints.opening.full import config_differences, recorded_config
 from llava_sp.checkpoints.reading.formats import LORA_FOLDER, LORA_TENSORS, Checkpoint, recognise
-from llava_sp.checkpoints.reading.lora_settings import check_ours
+from llava_sp.checkpoints.reading.lora_settings import our_settings
 from llava_sp.checkpoints.reading.manifest import MANIFEST
 from llava_sp.checkpoints.reading.names import ADAPTER_NAME, LORA, PEFT, PROJECTOR, adapter_of, without_adapter_name
 from llava_sp.checkpoints.reading.places import base_kwargs, hub_kwargs
@@ -210,8 +210,7 @@ def _lora_settings(model, adapter: str, folder: Path) -> dict[str, Any]:
     settings["base_model_name_or_path"] = model.config.language_model_name_or_path
     settings["inference_mode"] = True
     settings = json.loads(json.dumps(settings, default=_json_default, sort_keys=True))
-    check_ours(settings, folder / "adapter_config.json")
-    return settings
+    return our_settings(settings, folder / "adapter_config.json")
 
 
 def _write_lora(settings: dict[str, Any] | None, lora: dict[str, Tensor], folder: Path) -> None:

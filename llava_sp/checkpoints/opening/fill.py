@@ -98,25 +98,27 @@ def check_model(model: nn.Module, path: object, stored: Iterable[StoredTensor], 
         zeros_allowed: a matrix of zeros may be intended in a backbone and in our formats.
     """
     stored = list(stored)
-    held = {name: (parameter, _stored_as(name, stored)) for name, parameter in model.named_parameters()}
-    cast = [
-        f"{tensor.key} in {tensor.file} ({tensor.dtype})"
-        for parameter, tensor in held.values()
-        if tensor
-        and parameter.is_floating_point()
-        and not (tensor.dtype.is_floating_point or getattr(model, "is_quantized", False))
-    ]
-    if cast:
-        raise ValueError(f"{path} holds whole numbers where weights have to be, such as {cast[0]}")
     check_values(
-        (f"{tensor.key} in {tensor.file}" if tensor else f"{name} in {path}", parameter.detach(), zeros_allowed)
-        for name, (parameter, tensor) in held.items()
+        (_described(name, path, stored), parameter.detach(), zeros_allowed)
+        for name, parameter in model.named_parameters()
         if not parameter.is_meta and not hasattr(parameter, "ds_id")  # offloaded to disk; split by ZeRO-3
     )
 
 
-def _stored_as(name: str, stored: list[StoredTensor]) -> StoredTensor | None:
-    """The tensor that became a parameter: files have prefixes or not, in one order or another."""
-    tail, words = f".{'.'.join(name.split('.')[-5:])}", set(name.split("."))
+def integer_weights(model: PreTrainedModel, stored: list[StoredTensor]) -> list[str]:
+    """Stored integers, by key and file, that a model without quantization took as floating-point weights."""
+    floating = tuple(_tail(name) for name, parameter in model.named_parameters() if parameter.is_floating_point())
+    integers = [] if getattr(model, "is_quantized", False) else [t for t in stored if not t.dtype.is_floating_point]
+    return [f"{t.key} in {t.file} ({t.dtype})" for t in integers if f".{t.key}".endswith(floating)]
+
+
+def _described(name: str, path: object, stored: list[StoredTensor]) -> str:
+    """The tensor that became a parameter, with its file: files have prefixes or not, in one order or another."""
+    tail, words = _tail(name), set(name.split("."))
     alike = [tensor for tensor in stored if f".{tensor.key}".endswith(tail)]  # a tower's layers end as a decoder's do
-    return min(alike, key=lambda tensor: len(words ^ set(tensor.key.split("."))), default=None)
+    held = min(alike, key=lambda tensor: len(words ^ set(tensor.key.split("."))), default=None)
+    return f"{held.key} in {held.file}" if held else f"{name} in {path}"
+
+
+def _tail(name: str) -> str:
+    return f".{'.'.join(name.split('.')[-5:])}"

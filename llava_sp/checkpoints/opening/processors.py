@@ -11,7 +11,7 @@ from PIL import Image
 from llava_sp.checkpoints.opening.foreign import bases_of, check_language_model, has_tokenizer
 from llava_sp.checkpoints.reading.formats import OURS, Checkpoint, recognise
 from llava_sp.checkpoints.reading.places import base_kwargs, fetch, fetch_config, hub_kwargs
-from llava_sp.checkpoints.reading.settings import check_settings
+from llava_sp.checkpoints.reading.settings import read_all_settings
 from llava_sp.common.files import read_json
 from llava_sp.common.schema import Check, expect, one_of
 from llava_sp.model.backbone_configs import as_value_error, language_config, load_tokenizer, vision_config
@@ -50,7 +50,7 @@ def _saved(cls: type[LlavaSPProcessor], path: str | os.PathLike, *args, **kwargs
     Raises `ValueError` for what would fail, or mean other tokens than the model's, with the first image and text.
     """
     if Path(path).is_dir():
-        check_settings(Path(path), "ours")
+        read_all_settings(Path(path), "ours")
     processor = cls.from_saved(path, *args, **kwargs)
     config = fetch_config(path, **hub_kwargs(kwargs))
     if config is None or read_json(config, dict).get("model_type") != LlavaSPConfig.model_type:

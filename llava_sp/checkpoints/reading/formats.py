@@ -23,9 +23,9 @@ from peft import LoraConfig
 from llava_sp.checkpoints.reading.lora_settings import (
     OPENED,
     ORIGINAL_SETTINGS,
-    check_ours,
     check_plain_lora,
     original_lora_config,
+    our_settings,
 )
 from llava_sp.checkpoints.reading.manifest import MANIFEST, describe
 from llava_sp.checkpoints.reading.names import (
@@ -43,7 +43,7 @@ from llava_sp.checkpoints.reading.names import (
     tower_name,
     unwrapped,
 )
-from llava_sp.checkpoints.reading.settings import check_settings
+from llava_sp.checkpoints.reading.settings import read_all_settings
 from llava_sp.checkpoints.reading.tensor_files import (
     WEIGHT_FILES,
     StoredTensor,
@@ -206,7 +206,7 @@ def recognise(path: str | os.PathLike) -> Checkpoint:
         raise FileNotFoundError(f"there is no folder {path}")
     found = _recognise(path, path if path.is_dir() else path.parent)
     kind = "ours" if found.format in OURS else "model" if found.format == "llava_hf" else "backbone"
-    check_settings(found.folder, kind)
+    read_all_settings(found.folder, kind)
     return found
 
 
@@ -262,8 +262,7 @@ def _adapter(folder: Path, config: dict) -> Checkpoint:
     found.manifest = describe(folder)
     found.add(_recorded(found, ADAPTER_FILE), lambda key: PROJECTOR + key)
     if (folder / LORA_FOLDER).is_dir():
-        found.lora = read_json(found.lora_file)
-        check_ours(found.lora, found.lora_file)
+        found.lora = our_settings(read_json(found.lora_file), found.lora_file)
         found.add(_recorded(found, LORA_TENSORS), lambda key: key.removeprefix(PEFT))
     return found
 

@@ -58,16 +58,17 @@ def check_plain_lora(settings: dict[str, Any], file: Path, allowed: tuple[str, .
     """Raises `ValueError` for a setting, but for those `allowed`, that is not plain LoRA."""
     usual = LoraConfig().to_dict()
     for key, value in settings.items():
-        unset = fits(value, one_of(None, False, [], {}, "none", usual.get(key)))
+        unset = fits(value, one_of(None, usual[key]) if key in usual else one_of(None, False, [], {}, "none"))
         plain = key in _PLAIN and (key != "init_lora_weights" or value in (*_INITIALISATIONS, None))
         if not (unset or plain or key in allowed):
             raise ValueError(f"{file}: {key} is {value!r}; expected plain LoRA on linear layers, without it")
 
 
-def check_ours(settings: dict[str, Any], file: Path) -> None:
-    """Raises `ValueError` for an adapter_config.json of anything but LoRA on linear layers, all of whose tensors are saved."""
-    expect(settings, {"peft_type": SETTINGS["peft_type"]}, file)  # before what other kinds do not have
+def our_settings(settings: Any, file: Path) -> dict[str, Any]:
+    """An adapter_config.json. Raises `ValueError` for anything but LoRA on linear layers, all of whose tensors are saved."""
+    expect(settings, {"peft_type": SETTINGS["peft_type"]}, file)  # first; other kinds lack the other settings
     check_plain_lora(expect(settings, SETTINGS, file), file, _OURS)
+    return settings
 
 
 def original_lora_config(settings: dict[str, Any]) -> LoraConfig:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_sp.common.files import read_json, sha256
-from llava_sp.common.schema import Check
+from llava_sp.common.schema import Check, expect
 
 MANIFEST = "llava_sp.json"
 MERGE_RECORD = "merged.json"
@@ -42,10 +42,9 @@ def describe(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def check_sha256(file: Path, recorded: str | None) -> None:
-    """Raises `ValueError` where a file has another hash than is recorded; about a second for each GiB."""
-    if recorded is not None and (now := sha256(file)) != recorded:
-        raise ValueError(
-            f"{file} is not the file that was saved: its sha256 is {now}, but {MANIFEST} says {recorded}. It was damaged, "
-            f"or is another run's; if it was changed on purpose, put its sha256 into {MANIFEST}"
-        )
+def hold_to_sha256(file: Path, recorded: str | None) -> None:
+    """Raises `ValueError` where a file has another hash than the manifest records; takes about a second for each GiB."""
+    right = f"{recorded}, as in {MANIFEST} (if it was changed on purpose, correct it there)"
+    same = Check(lambda now: now == recorded, right, str)
+    if recorded is not None:
+        expect(sha256(file), same, f"{file} is not the file that was saved: its sha256")

@@ -84,8 +84,8 @@ _OUR_PROCESSOR = {
 }
 
 
-def check_settings(folder: Path, kind: str = "backbone") -> None:
-    """Hold the JSON files in a model's folder to their ranges.
+def read_all_settings(folder: Path, kind: str = "backbone") -> dict[str, Any]:
+    """The JSON files of a model's folder by name, {} for one that is not there, each within the ranges of its settings.
 
     Args:
         kind: "ours", a "model" of somebody else, whose settings of `generate` count, or a "backbone", of which only what
@@ -105,10 +105,13 @@ def check_settings(folder: Path, kind: str = "backbone") -> None:
     if kind != "backbone":
         ends |= _GENERATION | _each("bos_token_id pad_token_id image_token_index", (token, None))
         expect(config, ends, file)
-    _read(folder / "generation_config.json", ends)
-    _read(folder / "preprocessor_config.json", _IMAGES)
-    _read(folder / "processor_config.json", _OUR_PROCESSOR if kind == "ours" else dict)
-    _read(folder / "tokenizer_config.json", _TOKENIZER)
+    specs = {
+        "generation_config.json": ends,
+        "preprocessor_config.json": _IMAGES,
+        "processor_config.json": _OUR_PROCESSOR if kind == "ours" else dict,
+        "tokenizer_config.json": _TOKENIZER,
+    }
+    return {file.name: config} | {name: _read(folder / name, spec) for name, spec in specs.items()}
 
 
 def _read(file: Path, spec: Spec) -> Any:

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llava_sp.checkpoints.reading.manifest import check_sha256
+from llava_sp.checkpoints.reading.manifest import hold_to_sha256
 from llava_sp.common.files import counted, read_json
 from llava_sp.common.schema import Check, expect
 
@@ -188,7 +188,7 @@ def read_all(stored: dict[str, StoredTensor]) -> dict[str, Tensor]:
     """The tensors under the same names, each file read once. Raises `ValueError` for a file with another hash than recorded."""
     tensors: dict[str, Tensor] = {}
     for file, recorded in sorted({tensor.file: tensor.sha256 for tensor in stored.values()}.items()):
-        check_sha256(file, recorded)
+        hold_to_sha256(file, recorded)
         here = {name: tensor.key for name, tensor in stored.items() if tensor.file == file}
         content = read_tensors(file, list(here.values()))
         tensors |= {name: content[key] for name, key in here.items()}
