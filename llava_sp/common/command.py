@@ -64,6 +64,15 @@ def command_parser(module: str, description: str | None, **options: Any) -> argp
     return parser
 
 
+class _Parser(argparse.ArgumentParser):
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # `--help | head`
+            status = _reader_gone()
+        super().exit(status, message)
+
+
 def run_command(
     action: Callable[[], int | None],
     *,
@@ -81,12 +90,13 @@ def run_command(
     if clean_up_on_sigterm:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        return action() or 0
+        status = action() or 0
+        sys.stdout.flush()  # a reader that went away is noticed here, not while Python ends
+        return status
     except ReportedElsewhere:
         return 2
     except BrokenPipeError:  # `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return _reader_gone()
     except USER_ERRORS as error:
         if traceback:
             raise
@@ -97,6 +107,12 @@ def run_command(
     except KeyboardInterrupt:
         print(f"\n{on_interrupt}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _reader_gone() -> int:
+    """The exit status where nobody reads standard output; what is still to be written there goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def check_arguments(checks: Iterable[tuple[str, Any, bool, str]]) -> None:

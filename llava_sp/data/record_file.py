@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava_sp.common.files import parse_line
+from llava_sp.common.files import parse_json, parse_line
 from llava_sp.common.schema import expect
 from llava_sp.data.images import load_image
 
@@ -165,7 +165,7 @@ class _Text:
         start = self.byte
         while True:
             try:
-                value, end = self.decoder.raw_decode(self.text, self.place)
+                value, end = parse_json(self.text, lambda text: self.decoder.raw_decode(text, self.place))
             except json.JSONDecodeError as error:
                 if not self.ended:
                     self.read()

@@ -6,7 +6,6 @@ The processor decides all lengths: `<image>` becomes `num_image_tokens` placehol
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from os import PathLike
 from typing import NamedTuple
@@ -155,7 +154,7 @@ class LlavaSPProcessor(LlavaProcessor):
         """transformers' own `from_pretrained`. Raises `ValueError` for files that are broken."""
         try:
             return super().from_pretrained(path, *args, **kwargs)
-        except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{path}: a file of the processor is missing, cut off, or not valid ({error})") from error
 
     @property

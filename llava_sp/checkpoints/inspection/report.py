@@ -17,17 +17,17 @@ from llava_sp.checkpoints.opening.backbones import read_vocabulary
 from llava_sp.checkpoints.opening.fit import Comparison, compare
 from llava_sp.checkpoints.opening.foreign import check_language_model, has_tokenizer
 from llava_sp.checkpoints.opening.full import recorded_config
-from llava_sp.checkpoints.opening.processors import make_processor
+from llava_sp.checkpoints.opening.processors import make_processor, open_processor
 from llava_sp.checkpoints.reading.formats import (
     OURS,
     Checkpoint,
     UnknownFormat,
-    read_generation_config,
     recognise,
 )
-from llava_sp.checkpoints.reading.manifest import MERGE_RECORD, MERGED
+from llava_sp.checkpoints.reading.manifest import MERGE_RECORD, MERGED, hold_to_sha256
 from llava_sp.checkpoints.reading.names import HEAD, LANGUAGE, LORA, ORIGINAL_GRID, PROJECTOR, TOWER
 from llava_sp.checkpoints.reading.places import base_folder
+from llava_sp.checkpoints.reading.settings import read_all_settings
 from llava_sp.checkpoints.reading.tensor_files import stored_tensors, weight_files
 from llava_sp.common.files import is_missing_folder, read_json
 from llava_sp.model.backbone_configs import is_original, language_config, vision_config
@@ -36,6 +36,7 @@ from llava_sp.model.processing_llava_sp import LlavaSPProcessor
 
 PLACEHOLDERS = {"language_model": "LANGUAGE_MODEL", "vision_tower": "VISION_TOWER"}
 UNREAD = "not read; checked on opening"
+UNCHANGED = "those that were saved, by their sha256"
 # The report's keys: None, or an empty list, where nothing was recognised.
 _KEYS = (
     "format",
@@ -108,6 +109,7 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
         "run": (found.manifest or {}).get("run") or None,
         "merged_from": _merged(found),
         **vars(comparison),
+        "values": UNCHANGED if found.manifest and not problems else UNREAD,
         "problems": problems,
         "loads": not problems,
         "needs": given,
@@ -128,6 +130,8 @@ def _problems(
     try:
         config = _config(found, language, tower)
         comparison = compare(found, config)
+        for tensor in {tensor.file: tensor for tensor in found.tensors.values()}.values():
+            hold_to_sha256(tensor.file, tensor.sha256)
         if not problems:
             problems += _processor_problems(found, language, tower)
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
@@ -172,7 +176,7 @@ def _place(found: Checkpoint, recorded: str | None, fingerprint: str | None) -> 
 def _weights_problem(folder: Path) -> str | None:
     """A problem of its files or their headers; whether the model is complete is checked on opening."""
     try:
-        read_generation_config(folder)
+        read_all_settings(folder)
         for file in weight_files(folder):
             stored_tensors(file)
     except (ValueError, OSError) as error:
@@ -250,7 +254,7 @@ def _processor_problems(found: Checkpoint, language: Backbone, tower: Backbone) 
             if found.format not in OURS:
                 check_language_model(found, language_config(language.folder), tuple(ids))
         if found.format in OURS and _has_processor(found):
-            LlavaSPProcessor.from_saved(found.folder)
+            open_processor(LlavaSPProcessor, found)
         elif found.format not in OURS and None not in bases.values():
             own = {"language_model": found.holds_language_model, "vision_tower": found.holds_vision_tower}
             given: dict[str, Any] = {keyword: folder for keyword, folder in bases.items() if not own[keyword]}
