@@ -3,7 +3,7 @@
     python -m llava_sp.generate --model M --image x.jpg --prompt "What is in the image?"
     python -m llava_sp.generate --model M --image a.jpg --image b.jpg --prompt "What changed?" --temperature 0.7
 
-The images go in front of the question, or where <image> is in it. Decoding is greedy unless --temperature or
+The images go in front of the question, or where <image> is in it; without images, <image> is text. Decoding is greedy unless --temperature or
 --top-p is given. The answer goes to standard output, everything else to standard error. Exit status: 0 done, 2 something to
 put right (the message says what), 130 interrupted.
 """
@@ -56,6 +56,7 @@ def _generate(args: argparse.Namespace) -> None:
             ("--top-p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "above 0 and at most 1"),
             ("--repetition-penalty", args.repetition_penalty, args.repetition_penalty > 0, "above 0"),
             *(("--image", path, path.is_file(), "a file") for path in args.image),
+            ("--prompt", ascii(args.prompt), not any("\ud800" <= one <= "\udfff" for one in args.prompt), "UTF-8 text"),
         ]
     )
     generation = Generation(
@@ -69,7 +70,16 @@ def _generate(args: argparse.Namespace) -> None:
     import torch
     from transformers import TextStreamer
 
-    from llava_sp.inference import Engine, Source, answering, open_image, place_images, render_prompt
+    from llava_sp.inference import (
+        Engine,
+        Source,
+        answering,
+        encode_prompt,
+        open_image,
+        pad_left,
+        place_images,
+        render_prompt,
+    )
 
     message = place_images(args.prompt, len(args.image), "--prompt")
     images = [open_image(path, "--image") for path in args.image]
@@ -77,10 +87,10 @@ def _generate(args: argparse.Namespace) -> None:
     engine = Engine.choose(source, args.dtype, args.device)
     processor = engine.processor()
     prompt = render_prompt(processor, message, args.conversation_template)
-    inputs = processor(text=prompt, images=images or None, return_tensors="pt").to(engine.device)
+    inputs = pad_left(processor, [encode_prompt(processor, prompt, len(images), "--prompt")]).to(engine.device)
     model = engine.model
     if images:
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        inputs["pixel_values"] = processor.preprocess_images(images).to(engine.device, model.dtype)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     arguments = generation.arguments() | {"repetition_penalty": args.repetition_penalty}

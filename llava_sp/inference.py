@@ -217,22 +217,40 @@ def open_image(source: Path | bytes, owner: str) -> Image.Image:
 def place_images(text: str, count: int, owner: str) -> str:
     """The user's message: `count` images in front, each on a line of its own, unless the text says where they go.
 
+    Without images a mark is text (see `encode_prompt`).
+
     Raises:
-        ValueError: naming `owner`, if the text holds marks, but not one per image.
+        ValueError: naming `owner`, if there are images and the text holds marks, but not one per image.
     """
     marks = text.count(IMAGE_MARK)
-    if marks not in (0, count):
+    if count and marks not in (0, count):
         raise ValueError(f"{owner} holds {marks} {IMAGE_MARK} marks for {count} images: give one for each, or none")
     return text if marks else f"{IMAGE_MARK}\n" * count + text
 
 
 def render_prompt(processor: Any, message: str, conversation_template: str | None = None) -> str:
-    """The whole text that the model continues: the user's `message` in the conversation template."""
-    if conversation_template is not None and conversation_template != processor.conversation_template:
-        turns = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
-        return "".join(text for text, _ in processor.render_conversation(turns, conversation_template))
-    turns = [{"role": "user", "content": message}]
-    return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    """The whole text that the model continues: the user's `message` in the conversation template (None: the processor's).
+
+    Raises:
+        ValueError: the template cannot render it, or would drop the question.
+    """
+    turns, template = [{"role": "user", "content": message}], {"conversation_template": conversation_template}
+    return processor.apply_chat_template(turns, **template, add_generation_prompt=True, tokenize=False)
+
+
+def encode_prompt(processor: Any, prompt: str, images: int, owner: str) -> list[int]:
+    """The ids of a rendered prompt about so many images; without any, `<image>` is text.
+
+    Raises:
+        ValueError: naming `owner`, if marks and images differ in number, or the text is not Unicode.
+    """
+    marks = prompt.count(IMAGE_MARK)
+    if images and marks != images:
+        raise ValueError(f"{owner}: {marks} {IMAGE_MARK} marks for {images} images")
+    try:
+        return processor.encode_segments([(prompt, False)], images=images > 0)[0]
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}") from None
 
 
 def pad_left(processor: Any, rows: Sequence[Sequence[int]]) -> BatchEncoding:

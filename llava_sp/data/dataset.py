@@ -122,7 +122,9 @@ class ConversationDataset(Dataset):
                 nothing is left to learn.
         """
         try:
-            ids, labels = self.processor.encode_conversation(conversation.turns, self.conversation_template)
+            ids, labels = self.processor.encode_conversation(
+                conversation.turns, self.conversation_template, images=bool(conversation.images)
+            )
         except ValueError as error:
             raise BadSample(str(error)) from error
         placeholder, per_image = self.processor.image_token_id, self.processor.num_image_tokens

@@ -28,14 +28,16 @@ BRACKETS = ("[[", "]]")
 def marked_text(dataset: ConversationDataset, index: int, marks: tuple[str, str] = BRACKETS) -> str:
     """The text of sample `index` as it is tokenized, each learned stretch between `marks`.
 
-    `<image>` stands for all its placeholders. Text beyond the length limit is replaced by a note. Raises `BadSample`.
+    `<image>` stands for all its placeholders; in a record without images it is text. What is beyond the length limit is
+    replaced by a note. Raises `BadSample`.
     """
     conversation = dataset.conversation(index)
     kept = len(dataset.encode(conversation).input_ids)
     processor = dataset.processor
-    segments = processor.render_conversation(conversation.turns, dataset.conversation_template)
+    images = bool(conversation.images)
+    segments = processor.render_conversation(conversation.turns, dataset.conversation_template, images)
     text = "".join(piece for piece, _ in segments)
-    tokens = processor.align_segments(segments)
+    tokens = processor.align_segments(segments, images=images)
     learned = [False] * (len(text) + 1)
     for token in tokens[:kept]:
         if token.label == token.id:
