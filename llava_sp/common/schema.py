@@ -50,6 +50,14 @@ def one_of(*values: Any) -> Check:
     )
 
 
+def is_unicode(text: str) -> bool:
+    """False for half a surrogate pair, which JSON's escapes and the command line can give: no tokenizer or file takes it."""
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+TEXT = Check(is_unicode, "text without half a surrogate pair", str)
+
+
 def some(spec: Spec = Any) -> Check:
     """A list with at least one item."""
     return Check(bool, f"a list of {_describe(spec)}, at least one", [spec])

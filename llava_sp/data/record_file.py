@@ -17,6 +17,7 @@ import numpy as np
 
 from llava_sp.common.files import parse_line
 from llava_sp.common.schema import expect
+from llava_sp.data.annotations import images_of
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 BLOCK = 1 << 22  # characters read at a time
@@ -68,8 +69,7 @@ def _size(record: dict[str, Any]) -> tuple[int, int]:
     turns = record.get("conversations")
     texts = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     words = sum(len(text.split()) for text in texts if isinstance(text, str))
-    images = record.get("image")
-    return words, len(images) if isinstance(images, list) else int(images is not None)
+    return words, len(images_of(record))
 
 
 def _scan(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
