@@ -14,8 +14,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llava_sp.common.command import check_arguments, command_parser, run_command
+from llava_sp.common.schema import is_utf8
 from llava_sp.decoding import Generation
 
 
@@ -56,7 +58,7 @@ def _generate(args: argparse.Namespace) -> None:
             ("--top-p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "above 0 and at most 1"),
             ("--repetition-penalty", args.repetition_penalty, args.repetition_penalty > 0, "above 0"),
             *(("--image", path, path.is_file(), "a file") for path in args.image),
-            ("--prompt", ascii(args.prompt), not any("\ud800" <= one <= "\udfff" for one in args.prompt), "UTF-8 text"),
+            ("--prompt", ascii(args.prompt), is_utf8(args.prompt), "UTF-8 text"),
         ]
     )
     generation = Generation(
@@ -70,36 +72,20 @@ def _generate(args: argparse.Namespace) -> None:
     import torch
     from transformers import TextStreamer
 
-    from llava_sp.inference import (
-        Engine,
-        Source,
-        answering,
-        encode_prompt,
-        open_image,
-        pad_left,
-        place_images,
-        render_prompt,
-    )
+    from llava_sp.inference import Engine, Source, open_image, place_images
 
     message = place_images(args.prompt, len(args.image), "--prompt")
     images = [open_image(path, "--image") for path in args.image]
-    source = Source(args.model, args.language_model, args.vision_tower)
-    engine = Engine.choose(source, args.dtype, args.device)
-    processor = engine.processor()
-    prompt = render_prompt(processor, message, args.conversation_template)
-    inputs = pad_left(processor, [encode_prompt(processor, prompt, len(images), "--prompt")]).to(engine.device)
-    model = engine.model
-    if images:
-        inputs["pixel_values"] = processor.preprocess_images(images).to(engine.device, model.dtype)
+    engine = Engine.choose(Source(args.model, args.language_model, args.vision_tower), args.dtype, args.device)
+    options: dict[str, Any] = {"repetition_penalty": args.repetition_penalty}
+    if args.num_beams == 1:
+        tokenizer = engine.processor().tokenizer
+        options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    arguments = generation.arguments() | {"repetition_penalty": args.repetition_penalty}
-    if args.num_beams == 1:
-        arguments["streamer"] = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with answering("with one question; try --dtype bfloat16"):
-        ids = model.generate(**inputs, **arguments)
+    answer = engine.answer(message, images, generation, args.conversation_template, **options)
     if args.num_beams > 1:
-        print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+        print(answer)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from llava_sp.checkpoints.reading.formats import OURS, Checkpoint, recognise
 from llava_sp.checkpoints.reading.places import checkpoints_hint, fetch
 from llava_sp.common.files import read_json
 from llava_sp.data.images import decode_image
+from llava_sp.decoding import Generation
 from llava_sp.model.conversation import IMAGE_MARK
 
 _PLACES = ("language_model_name_or_path", "vision_tower_name_or_path", "mm_vision_tower", "_name_or_path")
@@ -148,6 +149,27 @@ class Engine:
         if image_aspect_ratio not in self._processors:
             self._processors[image_aspect_ratio] = self.source.processor(image_aspect_ratio)
         return self._processors[image_aspect_ratio]
+
+    def answer(
+        self,
+        message: str,
+        images: Sequence[Image.Image],
+        generation: Generation,
+        conversation_template: str | None = None,
+        **options: Any,
+    ) -> str:
+        """The answer to one message, whose marks say where the images go (`place_images`).
+
+        `options` are further arguments of `generate`, such as a streamer. One call at a time: it holds the device.
+        """
+        processor = self.processor()
+        prompt = render_prompt(processor, message, conversation_template)
+        inputs = pad_left(processor, [encode_prompt(processor, prompt, len(images), "the message")]).to(self.device)
+        if images:
+            inputs["pixel_values"] = processor.preprocess_images(list(images)).to(self.device, self.model.dtype)
+        with answering("with one question; try --dtype bfloat16"):
+            ids = self.model.generate(**inputs, **generation.arguments(), **options)
+        return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
     @cached_property
     def _processors(self) -> dict[str | None, Any]:

@@ -50,12 +50,9 @@ def one_of(*values: Any) -> Check:
     )
 
 
-def is_unicode(text: str) -> bool:
-    """False for half a surrogate pair, which JSON's escapes and the command line can give: no tokenizer or file takes it."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-TEXT = Check(is_unicode, "text without half a surrogate pair", str)
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written; half a surrogate pair cannot, which is also how Python shows bytes that are no UTF-8."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def some(spec: Spec = Any) -> Check:

@@ -70,7 +70,7 @@ class TrainArguments(TrainingArguments):
     """How it learns: `transformers.TrainingArguments` and what a LLaVA-SP run states besides."""
 
     stage: str = "pretrain"  # what trains: an entry of train/stages.py
-    projector_lr: float | None = None  # default learning_rate
+    projector_lr: float | None = None  # default learning_rate; so is that of any key here that ends in _lr
     global_batch_size: int | None = None  # samples per step over all processes; sets gradient_accumulation_steps
     include_num_input_tokens_seen: str | bool = "non_padding"
 
@@ -81,8 +81,9 @@ class TrainArguments(TrainingArguments):
             self.tf32 = None
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every batch reaches every parameter, text-only ones too
-        if self.projector_lr is None:
-            self.projector_lr = self.learning_rate
+        for name, rate in self.rates.items():
+            if rate is None:
+                setattr(self, name, self.learning_rate)
         if self.data_seed is None:
             self.data_seed = self.seed
         if self.report_to is None:
@@ -96,7 +97,8 @@ class TrainArguments(TrainingArguments):
     @property
     def rates(self) -> dict[str, Any]:
         """The value of every learning rate that a stage may name."""
-        return {"learning_rate": self.learning_rate, "projector_lr": self.projector_lr}
+        names = [name for name in TrainArguments.__annotations__ if name.endswith("_lr")]
+        return {name: getattr(self, name) for name in ("learning_rate", *names)}
 
 
 def split_global_batch(global_batch_size: int, per_device: int, world_size: int) -> tuple[int, int]:

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llava_sp.common.schema import TEXT, Check, expect, is_unicode, one_of, some
+from llava_sp.common.schema import Check, expect, is_utf8, one_of, some
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-PATH = Check(lambda path: path and is_unicode(path), "a path", str)
+TEXT = Check(is_utf8, "text, without half a surrogate pair", str)
+PATH = Check(lambda path: path and is_utf8(path), "a path", str)
 # The order of the turns is checked where they are rendered, the paths where they are opened.
 RECORD = {
     "conversations": some({"from": one_of(*ROLES), "value": TEXT}),

@@ -19,10 +19,9 @@ from torch.utils.data import Dataset
 
 from llava_sp.common.schema import expect, one_of, some
 from llava_sp.data.annotations import BadSample, Conversation, parse_record
-from llava_sp.data.images import load_image
 from llava_sp.data.mixture import Source
-from llava_sp.data.record_file import RecordFile
 from llava_sp.data.skipped import SampleReport
+from llava_sp.data.sources import open_records
 from llava_sp.model.conversation import get_template
 from llava_sp.model.processing_llava_sp import IGNORE_INDEX, LlavaSPProcessor
 
@@ -74,7 +73,7 @@ class ConversationDataset(Dataset):
         self.model_max_length = model_max_length
         self.on_bad_sample = on_bad_sample
         self.sources = expect(list(sources), some(), "sources")
-        self.files = [RecordFile(source.annotations) for source in self.sources]
+        self.files = [open_records(source) for source in self.sources]
         self.report = SampleReport(skipped_path)
         self._table = _table(self.sources, [len(file) for file in self.files], seed)
 
@@ -84,7 +83,7 @@ class ConversationDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < len(self):  # also what ends a loop over the samples
             raise IndexError(f"sample {index} of {len(self)}")
-        tries = min(MAX_SKIPS, len(self))
+        tries, reason = min(MAX_SKIPS, len(self)), ""
         for offset in range(tries):
             place = (index + offset) % len(self)
             try:
@@ -92,8 +91,12 @@ class ConversationDataset(Dataset):
             except BadSample as error:
                 if self.on_bad_sample == "fail":
                     raise BadSample(f"{self.where(place)}: {error}") from error
+                reason = reason or str(error)
                 self.report.add("skipped", *self.origin(place), reason=str(error))
-        raise ValueError(f"{tries} bad samples in a row from {self.where(index)} on; {self.report.path} lists them")
+        every = " (which is every one)" if tries == len(self) else ""
+        raise ValueError(
+            f"{tries} bad samples in a row from {self.where(index)} on{every}; {self.report.path} lists them. The first: {reason}"
+        )
 
     def _sample(self, index: int) -> dict[str, torch.Tensor]:
         conversation = self.conversation(index)
@@ -145,8 +148,8 @@ class ConversationDataset(Dataset):
 
     def load_images(self, index: int, conversation: Conversation) -> list[Image.Image]:
         """The decoded images of sample `index`, in the order of the marks. Raises `BadSample`."""
-        folder = self.sources[self._table[index][0]].images
-        return [load_image(folder, name) for name in conversation.images]
+        records = self.files[self._table[index][0]]
+        return [records.image(name) for name in conversation.images]
 
     def first_good(self, tries: int = 100) -> dict[str, torch.Tensor] | None:
         """The first good sample that has an image, else the first good one; None if so many of each are bad."""
@@ -176,14 +179,14 @@ class ConversationDataset(Dataset):
         batch are; `python -m llava_sp.data.check` gives the exact ones.
         """
         words = self._per_sample([file.words for file in self.files])
-        images = self._per_sample([file.images for file in self.files])
+        images = self._per_sample([file.image_counts for file in self.files])
         return np.maximum(words + images * self.processor.num_image_tokens, 1).tolist()
 
     @property
     def modality_lengths(self) -> list[int]:
         """LLaVA's: words, negative for a sample without images. For `ModalityLengthSampler`."""
         words = np.maximum(self._per_sample([file.words for file in self.files]), 1)
-        images = self._per_sample([file.images for file in self.files])
+        images = self._per_sample([file.image_counts for file in self.files])
         return np.where(images > 0, words, -words).tolist()
 
     def _per_sample(self, columns: list[np.ndarray]) -> np.ndarray:

@@ -14,24 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from llava_sp.common.files import parse_line
 from llava_sp.common.schema import expect
 from llava_sp.data.annotations import images_of
+from llava_sp.data.images import load_image
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 BLOCK = 1 << 22  # characters read at a time
 
 
 class RecordFile:
-    """The records of one annotation file, by index; `words` and `images` hold each one's size.
+    """The records of one annotation file, by index, and the folder of their images; see `sources.Records`.
 
     Raises:
         ValueError: the file is missing, empty, cut off, not JSON, or not a list of objects (file, line and column are named).
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike, image_folder: str | os.PathLike):
+        self.path, self.image_folder = Path(path), Path(image_folder)
         if not self.path.is_file():
             raise ValueError(f"there is no annotation file {self.path}")
         self._stamp = self._file_stamp()
@@ -40,7 +42,7 @@ class RecordFile:
             raise ValueError(f"{self.path} holds no records; give a JSON list of LLaVA records, or one record per line")
         starts, ends, words, images = np.array(rows, dtype=np.int64).T
         self._starts, self._ends = np.ascontiguousarray(starts), np.ascontiguousarray(ends)
-        self.words, self.images = words.astype(np.int32), images.astype(np.int32)
+        self.words, self.image_counts = words.astype(np.int32), images.astype(np.int32)
         self._handle: tuple[int, Any] | None = None  # (process id, open file): a forked worker opens its own
 
     def __len__(self) -> int:
@@ -55,6 +57,10 @@ class RecordFile:
         file = self._handle[1]
         file.seek(int(self._starts[index]))
         return json.loads(file.read(int(self._ends[index] - self._starts[index])))
+
+    def image(self, name: str) -> Image.Image:
+        """The image that a record names. Raises `BadSample`."""
+        return load_image(self.image_folder, name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handle": None}

@@ -25,7 +25,7 @@ class SampleReport:
         self._seen.add((kind, file, index))
         if self.path is None:
             return
-        line = json.dumps({"kind": kind, "file": file, "index": index, **details}, ensure_ascii=False) + "\n"
+        line = json.dumps({"kind": kind, "file": file, "index": index, **details}) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:

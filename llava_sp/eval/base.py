@@ -2,7 +2,7 @@
 benchmark itself is one small file:
 
     class ColourQA(Benchmark):
-        name = "colourqa"                       # also the folder that is looked for under ./playground/data/eval
+        name = "colourqa"                       # of the file, eval/colourqa.py, and of the folder in ./playground/data/eval
         title = "ColourQA accuracy"             # what the headline figure is
 
         def load(self, data):                   # official files in the folder `data` -> items, in their order

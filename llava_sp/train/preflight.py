@@ -13,9 +13,10 @@ from llava_sp.common.files import is_missing_folder
 from llava_sp.common.schema import expect, one_of
 from llava_sp.config.arguments import DataArguments, ModelArguments, Run, TrainArguments
 from llava_sp.data.mixture import load_mixture
+from llava_sp.data.sources import missing
 from llava_sp.train.build import SCRATCH
 from llava_sp.train.run_folder import RunFolder
-from llava_sp.train.stages import STAGES
+from llava_sp.train.stages import FIRST_STAGES, STAGES
 
 MODEL_SOURCES = {
     "language_model": "a hub id such as lmsys/vicuna-7b-v1.5, or a folder with a causal language model",
@@ -101,7 +102,7 @@ def _projector(model: ModelArguments, args: TrainArguments) -> Iterator[str]:
     if path == SCRATCH:
         return
     if path is None:
-        if "lora" in STAGES[args.stage]:
+        if args.stage not in FIRST_STAGES:
             yield (
                 "projector_checkpoint is not set: the output folder of stage 1 (scripts/pretrain.sh), whose whole "
                 f"projector this stage starts from; '{SCRATCH}' starts from random weights."
@@ -128,14 +129,14 @@ def _data(data: DataArguments) -> Iterator[str]:
     elif data.data_path is None:
         yield "data_path is not set: a LLaVA JSON or JSONL file (or mixture, a YAML file that lists several)."
     else:
-        missing = []
+        problems = []
         if not Path(data.data_path).is_file():
-            missing.append(f"{_named('data_path', data.data_path)}: there is no such file.")
+            problems.append(f"{_named('data_path', data.data_path)}: there is no such file.")
         if data.image_folder is not None and not Path(data.image_folder).is_dir():
-            missing.append(f"{_named('image_folder', data.image_folder)}: there is no such folder.")
-        if missing:
-            missing[-1] += source
-        yield from missing
+            problems.append(f"{_named('image_folder', data.image_folder)}: there is no such folder.")
+        if problems:
+            problems[-1] += source
+        yield from problems
     if data.eval_data_path and not Path(data.eval_data_path).is_file():
         yield f"eval_data_path = {data.eval_data_path}: there is no such file."
     if data.eval_data_path and data.validation_fraction:
@@ -151,10 +152,8 @@ def _mixture(file: Path) -> Iterator[str]:
         yield f"mixture = {file}: {error}."
         return
     for source in sources:
-        if not source.annotations.is_file():
-            yield f"mixture = {file}: annotations: {source.annotations} is not there."
-        if not source.images.is_dir():
-            yield f"mixture = {file}: images: {source.images} is not there."
+        for key, path in missing(source):
+            yield f"mixture = {file}: {key}: {path} is not there."
 
 
 def _output(run: Run) -> Iterator[str]:

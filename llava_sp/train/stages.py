@@ -18,6 +18,9 @@ STAGES: dict[str, dict[str, str]] = {
     "pretrain": {"patch_mlp": "learning_rate", "spatial": "learning_rate"},
     "finetune_lora": {"lora": "learning_rate", "patch_mlp": "projector_lr", "spatial": "projector_lr"},
 }
+FIRST_STAGES = (
+    "pretrain",
+)  # their projector is fresh unless the run says otherwise; the others' comes from a stage before
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def test_every_format(golden, kinds, name, capsys):
     works(report, golden)
     assert main([str(kinds[name].folder)]) == 0
     shown = capsys.readouterr().out
-    assert FORMATS[name] in shown and report["call"][0] in shown
+    assert FORMATS[name].title in shown and report["call"][0] in shown
     assert main([str(kinds[name].folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(report, default=str))
 

@@ -147,7 +147,7 @@ def _language(found: Checkpoint) -> Backbone:
 
 def _tower(found: Checkpoint) -> Backbone:
     fingerprint = found.config.get("vision_tower_fingerprint")
-    if found.format in ("llava_sp", "llava_hf"):
+    if found.holds_vision_tower:
         recorded = found.vision_tower if found.format == "llava_sp" else None
         return Backbone(recorded, "within", found.folder, fingerprint=fingerprint)
     return _place(found, found.vision_tower, fingerprint)
@@ -252,7 +252,7 @@ def _processor_problems(found: Checkpoint, language: Backbone, tower: Backbone) 
         if found.format in OURS and _has_processor(found):
             LlavaSPProcessor.from_saved(found.folder)
         elif found.format not in OURS and None not in bases.values():
-            own = {"language_model": found.holds_language_model, "vision_tower": found.format == "llava_hf"}
+            own = {"language_model": found.holds_language_model, "vision_tower": found.holds_vision_tower}
             given: dict[str, Any] = {keyword: folder for keyword, folder in bases.items() if not own[keyword]}
             make_processor(LlavaSPProcessor, found, **given, local_files_only=True)
     except (ValueError, OSError) as error:

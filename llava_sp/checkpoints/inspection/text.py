@@ -26,7 +26,7 @@ def text(report: dict[str, Any]) -> str:
 
 
 def _about(report: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [("format", f"{FORMATS[report['format']]} ({report['format']})"), *_spatial_rows(report["spatial"])]
+    rows = [("format", f"{FORMATS[report['format']].title} ({report['format']})"), *_spatial_rows(report["spatial"])]
     rows += [("base", _backbone_text(report["language_model"], "language_model"))]
     rows += [("tower", _backbone_text(report["vision_tower"], "vision_tower"))]
     rows += [("template", _template_text(report["conversation_template"], report["format"]))]

@@ -105,7 +105,7 @@ def _wanted(found: Checkpoint, config: LlavaSPConfig) -> tuple[dict[str, tuple[i
         (brought if text_is_known else any_shape).append(LORA)
     if found.holds_language_model:
         brought += [LANGUAGE, HEAD]
-    if found.format in ("llava_sp", "llava_hf"):
+    if found.holds_vision_tower:
         brought.append(TOWER)
     elif found.part(TOWER):  # of the original, a tower that was trained; only its own folder has its shapes
         (brought if getattr(config.vision_config, "num_hidden_layers", 1) else any_shape).append(TOWER)

@@ -78,7 +78,7 @@ def bases_of(
     found: Checkpoint, language_model: str | os.PathLike | None, vision_tower: str | os.PathLike | None, **hub_kwargs
 ) -> tuple[str, str]:
     """Where language model and tower are: as given, else as recorded. Raises `ValueError` for what is not there."""
-    own = {"language_model": found.holds_language_model, "vision_tower": found.format in ("llava_sp", "llava_hf")}
+    own = {"language_model": found.holds_language_model, "vision_tower": found.holds_vision_tower}
     given = {"language_model": language_model, "vision_tower": vision_tower}
     for keyword, value in given.items():
         if value is not None and own[keyword]:

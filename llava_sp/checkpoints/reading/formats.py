@@ -55,13 +55,24 @@ from llava_sp.common.files import read_json
 from llava_sp.common.schema import Check, expect, one_of
 from llava_sp.model.modeling_llava_sp import ADAPTER_FILE
 
+
+@dataclass(frozen=True)
+class Format:
+    """What a format is called, and which backbones its folders hold themselves."""
+
+    title: str
+    holds_language_model: bool = False
+    holds_vision_tower: bool = False  # a whole one; the original's may hold a trained one beside its base's
+
+
+# `recognise` decides among them, `opening._OPENERS` opens them.
 FORMATS = {
-    "llava_sp": "LLaVA-SP, full checkpoint",
-    "llava_sp_adapter": "LLaVA-SP, adapter checkpoint (projector, and LoRA after the second stage)",
-    "original_lora": "original LLaVA code, LoRA folder",
-    "original_full": "original LLaVA code, full checkpoint",
-    "original_projector": "original LLaVA code, projector of the first stage",
-    "llava_hf": "transformers' LLaVA, full checkpoint",
+    "llava_sp": Format("LLaVA-SP, full checkpoint", True, True),
+    "llava_sp_adapter": Format("LLaVA-SP, adapter checkpoint (projector, and LoRA after the second stage)"),
+    "original_lora": Format("original LLaVA code, LoRA folder"),
+    "original_full": Format("original LLaVA code, full checkpoint", holds_language_model=True),
+    "original_projector": Format("original LLaVA code, projector of the first stage"),
+    "llava_hf": Format("transformers' LLaVA, full checkpoint", True, True),
 }
 OURS = ("llava_sp", "llava_sp_adapter")
 LORA_FOLDER = "lora"
@@ -145,7 +156,11 @@ class Checkpoint:
 
     @property
     def holds_language_model(self) -> bool:
-        return self.format in ("llava_sp", "original_full", "llava_hf")
+        return FORMATS[self.format].holds_language_model
+
+    @property
+    def holds_vision_tower(self) -> bool:
+        return FORMATS[self.format].holds_vision_tower
 
     @property
     def is_original(self) -> bool:

@@ -67,7 +67,9 @@ def merge(
     if found.holds_language_model and (source / MERGE_RECORD).is_file():
         raise ValueError(f"{source} is merged already, {_merged_from(source)}")
     if not found.lora:
-        raise ValueError(f"{source} ({FORMATS[found.format]}) has no LoRA apart from its weights: nothing to merge")
+        raise ValueError(
+            f"{source} ({FORMATS[found.format].title}) has no LoRA apart from its weights: nothing to merge"
+        )
     bases = {"language_model": language_model, "vision_tower": vision_tower}
     given: dict[str, Any] = {name: value for name, value in bases.items() if value is not None}
     if device != "cpu":
