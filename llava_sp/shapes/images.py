@@ -23,12 +23,15 @@ class Images:
     def save(self, name: str, scene: Scene, image: Image.Image | None = None, **more: Any) -> str:
         """Draw `scene`, or write `image`, which was made of it, to the file `name`: a JPEG, unless it ends in .png.
 
-        `more` is recorded beside the scene.
+        `more` is recorded beside the scene. Raises `OSError` naming the file, for a full disk and the like.
         """
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         options = {"format": "PNG"} if path.suffix == ".png" else {"format": "JPEG", **JPEG}
-        (draw(scene) if image is None else image).save(path, **options)
+        try:
+            (draw(scene) if image is None else image).save(path, **options)
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error.strerror or error}") from error
         self.record(name, scene, **more)
         return name
 
