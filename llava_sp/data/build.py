@@ -5,14 +5,17 @@ A run builds these before its model, so that their errors come before minutes of
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
 import torch
 
+from llava_sp.checkpoints.opening.ends import never_stops
 from llava_sp.checkpoints.opening.warm_start import language_model_within
 from llava_sp.common.files import is_missing_folder
+from llava_sp.common.processes import Processes
 from llava_sp.common.schema import expect
 from llava_sp.config.arguments import Run, load_config
 from llava_sp.data.dataset import ConversationDataset
@@ -27,7 +30,8 @@ from llava_sp.model.projector import SpatialProjector
 def build_processor(run: Run) -> LlavaSPProcessor:
     """The run's processor; its token counts come from the backbones' own configurations.
 
-    Raises `ValueError` for a model, projector, template or image aspect ratio that does not fit.
+    A language model that would never learn to stop is a warning. Raises `ValueError` for a model, projector, template or image
+    aspect ratio that does not fit.
     """
     assert run.model.language_model and run.model.vision_tower, "checked before"
     config = LlavaSPConfig(
@@ -37,13 +41,17 @@ def build_processor(run: Run) -> LlavaSPProcessor:
     )
     with torch.device("meta"):
         SpatialProjector(config)  # for its errors alone
-    return LlavaSPProcessor.from_backbones(
+    processor = LlavaSPProcessor.from_backbones(
         config,
         language_model=run.model.language_model,
         vision_tower=run.model.vision_tower,
         image_aspect_ratio=run.data.image_aspect_ratio,
         conversation_template=run.data.conversation_template,
     )
+    warning = never_stops(processor, run.model.language_model)
+    if warning and Processes.from_environment().is_main:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    return processor
 
 
 def build_datasets(processor: LlavaSPProcessor, run: Run) -> tuple[ConversationDataset, ConversationDataset | None]:

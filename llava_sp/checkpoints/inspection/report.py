@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
 from llava_sp.checkpoints.opening.backbones import read_vocabulary
+from llava_sp.checkpoints.opening.ends import never_stops
 from llava_sp.checkpoints.opening.fit import Comparison, compare
 from llava_sp.checkpoints.opening.foreign import check_language_model, has_tokenizer
 from llava_sp.checkpoints.opening.full import recorded_config
@@ -49,7 +50,7 @@ _KEYS = (
     "run",
     "merged_from",
 )
-_LISTS = ("files", "missing", "unexpected", "wrong_shape", "empty", "problems", "needs", "call")
+_LISTS = ("files", "missing", "unexpected", "wrong_shape", "empty", "problems", "warnings", "needs", "call")
 PARTS = {
     "language model": (LANGUAGE, HEAD),
     "vision tower": (TOWER,),
@@ -93,7 +94,7 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         return report | {"problems": [str(error)]}
     bases = _language(found), _tower(found)
-    config, comparison, problems = _problems(found, *bases)
+    config, comparison, problems, warnings = _problems(found, *bases)
     given = [keyword for keyword, one in zip(PLACEHOLDERS, bases) if one.status == "missing"]
     return report | {
         "format": found.format,
@@ -109,6 +110,7 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
         "merged_from": _merged(found),
         **vars(comparison),
         "problems": problems,
+        "warnings": warnings,
         "loads": not problems,
         "needs": given,
         "call": _calls(path, found, given, bases),
@@ -117,22 +119,22 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
 
 def _problems(
     found: Checkpoint, language: Backbone, tower: Backbone
-) -> tuple[LlavaSPConfig | None, Comparison, list[str]]:
-    """The configuration that opening would make, what of it the tensors are not, and all that opening refuses."""
+) -> tuple[LlavaSPConfig | None, Comparison, list[str], list[str]]:
+    """The configuration that opening would make, what of it the tensors are not, all that opening refuses, and warnings."""
     problems = [
         f"its {what}: {backbone.problem}"
         for what, backbone in (("language model", language), ("vision tower", tower))
         if backbone.problem is not None
     ]
-    config, comparison = None, compare(found, None)
+    config, comparison, warnings = None, compare(found, None), []
     try:
         config = _config(found, language, tower)
         comparison = compare(found, config)
         if not problems:
-            problems += _processor_problems(found, language, tower)
+            problems, warnings = _try_processor(found, language, tower)
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         problems.append(f"its configuration: {error}")
-    return config, comparison, problems + comparison.lines()
+    return config, comparison, problems + comparison.lines(), warnings
 
 
 # ---- what the checkpoint is made from
@@ -239,8 +241,10 @@ def _side(found: Checkpoint, name: str, dim: int) -> int | None:
     return None if tensor is None or len(tensor.shape) <= dim else tensor.shape[dim]
 
 
-def _processor_problems(found: Checkpoint, language: Backbone, tower: Backbone) -> list[str]:
-    """Tokenizers and image settings, by making of them what opening does, as far as they are on this machine."""
+def _try_processor(found: Checkpoint, language: Backbone, tower: Backbone) -> tuple[list[str], list[str]]:
+    """Problems of tokenizers and image settings, by making of them what opening does, as far as they are on this machine; and
+    warnings, of what opens and answers badly."""
+    processor: LlavaSPProcessor | None = None
     bases = {"language_model": language.folder, "vision_tower": tower.folder}
     try:
         if found.format not in OURS and has_tokenizer(found):
@@ -250,14 +254,17 @@ def _processor_problems(found: Checkpoint, language: Backbone, tower: Backbone) 
             if found.format not in OURS:
                 check_language_model(found, language_config(language.folder), tuple(ids))
         if found.format in OURS and _has_processor(found):
-            LlavaSPProcessor.from_saved(found.folder)
+            processor = LlavaSPProcessor.from_saved(found.folder)
         elif found.format not in OURS and None not in bases.values():
             own = {"language_model": found.holds_language_model, "vision_tower": found.holds_vision_tower}
             given: dict[str, Any] = {keyword: folder for keyword, folder in bases.items() if not own[keyword]}
-            make_processor(LlavaSPProcessor, found, **given, local_files_only=True)
+            processor = make_processor(LlavaSPProcessor, found, **given, local_files_only=True)
     except (ValueError, OSError) as error:
-        return [f"its processor: {error}"]
-    return []
+        return [f"its processor: {error}"], []
+    with contextlib.suppress(ValueError, OSError):  # a template that cannot train
+        warning = processor and never_stops(processor, language.folder or found.folder, local_files_only=True)
+        return [], [warning] if warning else []
+    return [], []
 
 
 def _has_processor(found: Checkpoint) -> bool:
