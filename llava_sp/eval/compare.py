@@ -90,7 +90,7 @@ def read_run(folder: Path) -> Run:
     if score is None:
         raise Unscored(f"{folder} has answers of {origin['benchmark']} but no score (a server or a judge gives it)")
     items, found = read_jsonl(folder / "per_item.jsonl", _ITEM), None
-    with suppress(LookupError, TypeError, AttributeError, ArithmeticError):
+    with suppress(ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
         found = benchmark.headline(items)
     if found is None or abs(found - score) > _ROUNDING or len(items) != origin["count"]:
         raise ValueError(

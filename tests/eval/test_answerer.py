@@ -115,3 +115,23 @@ def test_questions_of_an_image_stay_together_longest_first(files):
     a, b, *_ = ((image,) for image in files)
     items = [Item(i, "x" * n, images) for i, (n, images) in enumerate([(5, a), (9, b), (30, a), (9, ()), (40, ())])]
     assert [item.id for item in in_order(Plain(), items)] == [2, 0, 1, 4, 3]
+
+
+@pytest.mark.parametrize("text", ["<image>", "Is <image> a tag?", "<image><image>"])
+def test_a_mark_in_a_question_without_images_is_text(opened, files, text):
+    model, processor = opened
+    answerer = ModelAnswerer(SimpleNamespace(model=model), processor, Plain(), Generation(max_new_tokens=2))
+    batch = answerer.prepare([Item(0, text), Item(1, "What?", (files[0],))])
+    first, second = batch.prompts["input_ids"]
+    assert processor.image_token_id not in first and text in processor.tokenizer.decode(first)
+    assert (second == processor.image_token_id).sum() == processor.num_image_tokens
+    assert len(answerer.answer(batch)) == 2
+    with pytest.raises(ValueError, match=rf"question 7: {1 + text.count('<image>')} <image> marks for 1 images"):
+        answerer.prepare([Item(7, text, (files[0],))])
+
+
+def test_half_a_surrogate_pair_names_the_question(opened):
+    model, processor = opened
+    answerer = ModelAnswerer(SimpleNamespace(model=model), processor, Plain(), Generation())
+    with pytest.raises(ValueError, match="question 3: half a surrogate pair"):
+        answerer.prepare([Item(3, "a \ud83d")])
