@@ -1,11 +1,11 @@
-"""Asks a model about one or several images (or none) and prints the answer as it is made.
+"""Asks a model about one or several images (or none) and prints the answer while it is generated.
 
     python -m llava_sp.generate --model M --image x.jpg --prompt "What is in the image?"
     python -m llava_sp.generate --model M --image a.jpg --image b.jpg --prompt "What changed?" --temperature 0.7
 
-The images go in front of the question, or where <image> is in it; without images, <image> is text. Decoding is greedy unless --temperature or
---top-p is given. The answer goes to standard output, everything else to standard error. Exit status: 0 done, 2 something to
-put right (the message says what), 130 interrupted.
+The images go in front of the question, or where <image> is in it; without images <image> is text. Decoding is greedy unless
+--temperature or --top-p is given. The answer goes to standard output, everything else to standard error. Exit status: 0
+done, 2 an error that the user can correct, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", required=True, help="the question")
     add("--conversation-template", help="conversation template (default: the checkpoint's own)")
     add("--max-new-tokens", type=int, default=512, help="default 512")
-    add("--temperature", type=float, help="sample at this temperature instead of taking the likeliest token")
+    add("--temperature", type=float, help="sample at this temperature instead of greedy decoding")
     add("--top-p", type=float, help="sample from the likeliest tokens that together have this probability")
-    add("--num-beams", type=int, default=1, help="beam search; the answer then comes at once")
+    add("--num-beams", type=int, default=1, help="beam search; the answer is then printed at the end")
     add("--repetition-penalty", type=float, default=1.0, help="above 1 makes repetition less likely")
     add("--seed", type=int, help="makes sampling repeatable")
     add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",
         help="auto: float16 on a GPU, else float32")  # fmt: skip
     add("--device", help="cuda, cuda:1, cpu, ... (default: a GPU if there is one)")
-    add("--language-model", help="language model of an adapter checkpoint, where it has moved")
-    add("--vision-tower", help="vision tower of an adapter checkpoint, where it has moved")
+    add("--language-model", help="language model of an adapter checkpoint, if it was moved")
+    add("--vision-tower", help="vision tower of an adapter checkpoint, if it was moved")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What an annotation record is, in LLaVA's format.
+"""Annotation records in LLaVA's format.
 
 {"id": ..., "image": path or list of paths (optional), "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}
 
@@ -33,12 +33,12 @@ _MEDIA = re.compile(
 
 
 class BadSample(ValueError):
-    """A sample that cannot be learned from; the message says why."""
+    """A sample that cannot be used for training; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One record: its turns, and the images that the marks stand for."""
+    """One record: its turns, and the images of its marks."""
 
     id: str
     turns: list[dict[str, str]]  # {"role": "user" | "assistant" | "system", "content": text}
@@ -46,7 +46,7 @@ class Conversation:
 
 
 def parse_record(record: dict[str, Any]) -> Conversation:
-    """The conversation of a record. Raises `BadSample` for one that does not fit `RECORD`, or has media that are not used."""
+    """The conversation of a record. Raises `BadSample` if the record does not fit `RECORD` or names media that are not used."""
     name = str(record.get("id", ""))
     try:
         expect(record, RECORD, f"id {name!r}")
@@ -62,7 +62,7 @@ def parse_record(record: dict[str, Any]) -> Conversation:
 
 def images_of(record: dict[str, Any]) -> list[Any]:
     """The images that a record names, also where it is bad."""
-    images = next((record[key] for key in _IMAGES if record.get(key)), [])
+    images: Any = next((record[key] for key in _IMAGES if record.get(key)), [])
     return images if isinstance(images, list) else [images]
 
 

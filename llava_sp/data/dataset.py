@@ -1,7 +1,7 @@
 """ConversationDataset: a mixture of LLaVA annotation files as ids, labels and pixels.
 
-A sample that cannot be learned from (see `BadSample`) ends the run with its file and index, or is replaced by the next good
-one and written to a list: `on_bad_sample="fail"` or `"skip"`. Text beyond `model_max_length` is cut, which is listed too;
+A bad sample (see `BadSample`) ends the run with its file and index, or is replaced by the next good
+one and listed: `on_bad_sample="fail"` or `"skip"`. Text beyond `model_max_length` is cut, which is listed too;
 an image is never cut.
 """
 
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from llava_sp.common.files import counted
 from llava_sp.common.schema import expect, one_of, some
 from llava_sp.data.annotations import BadSample, Conversation, parse_record
 from llava_sp.data.mixture import Source
@@ -25,7 +26,7 @@ from llava_sp.data.sources import open_records
 from llava_sp.model.conversation import get_template
 from llava_sp.model.processing_llava_sp import IGNORE_INDEX, LlavaSPProcessor
 
-MAX_SKIPS = 1000  # bad samples in a row before even `skip` gives up
+MAX_SKIPS = 1000  # bad samples in a row after which `skip` raises too
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class ConversationDataset(Dataset):
         return len(self._table)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < len(self):  # also what ends a loop over the samples
+        if not 0 <= index < len(self):  # also ends iteration
             raise IndexError(f"sample {index} of {len(self)}")
         tries, reason = min(MAX_SKIPS, len(self)), ""
         for offset in range(tries):
@@ -94,9 +95,8 @@ class ConversationDataset(Dataset):
                 reason = reason or str(error)
                 self.report.add("skipped", *self.origin(place), reason=str(error))
         every = " (which is every one)" if tries == len(self) else ""
-        raise ValueError(
-            f"{tries} bad samples in a row from {self.where(index)} on{every}; {self.report.path} lists them. The first: {reason}"
-        )
+        bad = f"{counted(tries, 'bad sample')} in a row from {self.where(index)} on{every}"
+        raise ValueError(f"{bad}; {self.report.path} lists them. The first: {reason}")
 
     def _sample(self, index: int) -> dict[str, torch.Tensor]:
         conversation = self.conversation(index)
@@ -134,7 +134,9 @@ class ConversationDataset(Dataset):
         marks, images = ids.count(placeholder) // per_image, len(conversation.images)
         if marks != images:
             mark = self.processor.image_token
-            raise BadSample(f"{marks} {mark} mark(s) in the text, but {images} image(s) in the record")
+            raise BadSample(
+                f"{counted(marks, f'{mark} mark')} in the text, but {counted(images, 'image')} in the record"
+            )
         limit = self.model_max_length
         needed = len(ids) - ids[::-1].index(placeholder) if marks else 0
         if needed > limit:
@@ -152,7 +154,7 @@ class ConversationDataset(Dataset):
         return [records.image(name) for name in conversation.images]
 
     def first_good(self, tries: int = 100) -> dict[str, torch.Tensor] | None:
-        """The first good sample that has an image, else the first good one; None if so many of each are bad."""
+        """The first good sample with an image, else the first good one; None if the first `tries` of each are bad."""
         with_image = np.array(self.modality_lengths) > 0
         for places in (np.flatnonzero(with_image), np.flatnonzero(~with_image)):
             for place in places[:tries]:
@@ -173,9 +175,9 @@ class ConversationDataset(Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        """Estimated tokens of each sample: words, as LLaVA counts them, and the image tokens.
+        """Estimated tokens of each sample: words, counted as in LLaVA, plus image tokens.
 
-        Tokenizing everything to know it exactly takes minutes at 665,000 records and changes only how similar the lengths in a
+        Tokenizing for exact lengths takes minutes at 665,000 records and changes only how similar the lengths in a
         batch are; `python -m llava_sp.data.check` gives the exact ones.
         """
         words = self._per_sample([file.words for file in self.files])
@@ -194,19 +196,21 @@ class ConversationDataset(Dataset):
         return np.concatenate(columns)[starts[self._table[:, 0]] + self._table[:, 1]].astype(np.int64)
 
     def distinct(self) -> ConversationDataset:
-        """The same with each record once, whatever its weight."""
+        """The same dataset with each record once, regardless of its weight."""
         return self._with_table(np.unique(self._table, axis=0))
 
     def split(self, fraction: float, seed: int = 0) -> tuple[ConversationDataset, ConversationDataset]:
         """(training, validation): `fraction` of the records is kept for validation, each record on one side only.
 
         Raises:
-            ValueError: `fraction` leaves a side empty, as one that is not between 0 and 1 does.
+            ValueError: `fraction` is not between 0 and 1, or leaves one side empty.
         """
         records = self.distinct()._table
         kept = round(len(records) * fraction)
         if not 0 < kept < len(records):
-            raise ValueError(f"a validation fraction of {fraction} of {len(records)} record(s) leaves one side empty")
+            raise ValueError(
+                f"a validation fraction of {fraction} of {counted(len(records), 'record')} leaves one side empty"
+            )
         chosen = records[np.sort(np.random.default_rng(seed).permutation(len(records))[:kept])]
         validation = {tuple(row) for row in chosen.tolist()}
         held_out = np.array([tuple(row) in validation for row in self._table.tolist()])
@@ -232,5 +236,5 @@ def _table(sources: Sequence[Source], sizes: Sequence[int], seed: int) -> np.nda
         parts.append(np.stack([np.full(len(records), place), records], axis=1))
     table = np.concatenate(parts)
     if not len(table):
-        raise ValueError("the weights leave no samples at all")
+        raise ValueError("the weights leave no samples")
     return table

@@ -1,7 +1,7 @@
 """LLaVA annotation files by index: a JSON list of records, or one record per line (JSONL).
 
-A file is read once to find where each record begins; records are then read from the file as they are needed. 665,000
-records cost some 15 MB here, instead of the gigabytes of Python objects that every data worker would copy.
+A file is read once to index where each record begins; records are then read from the file when needed. 665,000
+records take about 15 MB, instead of the gigabytes of Python objects that every data worker would copy.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ class RecordFile:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Record `index` as it is in the file. `ValueError` if the file was changed since it was opened."""
+        """Record `index` as it is in the file. Raises `ValueError` if the file was changed since it was opened."""
         if self._handle is None or self._handle[0] != os.getpid():
             self._handle = (os.getpid(), self.path.open("rb"))
             if self._file_stamp() != self._stamp:
-                raise ValueError(f"{self.path} was changed while it was in use; start again")
+                raise ValueError(f"{self.path} was changed while it was in use; restart the command")
         file = self._handle[1]
         file.seek(int(self._starts[index]))
         return json.loads(file.read(int(self._ends[index] - self._starts[index])))
@@ -71,7 +71,7 @@ class RecordFile:
 
 
 def _size(record: dict[str, Any]) -> tuple[int, int]:
-    """Words of all turns, and images; a record that turns out to be bad later has whatever can be counted."""
+    """Words of all turns, and images; for a malformed record, what can be counted."""
     turns = record.get("conversations")
     texts = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     words = sum(len(text.split()) for text in texts if isinstance(text, str))
@@ -112,7 +112,7 @@ def _scan_list(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
 
 
 class _Text:
-    """A JSON file read block by block. `byte`, `line` and `column` are the place in the file of what comes next."""
+    """A JSON file read block by block. `byte`, `line` and `column` locate the next character."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -133,7 +133,7 @@ class _Text:
             self.file.close()
 
     def skip(self, end: int) -> None:
-        """Go on to `end` in `text`."""
+        """Advance to `end` in `text`."""
         done = self.text[self.place : end]
         self.place = end
         self.byte += len(done) if done.isascii() else len(done.encode())
@@ -160,7 +160,7 @@ class _Text:
         return found
 
     def value(self, index: int) -> tuple[int, Any]:
-        """`(first byte, value)` of the value that comes next, record `index`."""
+        """`(first byte, value)` of the next value, record `index`."""
         self.next_character()
         start = self.byte
         while True:

@@ -94,8 +94,8 @@ def read_run(folder: Path) -> Run:
         found = benchmark.headline(items)
     if found is None or abs(found - score) > _ROUNDING or len(items) != origin["count"]:
         raise ValueError(
-            f"{folder}/per_item.jsonl holds {len(items)} questions and makes the score {found}, metrics.json says {origin['count']} "
-            f"and {score}: one of them was changed or cut off; score the answers again (--answers {folder}/answers.jsonl)"
+            f"{folder}/per_item.jsonl has {len(items)} questions, which make the score {found}, metrics.json has "
+            f"{origin['count']} and {score}: one of the files was changed or cut off; score the answers again"
         )
     return Run(
         folder,
@@ -113,7 +113,7 @@ def compare(a: Run, b: Run, resamples: int = RESAMPLES, seed: int = 0) -> Compar
     """Raises ValueError if the two did not score the same questions by the same rule."""
     problem = _difference(a, b)
     if problem:
-        raise ValueError(f"{a.folder} and {b.folder} do not compare: {problem}")
+        raise ValueError(f"{a.folder} and {b.folder} cannot be compared: {problem}")
     import numpy as np  # after the arguments are parsed
 
     differences = bootstrap(a.benchmark, a.items, b.items, resamples, seed)

@@ -51,7 +51,7 @@ def test_samples(world, make_record):
 
 BAD = {
     "missing image": (("<image>\nWhat?", "x", "none.png"), "none.png cannot be opened"),
-    "image outside": (("<image>\nWhat?", "x", "../../x.jpg"), "leads out of the image folder"),
+    "image outside": (("<image>\nWhat?", "x", "../../x.jpg"), "outside the image folder"),
     "zero bytes": (("<image>\nWhat?", "x", "empty.png"), r"is empty \(0 bytes\)"),
     "text as image": (("<image>\nWhat?", "x", "text.jpg"), "is not an image"),
     "image without mark": (("What?", "x", "a.png"), r"0 <image> mark\(s\) in the text, but 1 image\(s\)"),

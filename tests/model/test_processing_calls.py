@@ -312,7 +312,7 @@ def test_a_template_that_refuses_a_conversation(processor):
 @pytest.mark.parametrize("text", ["a \ud83d b", "\udcff", "<image>\ude00"])
 def test_half_a_surrogate_pair_is_no_text(processor, text):
     image = Image.new("RGB", (4, 4)) if "<image>" in text else None
-    with pytest.raises(ValueError, match=r"half a surrogate pair, '.ud.*' is no text"):
+    with pytest.raises(ValueError, match=r"half a surrogate pair in '.*.u(d83d|dcff|de00)': not text"):
         processor(text=text, images=image)
     with pytest.raises(ValueError, match="half a surrogate pair"):
         processor.encode_conversation([{"role": "user", "content": text}, {"role": "assistant", "content": "x"}])

@@ -1,7 +1,7 @@
 """The model as the runner sees it: items in, texts out.
 
 What makes answering faster belongs here (an image's tokens are computed once for all its questions): runner and benchmarks
-do not know how answers come about.
+do not depend on how answers are generated.
 """
 
 from __future__ import annotations
