@@ -53,9 +53,7 @@ def parse_record(record: dict[str, Any]) -> Conversation:
     except ValueError as error:
         raise BadSample(str(error)) from None
     if unused := ", ".join(_unused_media(record)):
-        raise BadSample(
-            f"id {name!r}: {unused}: media that are not used; images are named by image, relative to their folder"
-        )
+        raise BadSample(f"id {name!r}: {unused}: media that are not used (the key `image` names images)")
     turns = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
     return Conversation(name, turns, images_of(record))
 

@@ -96,7 +96,7 @@ class ConversationDataset(Dataset):
                 self.report.add("skipped", *self.origin(place), reason=str(error))
         every = " (which is every one)" if tries == len(self) else ""
         bad = f"{counted(tries, 'bad sample')} in a row from {self.where(index)} on{every}"
-        raise ValueError(f"{bad}; {self.report.path} lists them. The first: {reason}")
+        raise BadSample(f"{bad}; {self.report.path} lists them. The first: {reason}")
 
     def _sample(self, index: int) -> dict[str, torch.Tensor]:
         conversation = self.conversation(index)

@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from llava_sp.common.files import writing
+
 
 class SampleReport:
     """Appends to `path`; without a path it only counts, in this process.
@@ -26,12 +28,8 @@ class SampleReport:
         if self.path is None:
             return
         line = json.dumps({"kind": kind, "file": file, "index": index, **details}) + "\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, line.encode())
-        finally:
-            os.close(handle)
+        with writing(self.path), self.path.open("ab", buffering=0) as file:
+            file.write(line.encode())
 
     def counts(self) -> dict[str, int]:
         """Distinct records per kind."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from llava_sp.common.files import writing
 from llava_sp.shapes.world import Scene, draw
 
 JPEG: dict[str, Any] = {"quality": 95, "subsampling": 0}
@@ -23,15 +24,12 @@ class Images:
     def save(self, name: str, scene: Scene, image: Image.Image | None = None, **more: Any) -> str:
         """Draw `scene`, or write `image`, which was made of it, to the file `name`: a JPEG, unless it ends in .png.
 
-        `more` is recorded beside the scene. Raises `OSError` naming the file, for a full disk and the like.
+        `more` is recorded beside the scene.
         """
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         options = {"format": "PNG"} if path.suffix == ".png" else {"format": "JPEG", **JPEG}
-        try:
+        with writing(path):
             (draw(scene) if image is None else image).save(path, **options)
-        except OSError as error:
-            raise OSError(f"cannot write {path}: {error.strerror or error}") from error
         self.record(name, scene, **more)
         return name
 

@@ -148,7 +148,7 @@ METADATA = {
 
 @pytest.mark.parametrize("key", MEDIA)
 def test_media_that_are_not_used_are_refused_by_name(key):
-    with pytest.raises(BadSample, match=rf"id 'b': {key} is .*: media that are not used; images are named by image"):
+    with pytest.raises(BadSample, match=rf"id 'b': {key} is .*: media that are not used .the key `image` names images"):
         parse_record({**RECORDS[1], key: MEDIA[key]})
 
 

@@ -54,9 +54,9 @@ BAD = {
     "image outside": (("<image>\nWhat?", "x", "../../x.jpg"), "outside the image folder"),
     "zero bytes": (("<image>\nWhat?", "x", "empty.png"), r"is empty \(0 bytes\)"),
     "text as image": (("<image>\nWhat?", "x", "text.jpg"), "is not an image"),
-    "image without mark": (("What?", "x", "a.png"), r"0 <image> mark\(s\) in the text, but 1 image\(s\)"),
-    "two marks, one image": (("<image>\n<image>\nWhat?", "x", "a.png"), r"2 <image> mark\(s\) in the text, but 1 image\(s\) in the record"),
-    "one mark, two images": (("<image>\nWhat?", "x", ["a.png", "b.png"]), r"1 <image> mark\(s\) in the text, but 2 image\(s\)"),
+    "image without mark": (("What?", "x", "a.png"), r"0 <image> marks in the text, but 1 image"),
+    "two marks, one image": (("<image>\n<image>\nWhat?", "x", "a.png"), r"2 <image> marks in the text, but 1 image in the record"),
+    "one mark, two images": (("<image>\nWhat?", "x", ["a.png", "b.png"]), r"1 <image> mark in the text, but 2 images"),
     "empty answer": (("What?", "", None), "nothing to learn: the conversation holds no answer"),
     "image cut": (("1 2 3 4 5 6 7 8 9 10 11 12 <image> <image>", "x", ["a.png", "b.png"]), r"its last image ends at token \d+, but model_max_length is 60"),
     "answer cut": (("word " * 60, "x", None), r"nothing to learn: the conversation, cut from \d+ to 60 tokens, holds no answer"),
@@ -129,6 +129,14 @@ def test_nothing_but_bad_samples(world, make_record):
     bad = r"3 bad samples in a row from .*data\.json, record 1 on \(which is every one\); .*s\.jsonl lists them\. The first: nothing"
     with pytest.raises(ValueError, match=bad):
         dataset[1]
+
+
+def test_a_full_disk_names_the_list_of_skipped_samples(world, make_record):
+    listed = world.folder / "s.jsonl"
+    listed.symlink_to("/dev/full")
+    dataset = world([make_record("Hello", ""), make_record("Hello", "Hi.")], on_bad_sample="skip", skipped_path=listed)
+    with pytest.raises(OSError, match=f"cannot write {listed}: No space left on device"):
+        dataset[0]
 
 
 def test_long_text_is_cut_and_counted(world, make_record):

@@ -89,7 +89,7 @@ def test_check_lists_what_is_bad(run_yaml, tmp_path, capsys, workers):
     "record, reason",
     [
         ({"video": "clip.mp4"}, "video is 'clip.mp4': media that are not used"),
-        ({"images": ["nothing.png"]}, "0 <image> mark(s) in the text, but 1 image(s) in the record"),
+        ({"images": ["nothing.png"]}, "0 <image> marks in the text, but 1 image in the record"),
         (
             {"conversations": [{"from": "human", "value": "\ud83d"}]},
             "conversations[0].value is '\\ud83d'; expected text",

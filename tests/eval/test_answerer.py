@@ -126,7 +126,7 @@ def test_a_mark_in_a_question_without_images_is_text(opened, files, text):
     assert processor.image_token_id not in first and text in processor.tokenizer.decode(first)
     assert (second == processor.image_token_id).sum() == processor.num_image_tokens
     assert len(answerer.answer(batch)) == 2
-    with pytest.raises(ValueError, match=rf"question 7: {1 + text.count('<image>')} <image> marks for 1 images"):
+    with pytest.raises(ValueError, match=rf"question 7: {1 + text.count('<image>')} <image> marks for 1 image"):
         answerer.prepare([Item(7, text, (files[0],))])
 
 
