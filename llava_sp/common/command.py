@@ -7,6 +7,7 @@ interrupted by Ctrl-C, 143 by SIGTERM.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -42,6 +43,8 @@ def run_command(
     """
     if clean_up_on_sigterm:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a lone surrogate in somebody's text, a terminal of few characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return action() or 0
     except ReportedElsewhere:

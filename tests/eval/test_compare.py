@@ -213,3 +213,14 @@ def test_results_of_which_lines_were_lost(outputs, capsys):
         file.write_text("".join(file.read_text().splitlines(keepends=True)[:-3]))
     assert main([*map(str, outputs), "--samples", "20"]) == 2
     assert "vqav2/per_item.jsonl has 37 questions" in capsys.readouterr().err
+
+
+def test_lone_surrogates_are_printed(outputs, monkeypatch):
+    """Python's standard output takes no half of a pair; a file, or a pipe, is such an output."""
+    for folder in outputs:
+        file = folder / "vqav2" / "per_item.jsonl"
+        file.write_text(file.read_text().replace('"question": "', '"question": "\\ud83d '))
+    with (outputs[0] / "printed.txt").open("w", encoding="utf-8") as printed, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", printed)
+        assert main([*map(str, outputs), "--samples", "20"]) == 0
+    assert "\\ud83d " in (outputs[0] / "printed.txt").read_text()
