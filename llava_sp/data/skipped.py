@@ -28,8 +28,8 @@ class SampleReport:
         if self.path is None:
             return
         line = json.dumps({"kind": kind, "file": file, "index": index, **details}) + "\n"
-        with writing(self.path), self.path.open("ab", buffering=0) as file:
-            file.write(line.encode())
+        with writing(self.path), self.path.open("ab", buffering=0) as stream:
+            stream.write(line.encode())
 
     def counts(self) -> dict[str, int]:
         """Distinct records per kind."""

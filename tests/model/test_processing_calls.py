@@ -284,6 +284,7 @@ BROKEN = {
     "{{ raise_exception('not for you') }}": "not for you",
     "{{ range(1000000000) | list }}": "Range too big",
     "{{ messages.__class__.__mro__ }}": "is unsafe",
+    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}": "recursion",
     "always the same": "makes 'always the same' of",
     "{% for message in messages %}{{ message.role }}{% endfor %}": "makes 'user' of",
 }
