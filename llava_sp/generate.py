@@ -74,7 +74,7 @@ def _generate(args: argparse.Namespace) -> None:
 
     from llava_sp.inference import Engine, Source, open_image, place_images
 
-    message = place_images(args.prompt, len(args.image), "--prompt")
+    message = place_images(args.prompt, len(args.image), "--prompt") if args.image else args.prompt
     images = [open_image(path, "--image") for path in args.image]
     engine = Engine.choose(Source(args.model, args.language_model, args.vision_tower), args.dtype, args.device)
     options: dict[str, Any] = {"repetition_penalty": args.repetition_penalty}

@@ -158,13 +158,15 @@ class Engine:
         conversation_template: str | None = None,
         **options: Any,
     ) -> str:
-        """The answer to one message, whose marks say where the images go (`place_images`).
+        """The answer to one message, whose marks say where the images go (`place_images`); without images they are text.
 
         `options` are further arguments of `generate`, such as a streamer. One call at a time: it holds the device.
         """
         processor = self.processor()
         prompt = render_prompt(processor, message, conversation_template)
-        inputs = pad_left(processor, [encode_prompt(processor, prompt, len(images), "the message")]).to(self.device)
+        inputs = pad_left(processor, [encode_prompt(processor, prompt, len(images), "the message", spell=True)]).to(
+            self.device
+        )
         if images:
             inputs["pixel_values"] = processor.preprocess_images(list(images)).to(self.device, self.model.dtype)
         with answering("with one question; try --dtype bfloat16"):
@@ -239,13 +241,11 @@ def open_image(source: Path | bytes, owner: str) -> Image.Image:
 def place_images(text: str, count: int, owner: str) -> str:
     """The user's message: `count` images in front, each on a line of its own, unless the text has marks for them.
 
-    Without images a mark is text (see `encode_prompt`).
-
     Raises:
-        ValueError: naming `owner`, if there are images and the text holds marks, but not one per image.
+        ValueError: naming `owner`, if the text holds marks, but not one per image.
     """
     marks = text.count(IMAGE_MARK)
-    if count and marks not in (0, count):
+    if marks not in (0, count):
         raise ValueError(
             f"{owner} has {counted(marks, f'{IMAGE_MARK} mark')} for {counted(count, 'image')}: give one each, or none"
         )
@@ -262,14 +262,14 @@ def render_prompt(processor: Any, message: str, conversation_template: str | Non
     return processor.apply_chat_template(turns, **template, add_generation_prompt=True, tokenize=False)
 
 
-def encode_prompt(processor: Any, prompt: str, images: int, owner: str) -> list[int]:
-    """The ids of a rendered prompt about so many images; without any, `<image>` is text.
+def encode_prompt(processor: Any, prompt: str, images: int, owner: str, spell: bool = False) -> list[int]:
+    """The ids of a rendered prompt about so many images; `spell` makes text of marks where there are no images.
 
     Raises:
         ValueError: naming `owner`, if marks and images differ in number, or the text is not Unicode.
     """
     marks = prompt.count(IMAGE_MARK)
-    if images and marks != images:
+    if marks != images and (images or not spell):
         raise ValueError(f"{owner}: {counted(marks, f'{IMAGE_MARK} mark')} for {counted(images, 'image')}")
     try:
         return processor.encode_segments([(prompt, False)], images=images > 0)[0]

@@ -42,7 +42,13 @@ from .tokenization import TextEncoder, add_special_tokens
 
 IGNORE_INDEX = -100
 ASPECT_RATIOS = ("pad", "crop")
-_BROKEN = (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError)  # what transformers raises for broken files
+_BROKEN = (
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+)  # what transformers raises for broken files
 _TEXT_KEYS = ("padding", "padding_side", "max_length", "pad_to_multiple_of", "add_special_tokens", "truncation")
 
 

@@ -233,7 +233,7 @@ class LlavaSP(lmms):
             raise ValueError(f"{query.where}: the answer to score is {answer!r}; it must be text without {IMAGE_MARK}")
         template = get_template(self.conversation_template or self.processor.conversation_template)
         segments = [(self.prompt(query), False), (template.answer_start + answer.strip(), True)]
-        ids, labels = self.processor.encode_segments(segments, images=bool(query.images))
+        ids, labels = self.processor.encode_segments(segments)
         return ids, sum(label >= 0 for label in labels)
 
     def prompt(self, query: Query) -> str:
