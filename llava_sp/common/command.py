@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import re
 import signal
@@ -89,6 +90,8 @@ def run_command(
     """
     if clean_up_on_sigterm:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a lone surrogate in somebody's text, a terminal of few characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = action() or 0
         sys.stdout.flush()  # a reader that went away is noticed here, not while Python ends
