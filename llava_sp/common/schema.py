@@ -65,6 +65,16 @@ def is_utf8(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
+TEXT = Check(_is_clean, "text", str)  # for names and paths
+SIZE = Check(re.compile(r"[1-9]\d{0,8}[KMGT]B").fullmatch, "a number and KB, MB, GB or TB, such as 5GB", str)
+
+
+def one_of(*values: Any) -> Check:
+    return Check(
+        lambda value: any(value == v and type(value) is type(v) for v in values), " or ".join(map(repr, values))
+    )
+
+
 def some(spec: Spec = Any) -> Check:
     """A list with at least one item."""
     return Check(bool, f"a list of {_describe(spec)}, at least one", [spec])
