@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_llava_sp import LlavaSPConfig
 from .opening import needed_formats, other_formats
@@ -55,10 +56,11 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         selected = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
         if selected[0].ndim == 4:  # timm towers give [images, C, G, G], class token already dropped
             selected = [layer.flatten(2).transpose(1, 2) for layer in selected]
-        elif self.config.vision_feature_select_strategy == "default":
-            selected = [layer[:, 1:] for layer in selected]
+        else:
+            selected = [layer[:, self.config.num_leading_tokens :] for layer in selected]
         return torch.cat(selected, dim=-1)
 
+    @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Image tokens of every image: `.pooler_output` is a list of [num_image_tokens, D]."""
         patches = self.get_patch_features(pixel_values)
@@ -70,20 +72,20 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         dtype = next(p.dtype for p in self.multi_modal_projector.parameters() if p.is_floating_point())
         return self.multi_modal_projector(patches.to(dtype))
 
-    def check_counts(self, placeholders: int, images: int) -> None:
-        """Raises `ValueError` unless there are `num_image_tokens` placeholders for each image."""
-        expected = f"{images} images of {self.config.num_image_tokens} tokens"
-        if placeholders != images * self.config.num_image_tokens:
+    def check_counts(self, placeholders: int, tokens: int) -> None:
+        """Raises `ValueError` unless there is a placeholder for each image token."""
+        expected = f"{tokens / self.config.num_image_tokens:g} images of {self.config.num_image_tokens} tokens"
+        if placeholders != tokens:
             raise ValueError(f"input_ids hold {placeholders} image placeholders, but pixel_values hold {expected}")
 
     def place_image_tokens(self, embeds_BLD: Tensor, placeholders_BL: Tensor, tokens: Tensor | None) -> Tensor:
-        """Put the image tokens [images, num_image_tokens, D] where the placeholders are.
+        """Put the image tokens [images, num_image_tokens, D] where the placeholders are; of a part of a prompt, its share.
 
         Raises:
             ValueError: the number of placeholders is not that of the image tokens.
         """
         if not torch.compiler.is_compiling():
-            self.check_counts(int(placeholders_BL.sum()), 0 if tokens is None else tokens.shape[0])
+            self.check_counts(int(placeholders_BL.sum()), 0 if tokens is None else tokens.shape[:2].numel())
         if tokens is None:
             return embeds_BLD
         mask = placeholders_BL.unsqueeze(-1).to(embeds_BLD.device)
@@ -98,6 +100,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         blank = torch.zeros(1, channels, side, side, device=self.vision_tower.device)
         return (0.0 * self.project(self.get_patch_features(blank))).sum()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -133,6 +136,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             **kwargs,
+            return_dict=True,
         )
         return LlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -149,9 +153,14 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
     def __init__(self, config: LlavaSPConfig):
         LlavaSPPreTrainedModel.__init__(self, config)
         self.model = LlavaSPModel(config)
-        self.lm_head = torch.nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text = config.text_config
+        self.lm_head = torch.nn.Linear(text.hidden_size, text.vocab_size, bias=config.language_model_head_bias)
+        embedding = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -188,13 +197,14 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             mm_encoder_outputs=mm_encoder_outputs,
             blank_image=labels is not None,
             **kwargs,
+            return_dict=True,
         )
         hidden_BLD = outputs.last_hidden_state
         loss = None if labels is None else self.supervised_loss(hidden_BLD, labels, num_items_in_batch)
         logits = None
         if labels is None or logits_to_keep is not None:
             kept = slice(-(logits_to_keep or 0), None) if not isinstance(logits_to_keep, Tensor) else logits_to_keep
-            logits = self.silence(self.lm_head(hidden_BLD[:, kept]))
+            logits = self.silence(self.logits_of(hidden_BLD[:, kept]))
         return LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -203,6 +213,14 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """The language model's logits, with the steps that it has after its head."""
+        logits = self.lm_head(hidden)
+        scale, softcap = self.config.language_model_logit_scale, self.config.language_model_logit_softcap
+        if scale is not None:
+            logits = logits * scale
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def silence(self, logits: Tensor) -> Tensor:
         """Make ids that are not words impossible, in place: placeholder, filler rows, padding (unless it ends answers)."""
@@ -220,7 +238,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         """
         targets_BL = labels_BL[:, 1:].to(hidden_BLD.device)
         learned_BL = (targets_BL != IGNORE_INDEX) & (targets_BL < self.config.image_token_id)
-        logits_MV = self.silence(self.lm_head(hidden_BLD[:, :-1][learned_BL]).float())
+        logits_MV = self.silence(self.logits_of(hidden_BLD[:, :-1][learned_BL]).float())
         loss = F.cross_entropy(logits_MV, targets_BL[learned_BL], reduction="sum")
         if num_items_in_batch is None:
             num_items_in_batch = learned_BL.sum().clamp(min=1)
@@ -238,7 +256,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         images = pixel_values if encoded is None else encoded.pooler_output
         if images is not None:
             placeholders = (input_ids == self.config.image_token_id).sum(dim=1)
-            self.model.check_counts(int(placeholders.sum()), len(images))
+            self.model.check_counts(int(placeholders.sum()), len(images) * self.config.num_image_tokens)
         if pixel_values is not None and encoded is None:
             groups = pixel_values.split((placeholders // self.config.num_image_tokens).tolist())
             pixel_values = torch.cat([group.repeat(expand_size, 1, 1, 1) for group in groups])

@@ -27,6 +27,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from llava_sp.checkpoints.opening.fill import check_model, gathered
+from llava_sp.checkpoints.opening.probes import check_features, check_tower, head_steps, leading_tokens
 from llava_sp.checkpoints.reading.fingerprint import weights_fingerprint
 from llava_sp.checkpoints.reading.formats import read_generation_config, recognise
 from llava_sp.checkpoints.reading.places import fetch, hub_kwargs
@@ -162,14 +163,20 @@ class Backbones:
         return self.assemble(cls, config, language, tower, fresh_projector(config, dtype, seed), recorded)
 
     def assemble(self, cls, config: LlavaSPConfig, language, tower, projector, recorded: bool = False):
-        """Loaded parts in an empty model, nothing copied; unless `recorded`, `config` becomes that of the parts."""
+        """Loaded parts in an empty model, nothing copied; unless `recorded`, `config` becomes that of the parts.
+
+        Raises `ValueError` for a tower or language model that computes something else than our model would.
+        """
         grow_vocabulary(language, self.rows)
-        if not recorded:
+        if recorded:
+            check_tower(tower, config)
+        else:
             language.config.pad_token_id = self.pad_token_id
             config.text_config, config.vision_config = language.config, tower.config
-            config.vision_feature_select_strategy = "default" if _has_class_token(tower) else "full"
+            _record_ends(config, language, tower, self.language)
         with zero3_set_aside(), torch.device("meta"), as_value_error(config.name_or_path or "this model"):
             model = cls(config)
+            check_features(model, tower)
         model.model.vision_tower = tower
         model.model.multi_modal_projector = projector.to(tower.device)
         model.model.language_model = language.base_model
@@ -329,9 +336,14 @@ def zero3_set_aside() -> Iterator[None]:
             integration.set_hf_deepspeed_config(current)
 
 
-def _has_class_token(tower: PreTrainedModel) -> bool:
-    """Whether the tower's hidden states begin with a class token (CLIP: yes; SigLIP and timm's spatial maps: no)."""
-    return any(name.endswith("class_embedding") for name, _ in tower.named_parameters())
+def _record_ends(config: LlavaSPConfig, language: PreTrainedModel, tower: PreTrainedModel, path: str) -> None:
+    """Enter what the tower gives before its patches, and what the language model does after its head."""
+    leading = leading_tokens(tower, config)
+    config.vision_feature_select_strategy = "default" if leading else "full"
+    config.vision_tower_leading_tokens = leading if leading > 1 else None
+    steps = head_steps(language, path)
+    config.language_model_logit_scale, config.language_model_logit_softcap = steps
+    config.language_model_head_bias = language.get_output_embeddings().bias is not None
 
 
 def _recorded(path: str) -> str:
