@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel, PreTrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.generation.logits_process import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 from transformers.utils.generic import can_return_tuple
@@ -47,6 +49,12 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         # Layer by layer: transformers skips a module without parameters of its own, such as the whole projector.
         if any(module is part for part in self.multi_modal_projector.modules()):
             reset_parameters(module)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Any:
+        """The model within what `LlavaSPForCausalLM.from_pretrained` opens."""
+        opened: Any = LlavaSPForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return (opened[0].model, opened[1]) if isinstance(opened, tuple) else opened.model
 
     def get_patch_features(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [images, 3, H, W] -> patch features of the configured layer(s), [images, N, C]."""
@@ -173,6 +181,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        mm_token_type_ids: Tensor | None = None,
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
         r"""
@@ -183,6 +192,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
                 then runs at the learned positions only, and `logits` is `None` unless `logits_to_keep` asks for them.
             logits_to_keep: how many positions, from the end, get logits (0 = all), or their indices.
             num_items_in_batch: what the summed token losses are divided by; by default the learned tokens here.
+            mm_token_type_ids: not used; `input_ids` say the same. A processor can be asked for them.
 
         Raises:
             ValueError: placeholders and images do not fit together; the message has both numbers.
@@ -267,12 +277,28 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             model_kwargs["pixel_values"] = pixel_values
         return input_ids, model_kwargs
 
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        several = inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] > 1
+        if several and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            # transformers leaves them out where this model is the assistant of another one
+            inputs.setdefault("mm_encoder_outputs", kwargs.get("mm_encoder_outputs"))
+        return inputs
+
+    def _get_candidate_generator(self, logits_processor, **kwargs):
+        """Prompt lookup copies from the prompt, but no placeholder: that would ask for an image."""
+        words = SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device)
+        return super()._get_candidate_generator(
+            logits_processor=LogitsProcessorList([*logits_processor, words]), **kwargs
+        )
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "LlavaSPForCausalLM":
         """Open a full checkpoint as any transformers model, or one of the formats of `llava_sp.checkpoints`.
 
         An adapter checkpoint (LoRA and projector), ours or the original code's, is opened on the base models it records;
-        `language_model=` and `vision_tower=` (hub ids or paths) take their place. What a folder is shows in its content.
+        `language_model=` and `vision_tower=` (hub ids or paths) take their place, `is_trainable=True` leaves LoRA and
+        projector to be trained. What a folder is shows in its content.
 
         Raises:
             FileNotFoundError: a folder that is not there.
@@ -294,10 +320,13 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
     def from_full(cls, path, *args, output_loading_info: bool = False, **kwargs):
         """transformers' own `from_pretrained`, of a full checkpoint. Raises `ValueError` where tensors are missing in it."""
         if (Path(path) / ADAPTER_FILE).is_file():
-            raise ImportError(f"{path} is an adapter checkpoint (LoRA and projector): pip install llava_sp opens it")
+            raise ImportError(
+                f"{path} is an adapter checkpoint (LoRA and projector): pip install llava_sp, and import it first, opens it"
+            )
         quantization: Any = kwargs.get("quantization_config")
-        if getattr(quantization, "llm_int8_skip_modules", FULL_PRECISION) is None:
-            quantization.llm_int8_skip_modules = FULL_PRECISION  # the language model is what is large
+        for skipped in ("llm_int8_skip_modules", "modules_to_not_convert"):  # of bitsandbytes, of torchao
+            if getattr(quantization, skipped, FULL_PRECISION) is None:
+                setattr(quantization, skipped, FULL_PRECISION)  # the language model is what is large
         opened: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model, info = opened
         missing = sorted(info["missing_keys"])
@@ -317,16 +346,41 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         """
         return needed_formats().from_backbones(cls, language_model, vision_tower, **_with_dtype(kwargs))
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Save a full checkpoint; with LoRA attached, an adapter checkpoint (LoRA and projector, no base weights)."""
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs,
+    ) -> None:
+        """Save a full checkpoint; with LoRA attached, an adapter checkpoint (LoRA and projector, no base weights).
+
+        Args:
+            is_main_process: false on processes that only help gathering.
+            state_dict: in place of the model's own; of an adapter checkpoint, what else it holds is left out.
+            kwargs: those of transformers, for a full checkpoint.
+        """
+        self.config.auto_map = {name: f"modeling_llava_sp.{value}" for name, value in _AUTO_CLASSES.items()}
         if not getattr(self, "_hf_peft_config_loaded", False):
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        write = kwargs.pop("is_main_process", True)
-        if args or kwargs:
-            raise ValueError(f"saving LoRA and projector takes no {', '.join(map(str, [*args, *kwargs]))}")
-        needed_formats().save_adapter(self, None, save_directory, write=write)
+            return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        asked = [name for name, value in kwargs.items() if value not in (None, False)]
+        if asked:
+            raise ValueError(f"saving LoRA and projector takes no {', '.join(asked)}")
+        needed_formats().save_adapter(self, None, save_directory, state_dict=state_dict, write=is_main_process)
+
+    def save_code(self, folder: str | os.PathLike) -> None:
+        """Copy the model's files to a checkpoint, and say in the configuration which class is for what, for remote code."""
+        self.config.auto_map = {name: f"modeling_llava_sp.{value}" for name, value in _AUTO_CLASSES.items()}
+        for part in (self, self.config):
+            custom_object_save(part, folder, config=self.config)
 
 
+# What `trust_remote_code` opens a checkpoint with.
+_AUTO_CLASSES = {
+    "AutoModel": "LlavaSPModel",
+    "AutoModelForImageTextToText": "LlavaSPForCausalLM",
+    "AutoModelForMultimodalLM": "LlavaSPForCausalLM",
+}
 # Keywords of `from_pretrained` that would make another model than that of the weights.
 _OF_THE_WEIGHTS = {field.name for field in dataclasses.fields(LlavaSPConfig)} | {"seed"}
 _OF_THE_WEIGHTS -= {field.name for field in dataclasses.fields(PreTrainedConfig)}

@@ -50,6 +50,15 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def _saved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """LoRA and projector of a whole model's state."""
+    return {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in state.items()
+        if name.startswith(PROJECTOR) or LORA in name
+    }
+
+
 def save_adapter(
     model,
     processor,
@@ -63,7 +72,7 @@ def save_adapter(
 
     Args:
         run: what the manifest keeps about the run that made the weights (stage, step, ...).
-        state_dict: as from `trainable_state_dict`; by default taken from the model now.
+        state_dict: as from `trainable_state_dict`, or the whole model's; by default taken from the model now.
         write: false on processes that only help gathering (all but the main one).
 
     Raises:
@@ -71,7 +80,7 @@ def save_adapter(
         OSError: the disk is full or `path` cannot be written; what stood there before is not a checkpoint any more
             only if its files had been replaced already, and then has no manifest.
     """
-    state = trainable_state_dict(model) if state_dict is None else state_dict
+    state = trainable_state_dict(model) if state_dict is None else _saved(state_dict)
     if not write:
         return
     broken = [name for name, tensor in state.items() if not (tensor.numel() and torch.isfinite(tensor).all())]
@@ -90,6 +99,7 @@ def save_adapter(
         save_file(projector, file, metadata={"format": "pt"})
     if lora:
         _write_lora(model, lora, path / LORA_FOLDER)
+    model.save_code(path)
     _save_config(model, path)
     if processor is not None:
         processor.save_pretrained(path)
@@ -117,6 +127,7 @@ def open_adapter(
     language_model: str | os.PathLike | None = None,
     vision_tower: str | os.PathLike | None = None,
     check_base: bool = True,
+    is_trainable: bool = False,
     dtype: torch.dtype | str = "auto",
     **load_kwargs,
 ):
@@ -126,6 +137,7 @@ def open_adapter(
         config: in place of the recorded one, which it must agree with.
         language_model, vision_tower: in place of the recorded ones, for instance on another machine.
         check_base: compare the base weights' fingerprints with the recorded ones.
+        is_trainable: LoRA (in float32, as PEFT keeps it) and projector are to be trained on; by default nothing trains.
 
     Raises:
         ValueError: a base model is not where the checkpoint says, its weights are not those that the adapter was trained
@@ -142,7 +154,7 @@ def open_adapter(
     if found.lora is not None:
         model.add_adapter(found.lora_config(), adapter_name=ADAPTER_NAME)
     fill(model, found)
-    return freeze(model)
+    return freeze(model, is_trainable)
 
 
 def load_adapter(model: Any, path: str | os.PathLike) -> None:

@@ -81,11 +81,14 @@ def copy_strictly(
                 parameter.copy_(tensors[name])
 
 
-def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    """A model as it is opened: nothing trains, LoRA is in the model's own type, dropout is off."""
+def freeze(model: PreTrainedModel, is_trainable: bool = False) -> PreTrainedModel:
+    """A model as it is opened: nothing trains, LoRA is in the model's own type, dropout is off.
+
+    With `is_trainable`, LoRA and projector train, and LoRA keeps the type that PEFT gave it.
+    """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(False)
-        if LORA in name:
+        parameter.requires_grad_(is_trainable and _within(tower_name(name), (PROJECTOR, LORA)))
+        if LORA in name and not is_trainable:
             parameter.data = parameter.data.to(model.dtype)
     return model.eval()
 
@@ -102,6 +105,7 @@ def check_model(model: nn.Module, path: object, stored: Iterable[StoredTensor], 
         (_described(name, path, stored), parameter.detach(), zeros_allowed)
         for name, parameter in model.named_parameters()
         if not parameter.is_meta and not hasattr(parameter, "ds_id")  # kept on the disk; split by ZeRO-3
+        and type(parameter.detach()) is torch.Tensor  # else quantised, of which nothing can be computed
     )
 
 
