@@ -360,7 +360,8 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             state_dict: instead of the model's own; an adapter checkpoint keeps LoRA and projector of it.
             kwargs: transformers' own, for a full checkpoint.
         """
-        self.config.auto_map = {name: f"modeling_llava_sp.{value}" for name, value in _AUTO_CLASSES.items()}
+        self._name_classes()
+        kwargs.setdefault("save_original_format", False)  # the names are the model's own, as opening compares them
         if not getattr(self, "_hf_peft_config_loaded", False):
             return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         asked = [name for name, value in kwargs.items() if value not in (None, False)]
@@ -368,14 +369,18 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             raise ValueError(f"saving LoRA and projector does not support {', '.join(asked)}")
         needed_formats().save_adapter(self, None, save_directory, state_dict=state_dict, write=is_main_process)
 
+    def _name_classes(self) -> None:
+        """Enter in the configuration what `trust_remote_code` opens a checkpoint with; a subclass has its own file."""
+        if type(self) is LlavaSPForCausalLM:
+            self.config.auto_map = {name: f"modeling_llava_sp.{value}" for name, value in _AUTO_CLASSES.items()}
+
     def save_code(self, folder: str | os.PathLike) -> None:
-        """Copy the model's files to a checkpoint, and say in the configuration which class is for what, for remote code."""
-        self.config.auto_map = {name: f"modeling_llava_sp.{value}" for name, value in _AUTO_CLASSES.items()}
+        """Copy the model's files to a checkpoint, for `trust_remote_code`."""
+        self._name_classes()
         for part in (self, self.config):
             custom_object_save(part, folder, config=self.config)
 
 
-# What `trust_remote_code` opens a checkpoint with.
 _AUTO_CLASSES = {
     "AutoModel": "LlavaSPModel",
     "AutoModelForImageTextToText": "LlavaSPForCausalLM",

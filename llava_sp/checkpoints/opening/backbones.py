@@ -203,7 +203,10 @@ def from_llava_hf(cls: type[PreTrainedModel], backbones: Backbones, config: Llav
     config.dtype = llava.dtype
     projector = SpatialProjector(config).to(llava.dtype)
     projector.load_state_dict(llava.model.multi_modal_projector.state_dict())
-    return backbones.assemble(cls, config, _language_half(llava), llava.model.vision_tower, projector)
+    check_tower(llava.model.vision_tower, config)
+    model = backbones.assemble(cls, config, _language_half(llava), llava.model.vision_tower, projector)
+    model.config.language_model_logit_scale = model.config.language_model_logit_softcap = None  # it has the head alone
+    return model
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
