@@ -4,7 +4,7 @@
     python -m llava_sp.eval --list
 
 ROOT holds a folder for each benchmark, under its own name or the one it has in LLaVA's playground/data/eval. Any argument of
-`python -m llava_sp.eval.NAME` can follow (--batch-size, --dtype, --limit, --judge, ...); for the benchmarks that have
+`python -m llava_sp.eval.NAME` can follow (--batch-size, --dtype, --limit, --judge, ...), for the benchmarks that have
 it. Under `torchrun`, `accelerate launch` or `deepspeed --module` the questions are shared among the processes. The same
 command again continues where the last one stopped.
 

@@ -57,7 +57,7 @@ class ScienceQA(Benchmark):
     title = "ScienceQA accuracy on questions with an image, in percent"
     splits = ("test", "val", "train", "minitest", "minival")
     protocols = ("llava15", "lmms_eval")
-    unscored = "the score is over questions with an image, of which there are 0 (metrics.json holds the rest)"
+    unscored = "the score is over questions with an image, but there is no such question (metrics.json holds the rest)"
     generation = Generation(max_new_tokens=1024)
     generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=16)}
     published: Mapping[str, float] = {LLAVA15: 66.8, LLAVA15_LORA: 68.4, LLAVA_SP: 68.4}

@@ -221,7 +221,7 @@ def test_a_base_that_lacks_a_shard(kinds, golden, tmp_path):
     shutil.copytree(golden / "base", tmp_path / "base")
     (tmp_path / "base/pytorch_model-00002-of-00002.bin").unlink()
     report = inspect(kinds["original_projector"].copy(tmp_path / "x").folder)
-    assert not report["loads"] and "pytorch_model-00002-of-00002.bin, which is not there" in report["problems"][0]
+    assert not report["loads"] and "pytorch_model-00002-of-00002.bin, which does not exist" in report["problems"][0]
 
 
 def test_a_base_of_another_width(kinds, golden, tmp_path):
@@ -414,7 +414,7 @@ def test_a_missing_shard_and_an_empty_promise(kinds, tmp_path):
         assert f"names {copy.key}, which no shard holds" in problem
         file.unlink()
         (problem,) = inspect(copy.folder)["problems"]
-        assert file.name in problem and "is not there" in problem
+        assert file.name in problem and "does not exist" in problem
         with pytest.raises((ValueError, OSError), match=file.name):
             copy.open()
 
@@ -526,7 +526,7 @@ def test_a_full_model_without_the_words_of_its_tokenizer(kinds, tmp_path, conten
     words.unlink() if content is None else words.write_bytes(content)
     report = inspect(copy.folder)
     assert not report["loads"] and "x has no vocabulary: no tokenizer.json or tokenizer.model" in report["problems"][0]
-    refused(copy, "x has no words", str(copy.folder))
+    refused(copy, "x has no vocabulary", str(copy.folder))
 
 
 # ---------------------------------------------------------------- no checkpoint; the command

@@ -157,7 +157,7 @@ def test_own_answers_file_is_read_too(data, answers, recorded):
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda text: text[:-40], "record 39 (counted from 0) is cut off or no JSON"),
+        (lambda text: text[:-40], "record 39 (counted from 0) is cut off or not JSON"),
         (lambda text: "[" + text, "is not valid JSON"),
         (
             lambda text: text.replace('"response": "C"', '"response": 5', 1),

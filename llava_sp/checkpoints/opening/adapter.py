@@ -85,7 +85,7 @@ def save_adapter(
         return
     broken = [name for name, tensor in state.items() if not (tensor.numel() and torch.isfinite(tensor).all())]
     if broken or not state:
-        such = f"{len(broken)} tensors are empty or not finite, for example {broken[0]}" if state else "no projector"
+        such = f"tensors empty or not finite: {len(broken)}, for example {broken[0]}" if state else "no projector"
         raise ValueError(f"{path} is not saved: {such}")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)

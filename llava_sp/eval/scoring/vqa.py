@@ -10,7 +10,7 @@ below, so they are kept on purpose:
 * if the ten answers of the annotators are identical, nothing is normalised at all and raw strings are compared;
 * some contractions map to odd forms, and those with a capital I never match.
 
-Other copies of this code look for a comma between digits that matches `1,,2` too; here, as in the official one,
+Other copies of this code match a comma between digits in `1,,2` too; here, as in the official one,
 only `1,2` counts.
 
 Pure Python: importing this module imports neither torch nor transformers.
