@@ -135,7 +135,7 @@ def open_adapter(
         config: instead of the recorded one, with which it must agree.
         language_model, vision_tower: instead of the recorded ones, for instance on another machine.
         check_base: compare the base weights' fingerprints with the recorded ones.
-        is_trainable: LoRA (in float32, as PEFT keeps it) and projector are to be trained on; by default nothing trains.
+        is_trainable: leaves LoRA and projector trainable, in float32; by default nothing trains.
 
     Raises:
         ValueError: a base model is not at its recorded path, its weights are not those that the adapter was trained
@@ -151,8 +151,8 @@ def open_adapter(
         check_bases(found, config)
     if found.lora is not None:
         model.add_adapter(found.lora_config(), adapter_name=ADAPTER_NAME)
-    fill(model, found)
-    return freeze(model, is_trainable)
+    fill(freeze(model, is_trainable), found)
+    return model
 
 
 def load_adapter(model: Any, path: str | os.PathLike) -> None:

@@ -84,12 +84,14 @@ def copy_strictly(
 def freeze(model: PreTrainedModel, is_trainable: bool = False) -> PreTrainedModel:
     """A model as opened: nothing trains, LoRA is in the model's own type, dropout is off.
 
-    With `is_trainable`, LoRA and projector train, and LoRA keeps the type that PEFT gave it.
+    With `is_trainable`, LoRA and projector train, in float32; call it before they are filled.
     """
+    dtype = model.dtype
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_trainable and _within(tower_name(name), (PROJECTOR, LORA)))
-        if LORA in name and not is_trainable:
-            parameter.data = parameter.data.to(model.dtype)
+        trains = is_trainable and _within(tower_name(name), (PROJECTOR, LORA))
+        parameter.requires_grad_(trains)
+        if trains or LORA in name:
+            parameter.data = parameter.data.to(torch.float32 if trains else dtype)
     return model.eval()
 
 
