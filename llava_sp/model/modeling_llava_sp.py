@@ -320,9 +320,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
     def from_full(cls, path, *args, output_loading_info: bool = False, **kwargs):
         """transformers' own `from_pretrained`, of a full checkpoint. Raises `ValueError` where tensors are missing in it."""
         if (Path(path) / ADAPTER_FILE).is_file():
-            raise ImportError(
-                f"{path} is an adapter checkpoint (LoRA and projector): pip install llava_sp, and import it, to open it"
-            )
+            raise ImportError(f"{path} is an adapter checkpoint: pip install llava_sp, and import it, to open it")
         quantization: Any = kwargs.get("quantization_config")
         for skipped in ("llm_int8_skip_modules", "modules_to_not_convert"):  # of bitsandbytes, of torchao
             if getattr(quantization, skipped, FULL_PRECISION) is None:
@@ -346,7 +344,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         """
         return needed_formats().from_backbones(cls, language_model, vision_tower, **_with_dtype(kwargs))
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # the others are in kwargs
         self,
         save_directory: str | os.PathLike,
         is_main_process: bool = True,
@@ -377,8 +375,9 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
     def save_code(self, folder: str | os.PathLike) -> None:
         """Copy the model's files to a checkpoint, for `trust_remote_code`."""
         self._name_classes()
+        part: Any
         for part in (self, self.config):
-            custom_object_save(part, folder, config=self.config)
+            custom_object_save(part, folder, config=self.config)  # type: ignore[arg-type]  # its stub
 
 
 _AUTO_CLASSES = {

@@ -268,10 +268,7 @@ class LlavaSPProcessor(LlavaProcessor):
         start = special if self.tokenizer.truncation_side == "left" else limit
         lost = slice(start, start + max(0, len(tokens) - limit))
         if any(token.id == self.image_token_id for token in tokens[lost]):
-            raise ValueError(
-                f"truncation to max_length {limit} would cut image placeholders of a prompt of {len(tokens)} tokens: raise "
-                "max_length, or shorten the text"
-            )
+            raise ValueError(f"max_length {limit} would cut image placeholders of a prompt of {len(tokens)} tokens")
         return tokens[: lost.start] + tokens[lost.stop :]
 
     def _expanded_places(self, tokens: list[Token]) -> list[tuple[int, int]]:

@@ -27,7 +27,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from llava_sp.checkpoints.opening.fill import check_model, gathered
-from llava_sp.checkpoints.opening.probes import check_features, check_tower, head_steps, leading_tokens
+from llava_sp.checkpoints.opening.probes import (
+    features_problem,
+    head_problem,
+    head_steps,
+    leading_tokens,
+    tower_problem,
+)
 from llava_sp.checkpoints.reading.fingerprint import weights_fingerprint
 from llava_sp.checkpoints.reading.formats import read_generation_config, recognise
 from llava_sp.checkpoints.reading.places import fetch, hub_kwargs
@@ -169,15 +175,16 @@ class Backbones:
         Raises `ValueError` for a tower or language model that computes something else than our model would.
         """
         grow_vocabulary(language, self.rows)
-        if recorded:
-            check_tower(tower, config)
-        else:
+        if not recorded:
             language.config.pad_token_id = self.pad_token_id
             config.text_config, config.vision_config = language.config, tower.config
-            _record_ends(config, language, tower, self.language)
+            _record_ends(config, language, tower)
+        problem = tower_problem(tower, config) or (None if recorded else head_problem(language, self.language))
         with zero3_set_aside(), torch.device("meta"), as_value_error(config.name_or_path or "this model"):
             model = cls(config)
-            check_features(model, tower)
+            problem = problem or features_problem(tower, model)
+        if problem:
+            raise ValueError(problem)
         model.model.vision_tower = tower
         model.model.multi_modal_projector = projector.to(tower.device)
         model.model.language_model = language.base_model
@@ -203,8 +210,9 @@ def from_llava_hf(cls: type[PreTrainedModel], backbones: Backbones, config: Llav
     config.dtype = llava.dtype
     projector = SpatialProjector(config).to(llava.dtype)
     projector.load_state_dict(llava.model.multi_modal_projector.state_dict())
-    check_tower(llava.model.vision_tower, config)
     model = backbones.assemble(cls, config, _language_half(llava), llava.model.vision_tower, projector)
+    if model.config.vision_tower_leading_tokens is not None:
+        raise ValueError(f"{backbones.tower}: transformers' LLaVA leaves registers of this tower among the patches")
     model.config.language_model_logit_scale = model.config.language_model_logit_softcap = None  # it has the head alone
     return model
 
@@ -340,14 +348,13 @@ def zero3_set_aside() -> Iterator[None]:
             integration.set_hf_deepspeed_config(current)
 
 
-def _record_ends(config: LlavaSPConfig, language: PreTrainedModel, tower: PreTrainedModel, path: str) -> None:
+def _record_ends(config: LlavaSPConfig, language: PreTrainedModel, tower: PreTrainedModel) -> None:
     """Enter what the tower gives before its patches, and what the language model does after its head."""
-    leading = leading_tokens(tower, config)
+    leading = leading_tokens(tower, config) or 0
     config.vision_feature_select_strategy = "default" if leading else "full"
     config.vision_tower_leading_tokens = leading if leading > 1 else None
-    steps = head_steps(language, path)
-    config.language_model_logit_scale, config.language_model_logit_softcap = steps
-    config.language_model_head_bias = language.get_output_embeddings().bias is not None
+    config.language_model_logit_scale, config.language_model_logit_softcap = head_steps(language) or (None, None)
+    config.language_model_head_bias = getattr(language.get_output_embeddings(), "bias", None) is not None
 
 
 def _recorded(path: str) -> str:

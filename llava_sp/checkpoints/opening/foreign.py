@@ -73,7 +73,6 @@ def open_llava_hf(cls, found: Checkpoint, *, language_model=None, vision_tower=N
     config = foreign_config(found, backbones)
     if "quantization_config" not in found.config:
         check_fits(found, config)
-    config.vision_feature_select_strategy = found.config.get("vision_feature_select_strategy", "default")
     return from_llava_hf(cls, backbones, config, dtype, **load_kwargs)
 
 

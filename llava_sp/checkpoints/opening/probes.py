@@ -10,6 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +40,7 @@ class _Given(BaseModelOutputWithPast):
     """Hidden states in the place of a decoder's output; whatever else a head asks for is None."""
 
     def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
+        return None
 
 
 class _Instead(nn.Module):
@@ -62,94 +62,101 @@ class _Instead(nn.Module):
 
 
 @torch.no_grad()
-def leading_tokens(tower: PreTrainedModel, config: LlavaSPConfig) -> int:
-    """How many tokens (class token, registers) the tower puts before its patches, which it gives row by row.
+def leading_tokens(tower: PreTrainedModel, config: LlavaSPConfig) -> int | None:
+    """How many tokens (class token, registers) the tower puts before its patches.
 
-    Single patches of an image are changed, and the tokens that this changes are where they have to be.
-
-    Raises:
-        ValueError: the tokens after these are not a grid of the configuration's size, row by row.
+    Single patches of an image are changed; the tokens that this changes must be a grid, row by row, else None.
     """
     grid, size = config.grid_size, config.image_size
     side = size // grid
     places = sorted({0, grid - 1, grid * (grid - 1), grid**2 - 1})
-    images = torch.zeros(len(places) + 1, getattr(config.vision_config, "num_channels", 3), size, size)
+    images = _blank(config, len(places) + 1)
     for image, place in zip(images[1:], places, strict=True):
         top, left = place // grid * side, place % grid * side
         image[:, top : top + side, left : left + side] = torch.linspace(-1, 1, side)
-    called = _before_layers(tower, pixel_values=images.to(tower.device, tower.dtype))
+    called = _before_layers(tower, pixel_values=images.to(_device(tower), tower.dtype))
     tokens = next((one for one in called if isinstance(one, Tensor) and one.ndim == 3), torch.empty(0, 0, 0))
     leading = tokens.shape[1] - grid**2
     changed = (tokens[1:] - tokens[:1]).abs().sum(-1)
     if leading < 0 or changed.argmax(-1).tolist() != [leading + place for place in places]:
-        raise ValueError(
-            f"the vision tower {type(tower).__name__} gives {tokens.shape[1]} tokens of an image, which do not end with a "
-            f"grid of {grid} x {grid} patches, row by row: it cannot be used"
-        )
+        return None
     return 0 if tower.config.model_type == "timm_wrapper" else leading  # timm's maps are without them
 
 
-def check_tower(tower: PreTrainedModel, config: LlavaSPConfig) -> None:
-    """Raises `ValueError` where `config` takes other tokens of the tower for patches than those that are."""
-    leading = leading_tokens(tower, config)
-    if leading != config.num_leading_tokens:
-        raise ValueError(
-            f"config.json: vision_feature_select_strategy is {config.vision_feature_select_strategy!r} and "
-            f"vision_tower_leading_tokens is {config.vision_tower_leading_tokens}; the vision tower "
-            f"{type(tower).__name__} gives {leading} tokens before its patches: the model was trained on shifted images"
-        )
+def tower_problem(tower: PreTrainedModel, config: LlavaSPConfig) -> str | None:
+    """Why the tokens that `config` takes for patches are not the tower's patches, or None if they are."""
+    leading, grid, name = leading_tokens(tower, config), config.grid_size, type(tower).__name__
+    if leading is None:
+        return f"the vision tower {name} does not give, after leading tokens, a grid of {grid} x {grid} patches, row by row"
+    if leading == config.num_leading_tokens:
+        return None
+    return (
+        f"{Path(config.name_or_path, 'config.json')}: vision_feature_select_strategy is {config.vision_feature_select_strategy!r} and "
+        f"vision_tower_leading_tokens is {config.vision_tower_leading_tokens}, but the vision tower {name} gives {leading} "
+        "tokens before its patches: trained so, every image was shifted"
+    )
 
 
 @torch.no_grad()
-def check_features(empty: LlavaSPForCausalLM, tower: PreTrainedModel) -> None:
-    """Raises `ValueError` where the tower's layers do not give what the projector takes.
+def features_problem(tower: PreTrainedModel, empty: LlavaSPForCausalLM) -> str | None:
+    """Why the tower's layers do not give what the projector takes, or None if they do.
 
     Args:
-        empty: the model on "meta", where a forward costs nothing; the few towers that look at values see a blank image.
+        empty: the model on "meta", where a forward costs nothing; the few towers that need values get a blank image.
     """
-    config, give = empty.config, empty.model.get_patch_features
-    channels = getattr(config.vision_config, "num_channels", 3)
-    image = torch.zeros(1, channels, config.image_size, config.image_size, device=tower.device)
-    found: Any = None
+    config, give, found = empty.config, empty.model.get_patch_features, None
+    expected, device = (config.num_patch_tokens, config.vision_width), _device(tower)
     with suppress(RuntimeError):
-        found = tuple(give(image.to("meta")).shape[1:])
+        found = tuple(give(_blank(config).to("meta")).shape[1:])
     if found is None:
         empty.model.vision_tower = tower
-        with gathered([*tower.parameters()]), torch.device(tower.device), suppress(RuntimeError):
-            found = tuple(give(image).shape[1:])
-    if found != (config.num_patch_tokens, config.vision_width):
-        raise ValueError(
-            f"layer {config.vision_feature_layer} of the vision tower {type(tower).__name__} gives {found} for an image of "
-            f"{config.image_size} pixels; it must be {config.num_patch_tokens} patches of {config.vision_width} values"
-        )
+        with gathered([*tower.parameters()]), torch.device(device), suppress(RuntimeError):
+            found = tuple(give(_blank(config).to(device)).shape[1:])
+    if found == expected:
+        return None
+    return (
+        f"layer {config.vision_feature_layer} of the vision tower {type(tower).__name__} gives {found} for an image of "
+        f"{config.image_size} pixels; expected {expected[0]} patches of {expected[1]} values"
+    )
 
 
 @torch.no_grad()
-def head_steps(language: PreTrainedModel, path: object) -> HeadSteps:
-    """What the language model does to the logits of its head, which our own model has to do too.
+def head_steps(language: PreTrainedModel) -> HeadSteps | None:
+    """What the language model does to its head's logits.
 
-    Raises:
-        ValueError: it does something else, or what it does to embeddings needs more than the embeddings.
+    None if that is something else than `HeadSteps`, or if what its layers get depends on more than the embeddings.
     """
-    try:
-        steps = (
-            _head_steps(language) if _takes_embeddings(language.base_model, language.get_input_embeddings()) else None
-        )
-    except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError, NotImplementedError):
-        steps = None
-    if steps is None:
-        raise ValueError(
-            f"language_model {path} is a {type(language).__name__}, which computes more than decoder(embeddings) and "
-            "softcap(scale * (linear(hidden))): its answers would not be its own. Use another one"
-        )
-    return steps
+    with suppress(RuntimeError, TypeError, AttributeError, LookupError, AssertionError):
+        if _takes_embeddings(language.base_model, language.get_input_embeddings()):
+            return _head_steps(language)
+    return None
+
+
+def head_problem(language: PreTrainedModel, path: object) -> str | None:
+    """Why a language model's answers would not be its own, or None if they would."""
+    if head_steps(language) is not None:
+        return None
+    return (
+        f"language_model {path} is a {type(language).__name__}, which computes more than decoder(embeddings) and "
+        "softcap(scale * linear(hidden)): the model would not answer as it does. Use another language model"
+    )
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where inputs go; of modules that are offloaded, accelerate moves them."""
+    return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def _blank(config: LlavaSPConfig, images: int = 1) -> Tensor:
+    channels = getattr(config.vision_config, "num_channels", 3)
+    return torch.zeros(images, channels, config.image_size, config.image_size, device="cpu")
 
 
 def _takes_embeddings(base: nn.Module, embedding: nn.Module) -> bool:
     """Whether the layers get the same from embeddings as from the ids that these are of, and remember keys and values."""
     if "past_key_values" not in inspect.signature(type(base).forward).parameters:  # Mamba
         return False
-    ids = torch.arange(3, 7, device=next(embedding.parameters()).device)[None]
+    ids = torch.arange(3, 7, device=_device(embedding))[None]
     with gathered([*embedding.parameters()]):
         embeds = embedding(ids)
     return _same(_before_layers(base, input_ids=ids), _before_layers(base, inputs_embeds=embeds))
