@@ -71,7 +71,12 @@ LANGUAGE_MODELS = [
     ("lfm2", {}, PLAIN),
     ("mixtral", {}, PLAIN),
 ]
-REFUSED = [("mamba", {}), ("bert", {"is_decoder": True}), ("roberta", {"is_decoder": True})]
+REFUSED = [
+    ("gemma4_text", {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": WORDS}),
+    ("mamba", {}),
+    ("bert", {"is_decoder": True}),
+    ("roberta", {"is_decoder": True}),
+]
 
 
 def save_language_model(golden: Path, folder: Path, kind: str, settings: dict) -> Path:

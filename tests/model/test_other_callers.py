@@ -101,6 +101,35 @@ def test_transformers_trainer_with_lora(golden, processor, images, tmp_path):
     assert LlavaSPProcessor.from_pretrained(tmp_path / "checkpoint-1").num_image_tokens == 582
 
 
+@pytest.mark.parametrize("assistant_only", [True, False])
+def test_trl(golden, processor, images, tmp_path, assistant_only):
+    """SFTTrainer with its defaults: it truncates, saves, and asks for the assistant's mask."""
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from datasets import Dataset
+
+    model = LlavaSPForCausalLM.from_pretrained(
+        golden / "checkpoint_cropping/lora",
+        language_model=golden / "base",
+        vision_tower=golden / "clip",
+        is_trainable=True,
+    )
+    turns = [{**turn, "content": turn["content"].removeprefix("<image>\n")} for turn in CONVERSATION]
+    data = Dataset.from_list([{"messages": turns, "images": [images[0].convert("RGB")]}] * 2)
+    args = trl.SFTConfig(
+        str(tmp_path),
+        max_steps=1,
+        save_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        assistant_only_loss=assistant_only,
+    )
+    trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=processor).train()
+    ids = torch.arange(3, 30)[None]
+    again = LlavaSPForCausalLM.from_pretrained(tmp_path / "checkpoint-1")
+    assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
 @pytest.mark.parametrize("trainable", [True, False])
 def test_is_trainable(adapter, inputs, trainable):
     model = LlavaSPForCausalLM.from_pretrained(adapter, dtype=torch.bfloat16, is_trainable=trainable)

@@ -159,6 +159,7 @@ def _takes_embeddings(base: nn.Module, embedding: nn.Module) -> bool:
     ids = torch.arange(3, 7, device=_device(embedding))[None]
     with gathered([*embedding.parameters()]):
         embeds = embedding(ids)
+    _before_layers(base, inputs_embeds=embeds + 1)  # an image's are of no word; Gemma 3n looks for the word
     return _same(_before_layers(base, input_ids=ids), _before_layers(base, inputs_embeds=embeds))
 
 
