@@ -34,7 +34,7 @@ class ModelArguments:
     projector_checkpoint: str | None = None
     # A trained LLaVA-1.5: its patch MLP and its LoRA or language model are kept, the spatial branch is fresh.
     warm_start: str | None = None
-    # Compare the backbones' fingerprints with those that the LoRA of warm_start records. False accepts, for example, the
+    # Compare the backbones' fingerprints with those that projector_checkpoint and warm_start record. False accepts, for example, the
     # same weights in another number format.
     check_base: bool = True
     attn_implementation: str | None = None  # sdpa, eager, flash_attention_2 ...
@@ -62,6 +62,8 @@ class DataArguments:
     image_aspect_ratio: str = "pad"  # to a square, or "crop" from the centre
     model_max_length: int = 2048  # longest sequence in tokens, image tokens included
     on_bad_sample: str = "fail"  # or "skip": counted and listed
+    # Compare annotations and images with those that the run began with. False goes on with what there is now.
+    check_data: bool = True
     group_by_modality_length: bool = False  # batches of one modality and of similar length
 
 
@@ -72,6 +74,9 @@ class TrainArguments(TrainingArguments):
     stage: str = "pretrain"  # what trains: an entry of train/stages.py
     projector_lr: float | None = None  # default learning_rate
     global_batch_size: int | None = None  # samples per step over all processes; sets gradient_accumulation_steps
+    watchdog_minutes: float | None = (
+        10.0  # without progress, after which processes that wait for another end; null: never
+    )
     include_num_input_tokens_seen: str | bool = "non_padding"
 
     def __post_init__(self) -> None:

@@ -93,7 +93,7 @@ class ConversationDataset(Dataset):
                 if self.on_bad_sample == "fail":
                     raise BadSample(f"{self.where(place)}: {error}") from error
                 self.report.add("skipped", *self.origin(place), reason=str(error))
-        raise ValueError(f"{tries} bad samples in a row from {self.where(index)} on; {self.report.path} lists them")
+        raise BadSample(f"{tries} bad samples in a row from {self.where(index)} on; {self.report.path} lists them")
 
     def _sample(self, index: int) -> dict[str, torch.Tensor]:
         conversation = self.conversation(index)

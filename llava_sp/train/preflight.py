@@ -14,6 +14,7 @@ from llava_sp.common.schema import expect, one_of
 from llava_sp.config.arguments import DataArguments, ModelArguments, Run, TrainArguments
 from llava_sp.data.mixture import load_mixture
 from llava_sp.train.build import SCRATCH
+from llava_sp.train.processes import samples_per_step
 from llava_sp.train.run_folder import RunFolder
 from llava_sp.train.stages import STAGES
 
@@ -162,4 +163,4 @@ def _output(run: Run) -> Iterator[str]:
     if folder in (None, "trainer_output"):
         yield "output_dir is not set: the folder that this run writes to."
     else:
-        yield from RunFolder(folder).conflicts(run.settings, run.train.world_size)
+        yield from RunFolder(folder).conflicts(run.settings, run.train.world_size, samples_per_step(run.train))

@@ -30,6 +30,7 @@ from llava_sp.checkpoints.reading.formats import LORA_FOLDER, Checkpoint, recogn
 from llava_sp.checkpoints.reading.manifest import MANIFEST
 from llava_sp.checkpoints.reading.names import ADAPTER_NAME, LORA, PEFT, PROJECTOR, without_adapter_name
 from llava_sp.checkpoints.reading.places import base_kwargs, hub_kwargs
+from llava_sp.checkpoints.reading.tensor_files import value_problem
 from llava_sp.common.files import replacing, sha256, write_json
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from llava_sp.model.modeling_llava_sp import ADAPTER_FILE
@@ -67,19 +68,19 @@ def save_adapter(
         write: false on processes that only help gathering (all but the main one).
 
     Raises:
-        ValueError: a tensor is empty or not finite; nothing is written then.
+        ValueError: a tensor is empty or not finite, or has values that opening would refuse; nothing is written then.
         OSError: the disk is full or `path` cannot be written; what stood there before is not a checkpoint any more
             only if its files had been replaced already, and then has no manifest.
     """
     state = trainable_state_dict(model) if state_dict is None else state_dict
+    broken = [
+        f"{name} {found}" for name, tensor in state.items() if (found := value_problem(tensor, zeros_allowed=True))
+    ]
+    if broken or not state:  # on every process, so that none waits for another
+        such = f"{broken[0]}{f' (and {len(broken) - 1} tensors more)' * (len(broken) > 1)}" if state else "no projector"
+        raise ValueError(f"{path} is not saved: {such}")
     if not write:
         return
-    broken = [name for name, tensor in state.items() if not (tensor.numel() and torch.isfinite(tensor).all())]
-    if broken or not state:
-        such = (
-            f"{len(broken)} tensors are empty or hold NaN or infinity, such as {broken[0]}" if state else "no projector"
-        )
-        raise ValueError(f"{path} is not saved: {such}")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     (path / MANIFEST).unlink(missing_ok=True)
@@ -155,19 +156,23 @@ def load_adapter(model: Any, path: str | os.PathLike) -> None:
     fill(model, found, differences=config_differences(found, model.config))
 
 
-def load_projector(model: Any, path: str | os.PathLike) -> None:
+def load_projector(model: Any, path: str | os.PathLike, *, check_base: bool = True) -> None:
     """Load a first stage's whole projector (patch MLP and spatial branch) into a model.
+
+    With `check_base`, the bases must be those that it was trained on.
 
     Raises:
         ValueError: the projector is of another variant, width or grid (the message lists the differing settings and
-            tensors), or the save was cut off.
+            tensors), or was trained on other bases or layers; or the save was cut off.
     """
     found = recognise(path)
+    if check_base:
+        check_bases(found, model.config)
     fill(model, found, (PROJECTOR,), config_differences(found, model.config))
 
 
 def check_bases(found: Checkpoint, config: LlavaSPConfig) -> None:
-    """Raises `ValueError` where the fingerprints that a checkpoint records are not those of the bases in `config`."""
+    """Raises `ValueError` where a checkpoint records other bases, by their fingerprints, or other layers of the tower."""
     for keyword in ("language_model", "vision_tower"):
         was, now = found.config.get(f"{keyword}_fingerprint"), getattr(config, f"{keyword}_fingerprint")
         if was not in (None, now):
@@ -176,6 +181,19 @@ def check_bases(found: Checkpoint, config: LlavaSPConfig) -> None:
                 f"{found.folder} was trained on a {keyword.replace('_', ' ')} with the fingerprint {was}, but {place} has {now}: "
                 f"these are other weights. Pass {keyword}=<the right one>, or check_base=False to go on with these"
             )
+    was, now = (_feature_layers(layer, config) for layer in (found.feature_layer, config.vision_feature_layer))
+    if was != now:
+        raise ValueError(
+            f"{found.folder} was trained with vision_feature_layer = {found.feature_layer}, not {config.vision_feature_layer}: "
+            "these are other features. Set it so, or pass check_base=False to go on with these"
+        )
+
+
+def _feature_layers(layers: Any, config: LlavaSPConfig) -> list[int]:
+    """From the first on: -2 and 23 are the same of 24 layers."""
+    states = getattr(config.vision_config, "num_hidden_layers", None)
+    each = [layers] if isinstance(layers, int) else layers
+    return [layer % (states + 1) if isinstance(states, int) else layer for layer in each]
 
 
 def _save_config(model, path: Path) -> None:

@@ -150,7 +150,7 @@ def value_problem(tensor: Tensor, zeros_allowed: bool = False) -> str | None:
         count = int((~torch.isfinite(tensor)).sum())
         return f"holds NaN or infinity in {count:,} of its {tensor.numel():,} values"
     if largest > _HUGE:
-        return f"has values up to {largest:.1e}, which no training gives: memory that was never initialised"
+        return f"has values up to {largest:.1e}, which no sound training gives: a run that diverged, or memory that was never initialised"
     if tensor.ndim > 1:
         if largest == 0:
             return None if zeros_allowed else "is zero everywhere: it was saved before it was initialised"
