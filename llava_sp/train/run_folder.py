@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from transformers.trainer_callback import TrainerState
 
 from llava_sp.checkpoints.reading.formats import recognise
+from llava_sp.checkpoints.reading.manifest import describe
 from llava_sp.common.files import lock, write_atomic
 from llava_sp.common.folders import sync, sync_folder
 from llava_sp.common.processes import FailedHere, Processes
@@ -118,6 +119,7 @@ class RunFolder:
     def _without_model(self) -> str | None:
         """Why a folder with finished.json holds no trained model, or None: it does."""
         try:
+            describe(self.path)
             recognise(self.path)
         except (ValueError, OSError) as error:
             return f"{self.path / FINISHED_FILE} says that this run is over, but its model is not whole: {error}"
