@@ -18,6 +18,9 @@ from pathlib import Path
 from llava_sp.common.processes import Processes
 from llava_sp.common.watchdog import Watchdog
 folder, rank, steps, then = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+(folder / f"started {{rank}}").touch()
+while not (folder / f"started {{1 - rank}}").exists():
+    time.sleep(0.01)
 watchdog = Watchdog(folder / "alive", Processes(rank, 2, rank), {SECONDS})
 watchdog.start()
 for step in range(1, steps + 1):
