@@ -59,7 +59,7 @@ def train(config: str | Path | None, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[TrainerCallback]) -> dict[str, Any]:
-    """The run itself: what is cheap to check comes first, then the weights, training, and the proof."""
+    """The run itself: cheap checks first, then the weights, training, and the proof."""
     args = run.train
     if here.from_main(here.is_main and folder.is_finished):
         logger.info("%s is a finished run; nothing to do. Another output_dir starts a new one.", folder.path)
@@ -73,7 +73,7 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     with here.together():
         processor = build_processor(run)
         train_data, eval_data = build_datasets(processor, run)
-    data = _checked_data(train_data, checkpoint, here, run.data.check_data)
+    data = _same_data(train_data, checkpoint, here, run.data.check_data)
     if eval_data is not None and args.eval_strategy == "no":  # as often as checkpoints are saved
         args.eval_strategy = IntervalStrategy.STEPS if args.save_strategy == "steps" else IntervalStrategy.EPOCH
         args.do_eval, args.eval_steps = True, args.eval_steps or args.save_steps
@@ -117,9 +117,7 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     return result
 
 
-def _checked_data(
-    dataset: ConversationDataset, checkpoint: Path | None, here: Processes, check: bool
-) -> dict[str, Any]:
+def _same_data(dataset: ConversationDataset, checkpoint: Path | None, here: Processes, check: bool) -> dict[str, Any]:
     """The fingerprint of the data. Raises `ValueError` if it is another on some process, or than in the checkpoint."""
     now = fingerprint(dataset)
     differing = [
@@ -129,24 +127,22 @@ def _checked_data(
     ]
     if differing:
         raise ValueError(f"the processes do not see the same data as process 0: {'; '.join(differing)}")
-    changed = changes(read_run_state(checkpoint)["data"], now) if checkpoint else []
+    changed = "; ".join(changes(read_run_state(checkpoint)["data"], now)) if checkpoint else ""
+    what = f"the data is not what it was when {checkpoint} was written: {changed}"
     if changed and check:
-        raise ValueError(
-            f"the data is not what it was when the run in {checkpoint.parent} began: {'; '.join(changed)}. Restore it; or go on "
-            "with what there is now (--check_data false); or choose another output_dir"
-        )
+        raise ValueError(f"{what}. Restore it, choose another output_dir, or use what there is now: --check_data false")
     if changed:
-        logger.warning("The data has changed since the run began: %s.", "; ".join(changed))
+        logger.warning("%s.", what)
     return now
 
 
 @contextlib.contextmanager
 def _training_errors(advice: str) -> Iterator[None]:
-    """While training, a bad sample and a failed write are what the user can put right; any other error keeps its traceback."""
+    """While training, a bad sample or a failed write is the user's to correct; any other error keeps its traceback."""
     try:
         yield
     except BadSample as error:
-        reason = str(error).strip().splitlines()[-1]  # a loader's worker puts its whole traceback before it
+        reason = str(error).strip().splitlines()[-1]  # a loader's worker prepends its whole traceback
         raise FailedHere(reason.removeprefix(f"{BadSample.__module__}.{BadSample.__name__}: ") + advice) from error
     except (FailedHere, Diverged):
         raise
@@ -155,7 +151,7 @@ def _training_errors(advice: str) -> Iterator[None]:
 
 
 def _facts(args: TrainArguments) -> dict[str, Any]:
-    """What the settings of a run do not hold, for run.yaml and the checkpoints' manifests."""
+    """Facts about a run besides its settings, for run.yaml and the checkpoints' manifests."""
     return {
         "started": provenance.now(),
         "command": provenance.command(),
@@ -179,6 +175,6 @@ def _log_plan(
         f"process x {args.world_size} processes x {args.gradient_accumulation_steps} accumulated."
     )
     if checkpoint:
-        logger.info("Going on from %s (step %s).", checkpoint, log_position(checkpoint))
+        logger.info("Resuming from %s (step %s).", checkpoint, log_position(checkpoint))
     else:
         logger.info("Starting in %s.", args.output_dir)

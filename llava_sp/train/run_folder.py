@@ -1,4 +1,4 @@
-"""The folder of a run: which run it holds, where it can go on from, and that only one process writes to it.
+"""The folder of a run: which run it holds, where it can resume from, and a lock so that only one process writes to it.
 
 OUT/run.yaml          settings and provenance; can be given to --config. Each checkpoint has a copy
 OUT/log.jsonl         one line per log
@@ -46,7 +46,7 @@ REPLACED = re.compile(r"\.(checkpoint-\d+)\.replaced")
 WRITE_ERRORS = (OSError, SafetensorError)
 # The schema of run.yaml, beside settings that are only compared.
 RECORDED = {f"{RESERVED_KEY}?": {"processes?": int, "samples_per_step?": int}}
-OTHER_RUN = "Give the same settings to go on with that run, or choose another output_dir."
+OTHER_RUN = "Give the same settings to resume that run, or choose another output_dir."
 
 # Keys that change what is written, shown or how fast, but not what is learned.
 HARMLESS = (
@@ -72,7 +72,7 @@ class RunFolder:
         self._record: str | None = None  # what run.yaml holds
 
     def conflicts(self, settings: Mapping[str, Any], processes: int, samples_per_step: int) -> Iterator[str]:
-        """Why a run with these settings cannot write here: the folder holds another run, or something that is not a run.
+        """Why a run with these settings cannot write here: the folder holds another run, or files that are not a run's.
 
         A run that left neither checkpoint nor model (its data could not be read, for example) does not own the folder.
         """
@@ -86,7 +86,7 @@ class RunFolder:
         if not file.is_file() or not (finished or checkpoint):
             return
         if finished and not checkpoint and (problem := self._without_model()):
-            yield f"{problem}, and there is no checkpoint to go on from. Restore it, or choose another output_dir"
+            yield f"{problem}, and there is no checkpoint to resume from. Restore it, or choose another output_dir"
         recorded, now = read_yaml(file, RECORDED), dict(settings)
         facts = recorded.pop(RESERVED_KEY, {})
         now["samples per step"] = samples_per_step
@@ -113,7 +113,7 @@ class RunFolder:
             return False
         problem = self._without_model()
         if problem:
-            logger.warning("%s; going on from %s.", problem, self.newest_checkpoint())
+            logger.warning("%s; resuming from %s.", problem, self.newest_checkpoint())
         return not problem
 
     def _without_model(self) -> str | None:
@@ -140,29 +140,27 @@ class RunFolder:
         Raises `ValueError` if none is intact.
         """
         damaged: dict[Path, str] = {}
+        intact = None
         for checkpoint in self._checkpoints():
             problem = damage(checkpoint)
             if problem is None:
+                intact = checkpoint
                 break
             damaged[checkpoint] = problem
-        else:
-            if damaged:
-                raise ValueError(
-                    f"output_dir = {self.path} has no intact checkpoint: {'; '.join(damaged.values())}. Restore one, or "
-                    "choose another output_dir to begin again"
-                )
-            return None
+        problems = f"{'; '.join(damaged.values())}. Restore one, or choose another output_dir to begin again"
+        if damaged and not intact:
+            raise ValueError(f"output_dir = {self.path} has no intact checkpoint: {problems}")
         for entry, problem in damaged.items():
             aside = entry.with_suffix(".damaged")
             logger.warning("%s is damaged: %s. It is %s now, and not used.", entry, problem, aside.name)
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(entry, aside)
-        return checkpoint
+        return intact
 
     def join(
         self, here: Processes, settings: Mapping[str, Any], provenance: Mapping[str, Any], patience: float = 60.0
     ) -> Path | None:
-        """Open the folder, on the main process; on all processes, the checkpoint to go on from.
+        """Open the folder, on the main process; on all processes, the checkpoint to resume from.
 
         Raises:
             ValueError: as `open` and `intact_checkpoint`; or, on all, if some do not see what the main process writes,
@@ -177,12 +175,10 @@ class RunFolder:
                     checkpoint = self.intact_checkpoint()
                 name = checkpoint and checkpoint.name
         token, name = here.from_main((token, name))
-        blind = [str(rank) for rank, sees in enumerate(here.gather(self._sees(token, patience))) if not sees]
+        blind = ", ".join(str(rank) for rank, sees in enumerate(here.gather(self._sees(token, patience))) if not sees)
+        another = f"is another folder for process {blind} than for process 0: all machines must share its file system"
         if blind:
-            raise ValueError(
-                f"output_dir = {self.path} is another folder for process {', '.join(blind)} than for process 0: it must be on "
-                "a file system that all machines share"
-            )
+            raise ValueError(f"output_dir = {self.path} {another}")
         return self.path / name if name else None
 
     def _sees(self, token: str, patience: float) -> bool:
@@ -196,9 +192,9 @@ class RunFolder:
             time.sleep(0.1)
 
     def open(self, settings: Mapping[str, Any], provenance: Mapping[str, Any], patience: float = 60.0) -> None:
-        """Lock the folder for this process, clear what a killed save left, and write run.yaml.
+        """Lock the folder for this process, remove what a killed save left, and write run.yaml.
 
-        Another process that is still ending gets `patience` seconds for it. Raises `ValueError` if it stays, or if nothing
+        Waits `patience` seconds for another process to end. Raises `ValueError` if it does not, or if nothing
         can be written here.
         """
         with self.writing("the folder of the run"):
@@ -251,7 +247,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def writing(self, name: str, errors: tuple[type[Exception], ...] = WRITE_ERRORS) -> Iterator[None]:
-        """Around writing `name`: a full disk, missing rights and the like become a `FailedHere` that says what is left."""
+        """Around writing `name`: a full disk, missing rights and the like become a `FailedHere` naming what is left."""
         try:
             yield
         except errors as error:
@@ -262,11 +258,11 @@ class RunFolder:
         return (
             f"({shutil.disk_usage(there).free / 2**30:.2f} GiB free there): {error}\nThe newest complete checkpoint is "
             f"{self.newest_checkpoint() or 'none yet'}; nothing was lost but the steps since. "
-            "Make room (save_total_limit, output_dir) and give the same command again."
+            "Make room (save_total_limit, output_dir) and run the same command again."
         )
 
     def publish(self, staged: Path) -> Path:
-        """Give a completely written checkpoint its name; it is on the disk before it has one.
+        """Give a completely written checkpoint its name; it is synced before it is renamed.
 
         One of that name (written by an earlier attempt at the same step) is deleted only when the new one is in place.
         """
@@ -296,7 +292,7 @@ class RunFolder:
 
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Lines that name the keys in which two runs differ, leaving out those that do not matter."""
+    """Lines that name the keys in which two runs differ, except those that do not matter."""
     keys = [key for key in {**recorded, **now} if key not in HARMLESS and not key.startswith(HARMLESS_PREFIXES)]
     unset = "(default)"
     return [

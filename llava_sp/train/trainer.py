@@ -1,6 +1,6 @@
 """transformers' Trainer with LLaVA-SP's optimizer groups, data order and checkpoints; all else is Trainer's own.
 
-A checkpoint holds LoRA and projector (as any adapter checkpoint: it can be opened, evaluated), the optimizer's and the
+A checkpoint holds LoRA and projector (like any adapter checkpoint, it can be opened), the optimizer's and the
 scheduler's state, the random number generators and the trainer's state. It is written in a staging folder and renamed.
 """
 
@@ -120,9 +120,9 @@ class LlavaSPTrainer(Trainer):
             if not math.isfinite(logs["loss"]):
                 self._diverged(f"the loss is {logs['loss']}")
             logs.update(self.meter.read(self.state))
-        if "train_loss" in logs:  # Trainer's is that of the steps since the run was resumed
+        if "train_loss" in logs:  # Trainer's is the mean of the steps since the run was resumed
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
-        super().log(logs)  # without start_time: the meter has the speed
+        super().log(logs)  # without start_time: the meter logs the speed
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm over all processes, of each step, before the weights change (DeepSpeed: just after)."""
@@ -137,10 +137,10 @@ class LlavaSPTrainer(Trainer):
         rates = ", ".join(
             f"{g['name']} {g['lr']:.3g}" for g in self.optimizer.param_groups if "no decay" not in g["name"]
         )
+        advice = "Try a lower learning_rate (and projector_lr) or a longer warmup, in another output_dir"
         raise Diverged(
-            f"training diverged at step {self.state.global_step if step is None else step}: {what}. The rates are {rates}; "
-            f"the last good checkpoint is {self.folder.newest_checkpoint() or 'none yet'}. Lower learning_rate (and "
-            "projector_lr) or a longer warmup, in another output_dir, is what helps most often"
+            f"training diverged at step {step or self.state.global_step}: {what}. The rates are {rates}; the last good "
+            f"checkpoint is {self.folder.newest_checkpoint() or 'none yet'}. {advice}"
         )
 
     # ---- checkpoints
@@ -170,7 +170,7 @@ class LlavaSPTrainer(Trainer):
             with self.folder.writing(name, (*WRITE_ERRORS, RuntimeError)):  # torch.save's error is a RuntimeError
                 self._write_and_publish(name, model, trial)
         except (FailedHere, Diverged):
-            if self.args.should_save:  # the others' files go with it; they may still be writing theirs
+            if self.args.should_save:  # the other ranks' files are in it; they may still be writing them
                 shutil.rmtree(self._staging, ignore_errors=True)
             raise
         finally:

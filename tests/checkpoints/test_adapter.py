@@ -184,7 +184,7 @@ def test_a_truncated_file_is_named_with_its_sizes(copy, file):
 
 def test_a_save_that_was_cut_off_is_not_opened(copy):
     (copy / "llava_sp.json").unlink()
-    with pytest.raises(ValueError, match="saving it was cut off"):
+    with pytest.raises(ValueError, match="saving was interrupted"):
         LlavaSPForCausalLM.from_pretrained(copy)
 
 
@@ -208,7 +208,7 @@ def test_disk_full_leaves_no_half_file(trained, tmp_path, monkeypatch):
     [
         (
             lambda tensor: tensor.fill_(float("nan")),
-            "hold NaN or infinity, such as model.multi_modal_projector.linear_1.bias",
+            "for example model.multi_modal_projector.linear_1.bias",
         ),
         (lambda tensor: tensor.resize_(0), "tensors are empty .* such as model.multi_modal_projector.linear_1.bias"),
     ],

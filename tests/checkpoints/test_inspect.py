@@ -95,7 +95,7 @@ def test_an_intermediate_first_stage(golden, layout, missing, capsys):
     assert report["missing"][0] == {"key": f"model.{conv}", "file": "mm_projector.bin"}
     assert main([str(folder)]) == 1
     shown = capsys.readouterr().out
-    assert f"model.{conv}  in mm_projector.bin" in shown and "its model.bin holds all" in shown
+    assert f"model.{conv}  in mm_projector.bin" in shown and "its model.bin has all tensors" in shown
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -107,7 +107,7 @@ def test_every_format(golden, kinds, name, capsys):
     works(report, golden)
     assert main([str(kinds[name].folder)]) == 0
     shown = capsys.readouterr().out
-    assert FORMATS[name] in shown and report["call"][0] in shown
+    assert FORMATS[name].title in shown and report["call"][0] in shown
     assert main([str(kinds[name].folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(report, default=str))
 
@@ -174,9 +174,9 @@ def test_without_our_processors_files(kinds, golden, tmp_path):
 @pytest.mark.parametrize(
     ("recorded", "status", "said"),
     [
-        ("base", "missing", "base: not there; pass language_model="),
-        ("/mnt/author/vicuna", "missing", "/mnt/author/vicuna: not there; pass language_model="),
-        ("lmsys/vicuna-7b-v1.5", "hub", "lmsys/vicuna-7b-v1.5: on the hub, not on this machine"),
+        ("base", "missing", "base: not found; pass language_model="),
+        ("/mnt/author/vicuna", "missing", "/mnt/author/vicuna: not found; pass language_model="),
+        ("lmsys/vicuna-7b-v1.5", "hub", "lmsys/vicuna-7b-v1.5: on the hub, not in the cache"),
         ("beside", "there", "beside: there, in "),
         (None, "missing", "not recorded; pass language_model="),
     ],
@@ -487,8 +487,8 @@ def test_a_manifest_that_is_gone(kinds, tmp_path):
     copy = kinds["llava_sp_adapter"].copy(tmp_path / "x")
     (copy.folder / "llava_sp.json").unlink()
     report = inspect(copy.folder)
-    assert not report["loads"] and "saving it was cut off" in report["problems"][0]
-    refused(copy, "saving it was cut off")
+    assert not report["loads"] and "saving was interrupted" in report["problems"][0]
+    refused(copy, "saving was interrupted")
 
 
 @pytest.mark.parametrize(
@@ -525,9 +525,7 @@ def test_a_full_model_without_the_words_of_its_tokenizer(kinds, tmp_path, conten
     words = copy.folder / "tokenizer.model"
     words.unlink() if content is None else words.write_bytes(content)
     report = inspect(copy.folder)
-    assert (
-        not report["loads"] and "x has no words: tokenizer.json or tokenizer.model is missing" in report["problems"][0]
-    )
+    assert not report["loads"] and "x has no vocabulary: no tokenizer.json or tokenizer.model" in report["problems"][0]
     refused(copy, "x has no words", str(copy.folder))
 
 

@@ -203,7 +203,7 @@ def test_where_it_must_not_go(golden, adapter, merged, tmp_path):
             merge_adapter(adapter, source / "merged")
         assert not (source / "merged").exists()
     (tmp_path / ".out.part").mkdir()
-    with pytest.raises(ValueError, match=r"\.out\.part is there: another command is writing it, or was killed"):
+    with pytest.raises(ValueError, match=r"\.out\.part exists: another command is writing it, or was killed"):
         merge_adapter(adapter, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="there is no folder ./nowhere"):
         merge_adapter("./nowhere", tmp_path / "out")

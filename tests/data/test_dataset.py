@@ -50,7 +50,7 @@ def test_samples(world, make_record):
 
 BAD = {
     "missing image": (("<image>\nWhat?", "x", "none.png"), "none.png cannot be opened"),
-    "image outside": (("<image>\nWhat?", "x", "../../x.jpg"), "leads out of the image folder"),
+    "image outside": (("<image>\nWhat?", "x", "../../x.jpg"), "outside the image folder"),
     "zero bytes": (("<image>\nWhat?", "x", "empty.png"), r"is empty \(0 bytes\)"),
     "text as image": (("<image>\nWhat?", "x", "text.jpg"), "is not an image"),
     "mark without image": (("<image>\nWhat?", "x", None), r"1 <image> mark\(s\) in the text, but 0 image\(s\) in the record"),

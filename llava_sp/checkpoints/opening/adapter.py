@@ -1,19 +1,20 @@
-"""Adapter checkpoints: LoRA and projector, without base weights or embeddings, in a folder that says what it is.
+"""Adapter checkpoints: LoRA and projector, without base weights or embeddings, in a folder with a manifest.
 
     config.json                 LlavaSPConfig, with the base models and the fingerprints of their weights
     projector.safetensors       patch MLP and spatial branch; its presence makes the folder an adapter checkpoint
     lora/adapter_config.json    PEFT's own format; absent after the first stage
     lora/adapter_model.safetensors
     generation_config.json and the processor's files
-    llava_sp.json               format, contents, sizes and hashes; written last, so a save that was cut off has none
+    llava_sp.json               format, contents, sizes and hashes; written last, so an interrupted save has none
 
-Every file is written beside its place and renamed, so no file is ever half there.
+Every file is written beside its target and renamed, so no file is ever partial.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,14 @@ def save_adapter(
     """Write LoRA and projector, their configuration and (if given) the processor to `path`.
 
     Args:
-        run: what the manifest keeps about the run that made the weights (stage, step, ...).
+        run: the manifest's record of the run that made the weights (stage, step, ...).
         state_dict: as from `trainable_state_dict`; by default taken from the model now.
-        write: false on processes that only help gathering (all but the main one).
+        write: false on processes that only take part in gathering (all but the main one).
 
     Raises:
         ValueError: a tensor is empty or not finite, or has values that opening would refuse; nothing is written then.
-        OSError: the disk is full or `path` cannot be written; what stood there before is not a checkpoint any more
-            only if its files had been replaced already, and then has no manifest.
+        OSError: the disk is full or `path` cannot be written; a previous checkpoint there is invalid
+            only if some of its files were replaced already, and then has no manifest.
     """
     state = trainable_state_dict(model) if state_dict is None else state_dict
     broken = [
@@ -124,13 +125,13 @@ def open_adapter(
     """Open an adapter checkpoint on its base models.
 
     Args:
-        config: in place of the recorded one, which it must agree with.
-        language_model, vision_tower: in place of the recorded ones, for instance on another machine.
+        config: instead of the recorded one, with which it must agree.
+        language_model, vision_tower: instead of the recorded ones, for instance on another machine.
         check_base: compare the base weights' fingerprints with the recorded ones.
 
     Raises:
-        ValueError: a base model is not where the checkpoint says, its weights are not those that the adapter was trained
-            on, or tensors do not fit. The message says what would be right.
+        ValueError: a base model is not at its recorded path, its weights are not those that the adapter was trained
+            on, or tensors do not fit. The message names what is expected.
     """
     load_kwargs = base_kwargs(load_kwargs)
     config = recorded_config(found, config)
@@ -163,7 +164,7 @@ def load_projector(model: Any, path: str | os.PathLike, *, check_base: bool = Tr
 
     Raises:
         ValueError: the projector is of another variant, width or grid (the message lists the differing settings and
-            tensors), or was trained on other bases or layers; or the save was cut off.
+            tensors), or was trained on other bases or layers; or the save was interrupted.
     """
     found = recognise(path)
     if check_base:
@@ -173,20 +174,23 @@ def load_projector(model: Any, path: str | os.PathLike, *, check_base: bool = Tr
 
 def check_bases(found: Checkpoint, config: LlavaSPConfig) -> None:
     """Raises `ValueError` where a checkpoint records other bases, by their fingerprints, or other layers of the tower."""
+    problem = next(_base_differences(found, config), None)
+    if problem:
+        raise ValueError(f"{found.folder} was trained {problem}, or check_base=False to use these")
+
+
+def _base_differences(found: Checkpoint, config: LlavaSPConfig) -> Iterator[str]:
     for keyword in ("language_model", "vision_tower"):
         was, now = found.config.get(f"{keyword}_fingerprint"), getattr(config, f"{keyword}_fingerprint")
         if was not in (None, now):
             place = getattr(config, f"{keyword}_name_or_path")
-            raise ValueError(
-                f"{found.folder} was trained on a {keyword.replace('_', ' ')} with the fingerprint {was}, but {place} has {now}: "
-                f"these are other weights. Pass {keyword}=<the right one>, or check_base=False to go on with these"
+            yield (
+                f"on a {keyword.replace('_', ' ')} with the fingerprint {was}, but {place} has {now}: these are other weights. "
+                f"Pass {keyword}=<the right one>"
             )
-    was, now = (_feature_layers(layer, config) for layer in (found.feature_layer, config.vision_feature_layer))
-    if was != now:
-        raise ValueError(
-            f"{found.folder} was trained with vision_feature_layer = {found.feature_layer}, not {config.vision_feature_layer}: "
-            "these are other features. Set it so, or pass check_base=False to go on with these"
-        )
+    layers, own = found.feature_layer, config.vision_feature_layer
+    if _feature_layers(layers, config) != _feature_layers(own, config):
+        yield f"with vision_feature_layer = {layers}, but it is {own} here: these are other features. Pass {layers}"
 
 
 def _feature_layers(layers: Any, config: LlavaSPConfig) -> list[int]:
