@@ -15,6 +15,8 @@ from llava_sp.common.files import examples, sha256
 from llava_sp.data.annotations import BadSample
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.images import image_path
+from llava_sp.data.mixture import Source
+from llava_sp.data.sources import Records
 
 IMAGES = 10_000
 FINGERPRINT = {
@@ -52,9 +54,9 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _some_images(pairs: list[tuple[Any, Any]]) -> Iterator[Path]:
+def _some_images(pairs: list[tuple[Source, Records]]) -> Iterator[Path]:
     """Up to `IMAGES` images (more only where records have several), spread evenly over the records that have some."""
-    places = [(pair, record) for pair in pairs for record in np.flatnonzero(pair[1].images).tolist()]
+    places = [(pair, record) for pair in pairs for record in np.flatnonzero(pair[1].image_counts).tolist()]
     for place in np.unique(np.linspace(0, len(places) - 1, min(IMAGES, len(places))).astype(int)):
         (source, file), record = places[place]
         names = file[record].get("image")

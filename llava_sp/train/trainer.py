@@ -23,6 +23,7 @@ from llava_sp.checkpoints.opening.adapter import load_adapter, save_adapter, tra
 from llava_sp.common.files import read_json, write_json
 from llava_sp.common.processes import FailedHere
 from llava_sp.config.arguments import TrainArguments
+from llava_sp.data.annotations import BadSample
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.fingerprint import FINGERPRINT
 from llava_sp.data.sampler import ModalityLengthSampler
@@ -95,6 +96,15 @@ class LlavaSPTrainer(Trainer):
             sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=self.args.data_seed or 0)
         self.add_callback(SetEpoch(sampler))
         return sampler
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; what the data raises (an annotation file was replaced, for example) is the user's to correct."""
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            if isinstance(error, BadSample):
+                raise
+            raise FailedHere(str(error).strip().splitlines()[-1]) from error
 
     # ---- optimizer
 
@@ -229,6 +239,9 @@ class RestoreLosses(TrainerCallback):
         saved = read_run_state(self.trainer.folder.path / f"checkpoint-{state.global_step}")
         losses = saved["losses"]
         own = losses[args.process_index] if len(losses) == args.world_size else sum(losses) / len(losses)
+        if len(losses) != args.world_size:
+            words = "The checkpoint was written with a process count of %s, now it is %s: dropout draws other random numbers."
+            logger.warning(words, len(losses), args.world_size)
         self.trainer._tr_loss.fill_(own)
         self.trainer._globalstep_last_logged = saved["last_logged"]
         self.trainer._total_loss_scalar = saved["total_loss"]

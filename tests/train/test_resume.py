@@ -268,6 +268,15 @@ def test_all_samples_bad_under_skip(tmp_path, capsys, workers):
     assert "on_bad_sample: skip" not in error and os.linesep not in error.split("error: ")[1].strip()
 
 
+def test_data_that_is_replaced_while_training(tmp_path, monkeypatch, capsys):
+    def replaced(self, index):
+        raise ValueError(f"{self.files[0].path} was changed while it was in use; restart the command")
+
+    monkeypatch.setattr(trainer_module.ConversationDataset, "__getitem__", replaced)
+    assert main(["--config", str(config(tmp_path))]) == 2
+    assert f"error: {TINY['data_path']} was changed while it was in use" in capsys.readouterr().err
+
+
 def test_ctrl_c(tmp_path, monkeypatch, capsys):
     def interrupted(*_args, **_kwargs):
         raise KeyboardInterrupt
