@@ -91,7 +91,7 @@ def tower_problem(tower: PreTrainedModel, config: LlavaSPConfig) -> str | None:
     if leading == config.num_leading_tokens:
         return None
     return (
-        f"{Path(config.name_or_path, 'config.json')}: vision_feature_select_strategy is {config.vision_feature_select_strategy!r} and "
+        f"{Path(config.name_or_path or '', 'config.json')}: vision_feature_select_strategy is {config.vision_feature_select_strategy!r} and "
         f"vision_tower_leading_tokens is {config.vision_tower_leading_tokens}, but the vision tower {name} gives {leading} "
         "tokens before its patches: trained so, every image was shifted"
     )
