@@ -3,9 +3,9 @@
     python -m llava_sp.generate --model M --image x.jpg --prompt "What is in the image?"
     python -m llava_sp.generate --model M --image a.jpg --image b.jpg --prompt "What changed?" --temperature 0.7
 
-The images go in front of the question, or where <image> is in it. Decoding is greedy unless --temperature or
---top-p is given. The answer goes to standard output, everything else to standard error. Exit status: 0 done, 2 an error
-that the user can correct, 130 interrupted.
+The images go in front of the question, or where <image> is in it; without images <image> is text. Decoding is greedy unless
+--temperature or --top-p is given. The answer goes to standard output, everything else to standard error. Exit status: 0
+done, 2 an error that the user can correct, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _generate(args: argparse.Namespace) -> None:
 
     from llava_sp.inference import Engine, Source, open_image, place_images
 
-    message = place_images(args.prompt, len(args.image), "--prompt")
+    message = place_images(args.prompt, len(args.image), "--prompt") if args.image else args.prompt
     images = [open_image(path, "--image") for path in args.image]
     engine = Engine.choose(Source(args.model, args.language_model, args.vision_tower), args.dtype, args.device)
     options: dict[str, Any] = {"repetition_penalty": args.repetition_penalty}

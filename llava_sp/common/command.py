@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import re
 import signal
@@ -34,6 +35,13 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)  # of `fitting`
         self.exit(2, f"error: {message}\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # `--help | head`
+            status = _reader_gone()
+        super().exit(status, message)
 
 
 def fitting(right: Check) -> Callable[[str], Any]:
@@ -80,13 +88,16 @@ def run_command(
     """
     if clean_up_on_sigterm:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a lone surrogate in somebody's text, a terminal of few characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return action() or 0
+        status = action() or 0
+        sys.stdout.flush()  # a reader that went away is noticed here, not while Python ends
+        return status
     except ReportedElsewhere:
         return 2
     except BrokenPipeError:  # `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return _reader_gone()
     except USER_ERRORS as error:
         if traceback:
             raise
@@ -97,6 +108,12 @@ def run_command(
     except KeyboardInterrupt:
         print(f"\n{on_interrupt}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _reader_gone() -> int:
+    """The exit status where nobody reads standard output; what is still to be written there goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def check_arguments(checks: Iterable[tuple[str, Any, bool, str]]) -> None:

@@ -62,7 +62,7 @@ def _is_clean(text: str) -> bool:
 
 def is_utf8(text: str) -> bool:
     """Whether a text can be written; half a surrogate pair cannot, which is also how Python shows bytes that are no UTF-8."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 TEXT = Check(_is_clean, "text", str)  # for names and paths

@@ -29,14 +29,16 @@ BRACKETS = ("[[", "]]")
 def marked_text(dataset: ConversationDataset, index: int, marks: tuple[str, str] = BRACKETS) -> str:
     """The text of sample `index` as it is tokenized, each learned span between `marks`.
 
-    An image's placeholders are shown as `<image>`. Text beyond the limit becomes a note. Raises `BadSample`.
+    An image's placeholders are shown as `<image>`, which in a record without images is text. Text beyond the limit becomes a
+    note. Raises `BadSample`.
     """
     conversation = dataset.conversation(index)
     kept = len(dataset.encode(conversation).input_ids)
     processor = dataset.processor
-    segments = processor.render_conversation(conversation.turns, dataset.conversation_template)
+    images = bool(conversation.images)
+    segments = processor.render_conversation(conversation.turns, dataset.conversation_template, images)
     text = "".join(piece for piece, _ in segments)
-    tokens = processor.align_segments(segments)
+    tokens = processor.align_segments(segments, images=images)
     learned = [False] * (len(text) + 1)
     for token in tokens[:kept]:
         if token.label == token.id:

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from llava_sp.common.command import command_parser, count, run_command, seed
-from llava_sp.common.files import write_atomic
+from llava_sp.common.files import read_json, write_atomic
 from llava_sp.shapes.images import Images
 from llava_sp.shapes.language import CAPTION_REQUESTS, FAMILIES, SUFFIX, Interviewer, Question, caption, description
 from llava_sp.shapes.world import sample_scene
@@ -52,7 +52,7 @@ def make(output: Path, settings: Settings, log: Callable[[str], None] = print) -
     """Write everything under `output`; returns what `world.json` holds. Raises `ValueError` for a folder of something else."""
     record = output / "world.json"
     if record.is_file():
-        found = json.loads(record.read_text())
+        found = read_json(record, {"settings": dict})
         if found["settings"] == asdict(settings):
             log(f"shapes data: {output} is complete, nothing to make")
             return found
