@@ -53,6 +53,16 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def _saved(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """LoRA (of several, the active one) and projector of a whole model's state."""
+    active = _active_adapter(model)
+    return {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in state.items()
+        if name.startswith(PROJECTOR) or adapter_of(name) == active
+    }
+
+
 def _active_adapter(model: Any) -> str:
     """The name of the LoRA that a model answers with. Raises `ValueError` for several, which no adapter checkpoint holds."""
     active = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else [ADAPTER_NAME]
@@ -76,7 +86,7 @@ def save_adapter(
 
     Args:
         run: the manifest's record of the run that made the weights (stage, step, ...).
-        state_dict: as from `trainable_state_dict`; by default taken from the model now.
+        state_dict: as from `trainable_state_dict`, or the whole model's; by default taken from the model now.
         write: false on processes that only take part in gathering (all but the main one).
 
     Raises:
@@ -85,7 +95,7 @@ def save_adapter(
         OSError: the disk is full or `path` cannot be written; a previous checkpoint there is invalid
             only if some of its files were replaced already, and then has no manifest.
     """
-    state = trainable_state_dict(model) if state_dict is None else state_dict
+    state = trainable_state_dict(model) if state_dict is None else _saved(model, state_dict)
     if not write:
         return
     broken = [name for name, tensor in state.items() if not (tensor.numel() and torch.isfinite(tensor).all())]
@@ -106,6 +116,7 @@ def save_adapter(
     shutil.rmtree(path / LORA_FOLDER, ignore_errors=True)  # of another model that was saved here
     if lora:
         _write_lora(settings, lora, path / LORA_FOLDER)
+    model.save_code(path)
     _save_config(model, path)
     if processor is not None:
         processor.save_pretrained(path)
@@ -133,6 +144,7 @@ def open_adapter(
     language_model: str | os.PathLike | None = None,
     vision_tower: str | os.PathLike | None = None,
     check_base: bool = True,
+    is_trainable: bool = False,
     dtype: torch.dtype | str = "auto",
     **load_kwargs,
 ):
@@ -142,6 +154,7 @@ def open_adapter(
         config: instead of the recorded one, with which it must agree.
         language_model, vision_tower: instead of the recorded ones, for instance on another machine.
         check_base: compare the base weights' fingerprints with the recorded ones.
+        is_trainable: leaves LoRA and projector trainable, in float32; by default nothing trains.
 
     Raises:
         ValueError: a base model is not at its recorded path, its weights are not those that the adapter was trained
@@ -157,10 +170,10 @@ def open_adapter(
         check_bases(found, config)
     if found.lora is not None:
         model.add_adapter(found.lora_config(), adapter_name=ADAPTER_NAME)
-    fill(model, found)
+    fill(freeze(model, is_trainable), found)
     if (found.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(found.folder)
-    return freeze(model)
+    return model
 
 
 def load_adapter(model: Any, path: str | os.PathLike) -> None:
