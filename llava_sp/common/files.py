@@ -143,6 +143,16 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around the writing of a file: makes its folder. Raises `OSError` naming the file; a full disk gives an error without."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, synced and renamed to `path` at the end; removed on failure.
 
@@ -177,12 +187,8 @@ def _runs(process: str) -> bool:
 
 def write_atomic(path: Path, text: str) -> None:
     """Readers see the old file or the new one, also after a crash. Raises `OSError` naming the file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
-            part.write_bytes(text.encode("utf-8", "backslashreplace"))  # a lone surrogate as a JSON escape
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    with writing(path), replacing(path) as part:
+        part.write_bytes(text.encode("utf-8", "backslashreplace"))  # a lone surrogate as a JSON escape
 
 
 def write_json(path: Path, value: Any) -> None:
