@@ -276,7 +276,8 @@ def test_seven_billion_parameters_take_seconds(kinds, tmp_path):
     text_config = {"model_type": "llama", "vocab_size": 32064}  # Llama's other defaults are those of 7B
     vision = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096}
     vision |= {"num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336, "patch_size": 14}
-    config = LlavaSPConfig(text_config=text_config, vision_config=vision)
+    tokens = {"image_token_index": 1000, "pad_token_id": 1001}  # as its processor has them
+    config = LlavaSPConfig(text_config=text_config, vision_config=vision, **tokens)
     config.save_pretrained(copy.folder)
     with torch.device("meta"):
         model = LlavaSPForCausalLM(config)

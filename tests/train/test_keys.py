@@ -54,7 +54,7 @@ def is_right(key: str, name: str) -> bool:
     if key in TEXTS and of_text:
         return True
     if name == "nothing":
-        return default is None or key == "report_to"
+        return default is None or key in ("report_to", "watchdog_minutes")
     if isinstance(default, bool) or kind in (bool, bool | None) or key in ("spatial_fusion", "spatial_projection_bias"):
         return name == "zero"
     return (
