@@ -12,6 +12,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 FULL_LLAVAS = ("llava", "llava_sp")  # transformers' own and ours: with a text_config and a vision_config
+# Raised by transformers, PEFT and torch for settings that make no model
+_INVALID = (
+    StrictDataclassError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError, ValueError,
+)  # fmt: skip
 
 
 @contextmanager
@@ -19,8 +23,10 @@ def as_value_error(path: str | os.PathLike) -> Iterator[None]:
     """Turns transformers' errors for JSON files with invalid values into a `ValueError` that names the folder."""
     try:
         yield
-    except (StrictDataclassError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except _INVALID as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, ValueError) and (str(path) in reason or not os.path.exists(path)):
+            raise
         raise ValueError(
             f"{path} cannot be read: its config.json, or another JSON file there, holds invalid values ({reason})"
         ) from error

@@ -39,7 +39,8 @@ STATE_FILE = "trainer_state.json"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 REPLACED = re.compile(r"\.(checkpoint-\d+)\.replaced")
 WRITE_ERRORS = (OSError, SafetensorError)
-RECORDED = {f"{RESERVED_KEY}?": {"processes?": int}}  # the schema of run.yaml, beside settings that are only compared
+# The schema of run.yaml, beside settings that are only compared. The provenance is written last: a file without was cut off.
+RECORDED = {RESERVED_KEY: {"processes?": int}}
 OTHER_RUN = "Give the same settings to resume that run, or choose another output_dir."
 
 # Keys that change what is written, shown or how fast, but not what is learned.

@@ -151,8 +151,16 @@ def test_variables(tmp_path, monkeypatch):
         ({}, ["stray"], r"expected --key value, found 'stray'"),
         ({"global_batch_size": 4, "gradient_accumulation_steps": 2}, [], r"follows from global_batch_size"),
         ({"global_batch_size": 10, "per_device_train_batch_size": 4}, [], r"10 is not a multiple .*= 2 is valid"),
-        ({"fsdp": "full_shard"}, [], r"c\.yaml: fsdp = full_shard is not supported"),
-        ({"save_only_model": True}, [], r"save_only_model = True is not supported"),
+        (
+            {"fsdp": "full_shard"},
+            [],
+            r"c\.yaml: fsdp is 'full_shard'; expected null alone, its default \(use deepspeed",
+        ),
+        (
+            {"save_only_model": True},
+            [],
+            r"save_only_model is True; expected false alone, its default \(a run cannot resume",
+        ),
     ],
 )
 def test_mistakes_are_named(tmp_path, keys, words, message):

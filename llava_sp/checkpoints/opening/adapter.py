@@ -14,21 +14,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from llava_sp.checkpoints.opening.backbones import Backbones
 from llava_sp.checkpoints.opening.fill import fill, freeze, gathered
 from llava_sp.checkpoints.opening.fit import check_fits
 from llava_sp.checkpoints.opening.foreign import bases_of
 from llava_sp.checkpoints.opening.full import config_differences, recorded_config
-from llava_sp.checkpoints.reading.formats import LORA_FOLDER, Checkpoint, recognise
+from llava_sp.checkpoints.reading.formats import LORA_FOLDER, LORA_TENSORS, Checkpoint, recognise
+from llava_sp.checkpoints.reading.lora_settings import our_settings
 from llava_sp.checkpoints.reading.manifest import MANIFEST
-from llava_sp.checkpoints.reading.names import ADAPTER_NAME, LORA, PEFT, PROJECTOR, without_adapter_name
+from llava_sp.checkpoints.reading.names import ADAPTER_NAME, LORA, PEFT, PROJECTOR, adapter_of, without_adapter_name
 from llava_sp.checkpoints.reading.places import base_kwargs, hub_kwargs
 from llava_sp.common.files import replacing, sha256, write_json
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
@@ -38,16 +41,26 @@ FORMAT = 1
 
 
 def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """LoRA and projector as whole tensors on the CPU, under the model's own parameter names.
+    """LoRA (of several, the active one) and projector as whole tensors on the CPU, under the model's own parameter names.
 
     Under ZeRO-3 every process must call this; each parameter is gathered in turn.
     """
-    state = {}
+    state, active = {}, _active_adapter(model)
     for name, parameter in model.named_parameters():
-        if name.startswith(PROJECTOR) or LORA in name:
+        if name.startswith(PROJECTOR) or adapter_of(name) == active:
             with gathered([parameter]):
                 state[name] = parameter.detach().cpu().clone().contiguous()
     return state
+
+
+def _active_adapter(model: Any) -> str:
+    """The name of the LoRA that a model answers with. Raises `ValueError` for several, which no adapter checkpoint holds."""
+    active = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else [ADAPTER_NAME]
+    if len(active) != 1:
+        raise ValueError(
+            f"the adapters {', '.join(active)} are active; save one after the other: model.set_adapter(NAME)"
+        )
+    return active[0]
 
 
 def save_adapter(
@@ -67,7 +80,8 @@ def save_adapter(
         write: false on processes that only take part in gathering (all but the main one).
 
     Raises:
-        ValueError: a tensor is empty or not finite; nothing is written then.
+        ValueError: a tensor is empty or not finite, or the adapter is of a kind that would not open again; nothing is written
+            then.
         OSError: the disk is full or `path` cannot be written; a previous checkpoint there is invalid
             only if some of its files were replaced already, and then has no manifest.
     """
@@ -78,16 +92,20 @@ def save_adapter(
     if broken or not state:
         such = f"tensors empty or not finite: {len(broken)}, for example {broken[0]}" if state else "no projector"
         raise ValueError(f"{path} is not saved: {such}")
-    path = Path(path)
+    path, adapter = Path(path), _active_adapter(model)
+    projector = {name.removeprefix(PROJECTOR): t for name, t in state.items() if name.startswith(PROJECTOR)}
+    lora = {PEFT + without_adapter_name(name): tensor for name, tensor in state.items() if LORA in name}
+    settings = (
+        _lora_settings(model, adapter, path / LORA_FOLDER) if adapter in getattr(model, "peft_config", {}) else None
+    )
     path.mkdir(parents=True, exist_ok=True)
     (path / MANIFEST).unlink(missing_ok=True)
 
-    projector = {name.removeprefix(PROJECTOR): t for name, t in state.items() if name.startswith(PROJECTOR)}
-    lora = {PEFT + without_adapter_name(name): tensor for name, tensor in state.items() if LORA in name}
     with replacing(path / ADAPTER_FILE) as file:
         save_file(projector, file, metadata={"format": "pt"})
+    shutil.rmtree(path / LORA_FOLDER, ignore_errors=True)  # of another model that was saved here
     if lora:
-        _write_lora(model, lora, path / LORA_FOLDER)
+        _write_lora(settings, lora, path / LORA_FOLDER)
     _save_config(model, path)
     if processor is not None:
         processor.save_pretrained(path)
@@ -140,6 +158,8 @@ def open_adapter(
     if found.lora is not None:
         model.add_adapter(found.lora_config(), adapter_name=ADAPTER_NAME)
     fill(model, found)
+    if (found.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(found.folder)
     return freeze(model)
 
 
@@ -184,15 +204,21 @@ def _save_config(model, path: Path) -> None:
         model.generation_config.to_json_file(file)
 
 
-def _write_lora(model, lora: dict[str, Tensor], folder: Path) -> None:
+def _lora_settings(model, adapter: str, folder: Path) -> dict[str, Any]:
+    """What is written to adapter_config.json. Raises `ValueError` for a kind of adapter that would not open again."""
+    settings = model.peft_config[adapter].to_dict()
+    settings["base_model_name_or_path"] = model.config.language_model_name_or_path
+    settings["inference_mode"] = True
+    settings = json.loads(json.dumps(settings, default=_json_default, sort_keys=True))
+    return our_settings(settings, folder / "adapter_config.json")
+
+
+def _write_lora(settings: dict[str, Any] | None, lora: dict[str, Tensor], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     with replacing(folder / "adapter_model.safetensors") as file:
         save_file(lora, file, metadata={"format": "pt"})
-    settings = model.peft_config[ADAPTER_NAME].to_dict()
-    settings["base_model_name_or_path"] = model.config.language_model_name_or_path
-    settings["inference_mode"] = True
     with replacing(folder / "adapter_config.json") as file:
-        file.write_text(json.dumps(settings, indent=2, default=_json_default, sort_keys=True))
+        file.write_text(json.dumps(settings, indent=2))
 
 
 def _json_default(value):
@@ -202,7 +228,7 @@ def _json_default(value):
 
 
 def _tensor_files(path: Path) -> list[Path]:
-    return [file for file in (path / ADAPTER_FILE, path / LORA_FOLDER / "adapter_model.safetensors") if file.is_file()]
+    return [path / name for name in (ADAPTER_FILE, LORA_TENSORS) if (path / name).is_file()]
 
 
 def _count(tensors: dict[str, Tensor]) -> int:

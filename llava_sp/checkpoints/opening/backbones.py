@@ -26,10 +26,11 @@ from transformers.integrations import deepspeed as integration
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from llava_sp.checkpoints.opening.fill import check_model, gathered
+from llava_sp.checkpoints.opening.fill import check_model, gathered, integer_weights
 from llava_sp.checkpoints.reading.fingerprint import weights_fingerprint
-from llava_sp.checkpoints.reading.formats import read_generation_config, recognise
+from llava_sp.checkpoints.reading.formats import recognise
 from llava_sp.checkpoints.reading.places import fetch, hub_kwargs
+from llava_sp.checkpoints.reading.settings import read_all_settings
 from llava_sp.checkpoints.reading.tensor_files import stored_tensors, weight_files
 from llava_sp.common.files import counted
 from llava_sp.model.backbone_configs import (
@@ -300,7 +301,7 @@ def _load_complete(auto_class, path: str | os.PathLike, zeros_allowed: bool = Tr
     """
     stored = []
     if (Path(path) / "config.json").is_file():  # before anything is read; without it, transformers' own message
-        read_generation_config(Path(path))
+        read_all_settings(Path(path))
         stored = [tensor for file in weight_files(Path(path)) for tensor in stored_tensors(file)]
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else the keys of a CLIP's text half are reported as unexpected
@@ -309,10 +310,11 @@ def _load_complete(auto_class, path: str | os.PathLike, zeros_allowed: bool = Tr
     finally:
         logging.set_verbosity(verbosity)
     problems = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    problems += integer_weights(model, stored)
     if problems:
         raise ValueError(
-            f"{path} does not hold all weights of {type(model).__name__}: {len(problems)} missing or of another shape, "
-            f"such as {', '.join(problems[:5])}"
+            f"{path} does not hold all weights of {type(model).__name__}: {len(problems)} missing, integers or of another "
+            f"shape, such as {', '.join(problems[:5])}"
         )
     check_model(model, path, stored, zeros_allowed)
     return model

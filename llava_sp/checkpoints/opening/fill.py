@@ -105,9 +105,20 @@ def check_model(model: nn.Module, path: object, stored: Iterable[StoredTensor], 
     )
 
 
+def integer_weights(model: PreTrainedModel, stored: list[StoredTensor]) -> list[str]:
+    """Stored integers, by key and file, that a model without quantization took as floating-point weights."""
+    floating = tuple(_tail(name) for name, parameter in model.named_parameters() if parameter.is_floating_point())
+    integers = [] if getattr(model, "is_quantized", False) else [t for t in stored if not t.dtype.is_floating_point]
+    return [f"{t.key} in {t.file} ({t.dtype})" for t in integers if f".{t.key}".endswith(floating)]
+
+
 def _described(name: str, path: object, stored: list[StoredTensor]) -> str:
     """The tensor that became a parameter, with its file: files have prefixes or not, in one order or another."""
-    tail, words = f".{'.'.join(name.split('.')[-5:])}", set(name.split("."))
+    tail, words = _tail(name), set(name.split("."))
     alike = [tensor for tensor in stored if f".{tensor.key}".endswith(tail)]  # a tower's layers end as a decoder's do
     held = min(alike, key=lambda tensor: len(words ^ set(tensor.key.split("."))), default=None)
     return f"{held.key} in {held.file}" if held else f"{name} in {path}"
+
+
+def _tail(name: str) -> str:
+    return f".{'.'.join(name.split('.')[-5:])}"
