@@ -413,7 +413,7 @@ def test_whole_numbers_in_a_backbone(golden, tmp_path, base):
     LlavaSPForCausalLM.from_backbones(*places.values(), spatial_width=1)
     key = next(key for key in tensors if key.endswith(("mlp.up_proj.weight", "encoder.layers.1.mlp.fc1.weight")))
     torch.save(tensors | {key: (100 * tensors[key]).to(torch.int16)}, file)
-    with pytest.raises(ValueError, match=rf"1 missing, integers or of another shape, such as {key} in {file}"):
+    with pytest.raises(ValueError, match=rf"1 missing, integers .*{key} in {file}"):
         LlavaSPForCausalLM.from_backbones(*places.values(), spatial_width=1)
 
 

@@ -21,7 +21,7 @@ def test_a_folder_appears_at_the_end(tmp_path):
         (stage / "x").write_text("text")
         assert not target.exists()
         with (
-            pytest.raises(ValueError, match="target.part is being written by another command"),
+            refused(target.with_name(".target.part"), "another command"),
             new_folder(target, needed=0),
         ):
             pass

@@ -149,7 +149,7 @@ METADATA = {
 
 @pytest.mark.parametrize("key", MEDIA)
 def test_media_that_are_not_used_are_refused_by_name(key):
-    with pytest.raises(BadSample, match=rf"id 'b': {key} is .*: media that are not used .the key `image` names images"):
+    with refused("id 'b'", f"{key} is {MEDIA[key]!r}", "media", "`image`", error=BadSample):
         parse_record({**RECORDS[1], key: MEDIA[key]})
 
 

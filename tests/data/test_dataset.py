@@ -127,8 +127,7 @@ def test_workers_list_each_bad_sample_once(world, make_record):
 
 def test_nothing_but_bad_samples(world, make_record):
     dataset = world([make_record("Hello", "")] * 3, on_bad_sample="skip", skipped_path=world.folder / "s.jsonl")
-    bad = r"3 bad samples in a row from .*data\.json, record 1 on \(which is every one\); .*s\.jsonl lists them\. The first: nothing"
-    with pytest.raises(ValueError, match=bad):
+    with refused("3 bad samples", "data.json, record 1", "every", world.folder / "s.jsonl", "first: nothing"):
         dataset[1]
 
 

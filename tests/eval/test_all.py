@@ -171,7 +171,7 @@ def test_one_command_at_a_time_in_a_root(model, data, tmp_path, capsys):
     with exclusive(output):
         assert main(arguments) == 2
     err = capsys.readouterr().err
-    assert f"error: {output / '.lock'} is being written by another process" in err
+    assert names(err, "error:", output / ".lock", "process")
     assert [path.name for path in output.iterdir()] == [".lock"]
     assert main(arguments) == 0
     (output / "pope" / "metrics.json").write_text("[]")
@@ -198,8 +198,9 @@ def test_a_checkpoint_of_stage_1_is_not_asked_questions(model, data, tmp_path, c
     ]
     assert run_one(load_benchmark("vqav2"), [str(argument) for argument in arguments]) == 2
     err = capsys.readouterr().err
-    assert "error: the conversation template 'plain' (captions, of stage 1) would drop the question" in err
-    assert "ask a checkpoint of stage 2" in err and not list((tmp_path / "out").glob("**/rank-*.jsonl"))
+    assert names(err, "error:", "template 'plain'", "stage 1", "stage 2") and not list(
+        (tmp_path / "out").glob("**/rank-*.jsonl")
+    )
 
 
 def test_fewer_questions_do_not_replace_more(model, data, tmp_path, capsys):
