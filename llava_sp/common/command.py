@@ -36,6 +36,13 @@ class _Parser(argparse.ArgumentParser):
         message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)  # of `fitting`
         self.exit(2, f"error: {message}\n")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # `--help | head`
+            status = _reader_gone()
+        super().exit(status, message)
+
 
 def fitting(right: Check) -> Callable[[str], Any]:
     """A type for `add_argument`: what a word stands for, which must fit `right`, a number or text."""
@@ -63,15 +70,6 @@ def command_parser(module: str, description: str | None, **options: Any) -> argp
     parser = _Parser(prog=f"python -m {module}", description=description, **layout | options)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # `--help | head`
-            status = _reader_gone()
-        super().exit(status, message)
 
 
 def run_command(

@@ -19,6 +19,7 @@ A spec is
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,6 +63,16 @@ def _is_clean(text: str) -> bool:
 def is_utf8(text: str) -> bool:
     """Whether a text can be written; half a surrogate pair cannot, which is also how Python shows bytes that are no UTF-8."""
     return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+TEXT = Check(_is_clean, "text", str)  # for names and paths
+SIZE = Check(re.compile(r"[1-9]\d{0,8}[KMGT]B").fullmatch, "a number and KB, MB, GB or TB, such as 5GB", str)
+
+
+def one_of(*values: Any) -> Check:
+    return Check(
+        lambda value: any(value == v and type(value) is type(v) for v in values), " or ".join(map(repr, values))
+    )
 
 
 def some(spec: Spec = Any) -> Check:

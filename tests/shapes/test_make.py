@@ -104,8 +104,9 @@ def test_made_once_and_never_over_other_files(data, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert main(["--output", str(tmp_path)]) == 2
     assert "other files" in capsys.readouterr().err
-    assert main(["--output", str(tmp_path / "new"), "--captions", "0"]) == 2
-    assert "error: --captions is 0" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    with pytest.raises(SystemExit, match="2"):
+        main(["--output", str(tmp_path / "new"), "--captions", "0"])
+    assert "error: --captions is '0'" in capsys.readouterr().err and not (tmp_path / "new").exists()
 
 
 def test_a_full_disk_is_one_line_with_the_file(tmp_path, capsys):
