@@ -147,7 +147,7 @@ def test_a_merge_is_reported(kinds, tmp_path):
     (copy.folder / "merged.json").write_text(json.dumps(record))
     report = inspect(copy.folder)
     assert report["merged_from"] == record
-    assert names(text(report), "merged from", "/some/adapter (0123456789abcdef)", "/some/base", "2030-01-02")
+    assert names(text(report), "merged from", "/some/adapter (0123456789abcdef)", "/some/base", record["date"])
     (copy.folder / "merged.json").write_text('{"adapter"')
     report = inspect(copy.folder)
     assert report["loads"] and names(text(report), "merged from    merged.json", "not a valid")
