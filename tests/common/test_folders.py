@@ -21,7 +21,7 @@ def test_a_folder_appears_at_the_end(tmp_path):
         (stage / "x").write_text("text")
         assert not target.exists()
         with (
-            refused(target.with_name(".target.part"), "another command"),
+            refused(tmp_path / ".target.part", "another command"),
             new_folder(target, needed=0),
         ):
             pass

@@ -127,7 +127,7 @@ def test_val_comes_before_test(data):
 
 
 def test_images(data):
-    with refused("40 image files", "val_00000000.jpg", "question 0;"):
+    with refused("40 image files", "VizWiz_val_00000000.jpg", "question 0;"):
         check_images(VizWiz().load(data))
     (data / "images").mkdir()
     assert VizWiz().load(data)[0].images[0].parent == data / "images"
