@@ -173,12 +173,12 @@ def test_val_has_no_submission(tmp_path, data, answers, capsys):
 @pytest.mark.parametrize(
     "edit, parts",
     [
-        (lambda r: r[3:], ('no answer: 3 (VizWiz_val_00000000.jpg, VizWiz_val_00000001.jpg, VizWiz_val_00000002.jpg)',)),
-        (lambda r: [*r, r[0]], ('one answer: 1 (VizWiz_val_00000000.jpg)',)),
-        (lambda r: [*r, {"image": "y.jpg", "answer": ""}], ('file: 1 (y.jpg)',)),
+        (lambda r: r[3:], ("no answer: 3 (VizWiz_val_00000000.jpg, VizWiz_val_00000001.jpg, VizWiz_val_00000002.jpg)",)),
+        (lambda r: [*r, r[0]], ("one answer: 1 (VizWiz_val_00000000.jpg)",)),
+        (lambda r: [*r, {"image": "y.jpg", "answer": ""}], ("file: 1 (y.jpg)",)),
         (lambda r: [{**r[0], "id": 1}, *r[1:]], ("[0] is {'image': 'VizWiz_val_00000000.jpg', 'answer': 'tomato soup', 'id': 1}",)),
-        (lambda r: [{"image": "x.jpg"}], ('[0]', 'no answer', 'image')),
-        (lambda r: [{"image": "x.jpg", "answer": 3}], ('[0].answer is 3', 'text')),
+        (lambda r: [{"image": "x.jpg"}], ("[0]", "no answer", "image")),
+        (lambda r: [{"image": "x.jpg", "answer": 3}], ("[0].answer is 3", "text")),
         (lambda r: {"results": r}, ("is {'results': [{'image': 'VizWiz_val_00000000.jpg', 'answer': 'tomato soup'}, {",)),
     ],
 )  # fmt: skip
@@ -214,19 +214,19 @@ def record(**changes: object) -> str:
 @pytest.mark.parametrize(
     "name, content, parts",
     [
-        ("val.json", "", ('is empty',)),
-        ("val.json", record()[:-30], ('ends in the middle',)),
-        ("val.json", "{}", ('is {}', 'list', 'image, answers, answer_type, answerable')),
-        ("val.json", "[]", ('is []', 'list', 'image, answers, answer_type, answerable', 'at least one')),
-        ("val.json", '[{"image": "a.jpg", "question": "?"}]', ('[0]', 'no answers, answer_type, answerable', 'image, question')),
+        ("val.json", "", ("is empty",)),
+        ("val.json", record()[:-30], ("ends in the middle",)),
+        ("val.json", "{}", ("is {}", "list", "image, answers, answer_type, answerable")),
+        ("val.json", "[]", ("is []", "list", "image, answers, answer_type, answerable", "at least one")),
+        ("val.json", '[{"image": "a.jpg", "question": "?"}]', ("[0]", "no answers, answer_type, answerable", "image, question")),
         ("val.json", record(answers="red"), ("[0].answers is 'red'",)),
-        ("val.json", record(answers=[]), ('[0].answers is []', 'list', 'answer', 'at least one')),
-        ("val.json", record(answers=[{"text": "red"}]), ('[0].answers[0]', 'no answer', 'text')),
-        ("val.json", record(answerable=2), ('[0].answerable is 2',)),
+        ("val.json", record(answers=[]), ("[0].answers is []", "list", "answer", "at least one")),
+        ("val.json", record(answers=[{"text": "red"}]), ("[0].answers[0]", "no answer", "text")),
+        ("val.json", record(answerable=2), ("[0].answerable is 2",)),
         ("val.json", record(answerable="1"), ("[0].answerable is '1'",)),
-        ("val.json", record(), ('file: 1 (a.jpg)', 'no annotation: 40 (VizWiz_val_00000000.jpg, VizWi')),
-        ("llava_val.jsonl", '{"question_id": 0, "image": "a.jpg"}', ('line 1', 'no text')),
-        ("llava_val.jsonl", '{"question_id": 0', ('llava_val.jsonl, line 1', 'JSON')),
+        ("val.json", record(), ("file: 1 (a.jpg)", "no annotation: 40 (VizWiz_val_00000000.jpg")),
+        ("llava_val.jsonl", '{"question_id": 0, "image": "a.jpg"}', ("line 1", "no text")),
+        ("llava_val.jsonl", '{"question_id": 0', ("llava_val.jsonl, line 1", "JSON")),
     ],
 )  # fmt: skip
 def test_broken_data_files_are_named(data, answers, capsys, name, content, parts):
