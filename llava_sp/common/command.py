@@ -106,7 +106,8 @@ def run_command(
             print(f"{here.name}error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{on_interrupt}", file=sys.stderr)
+        if (processes or Processes()).is_main:
+            print(f"\n{on_interrupt}", file=sys.stderr)
         return INTERRUPTED
 
 

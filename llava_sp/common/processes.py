@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -88,14 +88,21 @@ class Processes:
         except USER_ERRORS as error:
             problem = error
         if self.world_size > 1:
-            import torch.distributed as dist
-
-            problems: list[str | None] = [None] * self.world_size
-            dist.all_gather_object(problems, None if problem is None else str(problem))
-            if problem is None and any(problems):
+            problems = self.gather(None if problem is None else str(problem))
+            if problem is None and any(one is not None for one in problems):
                 raise ReportedElsewhere(next(one for one in problems if one is not None))
         if problem is not None:
             raise problem
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every process, by rank, on every process."""
+        if self.world_size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def from_main(self, value: T) -> T:
         """The main process's value, on every process."""

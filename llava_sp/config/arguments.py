@@ -30,6 +30,7 @@ from llava_sp.config.keys import (
     Count,
     Names,
     NotNegative,
+    Positive,
     Share,
     allowed,
 )
@@ -47,8 +48,8 @@ class ModelArguments:
     projector_checkpoint: str | None = None
     # A trained LLaVA-1.5: its patch MLP and its LoRA or language model are kept, the spatial branch is new.
     warm_start: str | None = None
-    # Compare the backbones' fingerprints with those that the LoRA of warm_start records. False accepts, for example, the
-    # same weights in another number format.
+    # Compare the backbones' fingerprints with those that projector_checkpoint and warm_start record. False accepts, for
+    # example, the same weights in another number format.
     check_base: bool = True
     attn_implementation: str | None = None  # sdpa, eager, flash_attention_2 ...
     lora_r: Count = 128
@@ -75,6 +76,8 @@ class DataArguments:
     image_aspect_ratio: Literal["pad", "crop"] = "pad"  # to a square, or "crop" from the centre
     model_max_length: Count = 2048  # longest sequence in tokens, image tokens included
     on_bad_sample: Literal["fail", "skip"] = "fail"  # "skip": counted and listed
+    # Compare annotations and images with those that the run began with. False uses what there is now.
+    check_data: bool = True
     group_by_modality_length: bool = False  # batches of one modality and of similar length
 
 
@@ -85,6 +88,8 @@ class TrainArguments(TrainingArguments):
     stage: str = "pretrain"  # which parts train: an entry of train/stages.py
     projector_lr: NotNegative | None = None  # default learning_rate; as of any key here that ends in _lr
     global_batch_size: Count | None = None  # samples per step over all processes; sets gradient_accumulation_steps
+    # Without progress, after which processes that wait for another end; null: never.
+    watchdog_minutes: Positive | None = 10.0
     include_num_input_tokens_seen: Literal["all", "non_padding", "no"] | bool = "non_padding"
 
     def __post_init__(self) -> None:

@@ -202,7 +202,9 @@ _TURNS = """\
 {{- @first_user@ if loop.first else @user@ -}}{{- @question@ -}}{{- @after_user@ -}}
 {%- elif message.role == 'assistant' and loop.index0 is odd -%}
 {{- @before_answer@ -}}
-{%- if message.content -%}{{- @answer_start@ + message.content + @answer_end@ -}}{%- endif -%}
+{%- if message.content -%}
+{%- generation -%}{{- @answer_start@ + message.content + @answer_end@ -}}{%- endgeneration -%}
+{%- endif -%}
 {%- else -%}
 {{- raise_exception('turn ' ~ loop.index0 ~ ' is by ' ~ message.role ~ '; user and assistant alternate, the user first') -}}
 {%- endif -%}

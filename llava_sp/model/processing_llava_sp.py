@@ -42,14 +42,23 @@ from .tokenization import TextEncoder, add_special_tokens
 
 IGNORE_INDEX = -100
 ASPECT_RATIOS = ("pad", "crop")
-_BROKEN = (
+_BROKEN = (  # what transformers raises for broken files
     LookupError,
     TypeError,
     AttributeError,
     ArithmeticError,
     RuntimeError,
-)  # what transformers raises for broken files
-_TEXT_KEYS = ("padding", "padding_side", "max_length", "pad_to_multiple_of", "add_special_tokens", "truncation")
+)
+_RETURNED = ("return_offsets_mapping", "return_text_replacement_offsets", "return_mm_token_type_ids")
+_TEXT_KEYS = (
+    "padding",
+    "padding_side",
+    "max_length",
+    "pad_to_multiple_of",
+    "add_special_tokens",
+    "truncation",
+    *_RETURNED,
+)
 
 
 class Token(NamedTuple):
@@ -194,13 +203,16 @@ class LlavaSPProcessor(LlavaProcessor):
             text: a prompt or a list of prompts with one `<image>` per image.
             padding, max_length, padding_side, pad_to_multiple_of, add_special_tokens: as for tokenizers; padding is to
                 the longest prompt, on the left, by default.
+            truncation: as for tokenizers, as long as no placeholder is cut.
+            return_offsets_mapping, return_text_replacement_offsets, return_mm_token_type_ids: as for transformers'
+                processors; places are those in the text with every mark expanded.
             kwargs: anything else goes to the image processor.
 
         Returns:
             `input_ids`, `attention_mask` [B, L] and, with images, `pixel_values` [images, 3, H, W].
 
         Raises:
-            ValueError: marks and images do not agree (with both numbers), `truncation` (it would cut placeholders).
+            ValueError: marks and images do not agree (with both numbers), `truncation` would cut placeholders.
         """
         if (images is None and text is None) or videos is not None or audio is not None:
             raise ValueError("LlavaSPProcessor takes images or text or both, not videos or audio")
@@ -219,10 +231,10 @@ class LlavaSPProcessor(LlavaProcessor):
             given = images_per_prompt(images, len(flat))
             if given != (marks if isinstance(given, list) else sum(marks)):
                 raise ValueError(f"the {self.image_token} marks per prompt are {marks}, but the images {given}")
-            data.update(self._encode_prompts(prompts, return_tensors, **text_kwargs))
+            data.update(self._encode_prompts(prompts, **text_kwargs))
         if flat:
             data["pixel_values"] = self.preprocess_images(flat, **kwargs)
-        return BatchFeature(data, tensor_type=return_tensors)
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
     def _image_kwargs(self, kwargs: dict) -> dict:
         """The image processor's arguments; any other that is set is an error."""
@@ -236,27 +248,62 @@ class LlavaSPProcessor(LlavaProcessor):
     def _encode_prompts(
         self,
         prompts: list[str],
-        return_tensors=None,
         padding=True,
         padding_side="left",
         max_length=None,
         pad_to_multiple_of=None,
         add_special_tokens=True,
         truncation=False,
+        return_offsets_mapping=False,
+        return_text_replacement_offsets=False,
+        return_mm_token_type_ids=False,
     ) -> dict:
+        rows = [self.align_segments([(prompt, False)], add_special_tokens) for prompt in prompts]
         if truncation not in (False, None, "do_not_truncate"):
-            raise ValueError(f"truncation is {truncation!r}, which may cut image placeholders: shorten the text")
-        rows = [self.encode_segments([(prompt, False)], add_special_tokens)[0] for prompt in prompts]
-        return dict(
+            limit = self.tokenizer.model_max_length if max_length is None else max_length
+            rows = [self._cut(row, limit) for row in rows]
+        data = dict(
             self.tokenizer.pad(
-                {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]},
+                {
+                    "input_ids": [[token.id for token in row] for row in rows],
+                    "attention_mask": [[1] * len(row) for row in rows],
+                },
                 padding=padding,
                 max_length=max_length,
                 pad_to_multiple_of=pad_to_multiple_of,
                 padding_side=padding_side,
-                return_tensors=return_tensors,
             )
         )
+        if return_mm_token_type_ids:
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
+        if return_text_replacement_offsets:
+            expanded = [self.replace_image_token()] * sum(prompt.count(self.image_token) for prompt in prompts)
+            _, data["text_replacement_offsets"] = self.get_text_with_replacements([*prompts], expanded)
+        if return_offsets_mapping:
+            places = [self._expanded_places(row) for row in rows]
+            filler = [[(0, 0)] * (len(ids) - len(row)) for ids, row in zip(data["input_ids"], places, strict=True)]
+            pairs = zip(filler, places, strict=True)
+            data["offset_mapping"] = [a + b if padding_side == "left" else b + a for a, b in pairs]
+        return data
+
+    def _cut(self, tokens: list[Token], limit: int) -> list[Token]:
+        """The first or last `limit` tokens, as the tokenizer cuts. Raises `ValueError` where a placeholder would be cut."""
+        special = sum(token.end == 0 for token in tokens[: len(self._encoder.prefix)])
+        start = special if self.tokenizer.truncation_side == "left" else limit
+        lost = slice(start, start + max(0, len(tokens) - limit))
+        if any(token.id == self.image_token_id for token in tokens[lost]):
+            raise ValueError(f"max_length {limit} would cut image placeholders of a prompt of {len(tokens)} tokens")
+        return tokens[: lost.start] + tokens[lost.stop :]
+
+    def _expanded_places(self, tokens: list[Token]) -> list[tuple[int, int]]:
+        """Where tokens are in the text in which each image mark stands as often as it has placeholders."""
+        places, seen, mark = [], 0, len(self.image_token)
+        for token in tokens:
+            images, within = divmod(seen, self.num_image_tokens)
+            shift = (images * (self.num_image_tokens - 1) + within) * mark
+            places.append((token.start + shift, token.end + shift))
+            seen += token.id == self.image_token_id
+        return places
 
     def apply_chat_template(self, conversation, chat_template=None, conversation_template=None, **kwargs):
         """transformers' own; `conversation_template` names another template than the processor's.

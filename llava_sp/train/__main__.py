@@ -38,7 +38,8 @@ def main(words: Sequence[str] | None = None, default_config: Path | None = None)
 
         train(options.config, overrides)
 
-    return run_command(action, traceback=options.traceback, processes=here)
+    words_at_end = "interrupted; the same command resumes from the newest checkpoint"
+    return run_command(action, traceback=options.traceback, processes=here, on_interrupt=words_at_end)
 
 
 if __name__ == "__main__":

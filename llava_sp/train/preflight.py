@@ -20,6 +20,7 @@ from llava_sp.config.arguments import DataArguments, ModelArguments, Run, TrainA
 from llava_sp.data.mixture import load_mixture
 from llava_sp.data.sources import missing
 from llava_sp.train.build import SCRATCH
+from llava_sp.train.processes import samples_per_step
 from llava_sp.train.run_folder import RunFolder
 from llava_sp.train.stages import FIRST_STAGES, STAGES
 
@@ -191,4 +192,4 @@ def _output(run: Run) -> Iterator[str]:
     if folder in (None, "trainer_output"):
         yield "output_dir is not set: give the folder that this run writes to."
     else:
-        yield from RunFolder(folder).conflicts(run.settings, run.train.world_size)
+        yield from RunFolder(folder).conflicts(run.settings, run.train.world_size, samples_per_step(run.train))

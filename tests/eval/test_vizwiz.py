@@ -215,7 +215,7 @@ def record(**changes: object) -> str:
     "name, content, parts",
     [
         ("val.json", "", ("is empty",)),
-        ("val.json", record()[:-30], ("ends in the middle",)),
+        ("val.json", record()[:-30], ("ends",)),
         ("val.json", "{}", ("is {}", "list", "image, answers, answer_type, answerable")),
         ("val.json", "[]", ("is []", "list", "image, answers, answer_type, answerable", "at least one")),
         ("val.json", '[{"image": "a.jpg", "question": "?"}]', ("[0]", "no answers, answer_type, answerable", "image, question")),

@@ -71,10 +71,8 @@ def test_images_per_prompt_must_agree(processor):
 
 
 def test_what_a_call_refuses(processor):
-    with pytest.raises(ValueError, match="truncation is True"):
-        processor(text="hi", truncation=True)
-    with pytest.raises(ValueError, match="return_offsets_mapping; it takes padding"):
-        processor(text="hi", return_offsets_mapping=True, other=False)
+    with pytest.raises(ValueError, match="return_length; it takes padding"):
+        processor(text="hi", return_length=True, other=False)
     assert "pixel_values" in processor(text="<image>", images=Image.new("RGB", (4, 4)), do_normalize=False, other=None)
     with pytest.raises(ValueError, match="images or text"):
         processor()

@@ -95,10 +95,8 @@ def test_words_and_dictionaries(tmp_path):
 
 def test_the_keys_of_the_projector_are_those_of_the_configuration(tmp_path):
     """LlavaSPConfig declares them, with their defaults and types; nothing else spells them out."""
-    of_the_backbones = {
-        f"{name}_{fact}" for name in ("language_model", "vision_tower") for fact in ("name_or_path", "fingerprint")
-    }
-    declared = set(LlavaSPConfig.__annotations__) - of_the_backbones - {"pad_token_id"}
+    follow_from_the_backbones = ("language_model_", "vision_tower_", "pad_token_id")
+    declared = {name for name in LlavaSPConfig.__annotations__ if not name.startswith(follow_from_the_backbones)}
     assert set(PROJECTOR_SETTINGS) == declared | {"vision_feature_layer"}
     assert load_config(write(tmp_path)).model.projector == {
         name: getattr(LlavaSPConfig, name) for name in PROJECTOR_SETTINGS

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from llava_sp.checkpoints.reading.lora_settings import our_settings
 from llava_sp.checkpoints.reading.manifest import MANIFEST
 from llava_sp.checkpoints.reading.names import ADAPTER_NAME, LORA, PEFT, PROJECTOR, adapter_of, without_adapter_name
 from llava_sp.checkpoints.reading.places import base_kwargs, hub_kwargs
+from llava_sp.checkpoints.reading.tensor_files import value_problem
 from llava_sp.common.files import replacing, sha256, write_json
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from llava_sp.model.modeling_llava_sp import ADAPTER_FILE
@@ -51,6 +53,16 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
             with gathered([parameter]):
                 state[name] = parameter.detach().cpu().clone().contiguous()
     return state
+
+
+def _saved(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """LoRA (of several, the active one) and projector of a whole model's state."""
+    active = _active_adapter(model)
+    return {
+        name: tensor.detach().cpu().contiguous()
+        for name, tensor in state.items()
+        if name.startswith(PROJECTOR) or adapter_of(name) == active
+    }
 
 
 def _active_adapter(model: Any) -> str:
@@ -76,22 +88,24 @@ def save_adapter(
 
     Args:
         run: the manifest's record of the run that made the weights (stage, step, ...).
-        state_dict: as from `trainable_state_dict`; by default taken from the model now.
+        state_dict: as from `trainable_state_dict`, or the whole model's; by default taken from the model now.
         write: false on processes that only take part in gathering (all but the main one).
 
     Raises:
-        ValueError: a tensor is empty or not finite, or the adapter is of a kind that would not open again; nothing is written
-            then.
+        ValueError: a tensor is empty or not finite, or has values that opening would refuse, or the adapter is of a kind that
+            would not open again; nothing is written then.
         OSError: the disk is full or `path` cannot be written; a previous checkpoint there is invalid
             only if some of its files were replaced already, and then has no manifest.
     """
-    state = trainable_state_dict(model) if state_dict is None else state_dict
+    state = trainable_state_dict(model) if state_dict is None else _saved(model, state_dict)
+    broken = [
+        f"{name} {found}" for name, tensor in state.items() if (found := value_problem(tensor, zeros_allowed=True))
+    ]
+    if broken or not state:  # on every process, so that none waits for another
+        such = f"{broken[0]}{f' (and {len(broken) - 1} tensors more)' * (len(broken) > 1)}" if state else "no projector"
+        raise ValueError(f"{path} is not saved: {such}")
     if not write:
         return
-    broken = [name for name, tensor in state.items() if not (tensor.numel() and torch.isfinite(tensor).all())]
-    if broken or not state:
-        such = f"tensors empty or not finite: {len(broken)}, for example {broken[0]}" if state else "no projector"
-        raise ValueError(f"{path} is not saved: {such}")
     path, adapter = Path(path), _active_adapter(model)
     projector = {name.removeprefix(PROJECTOR): t for name, t in state.items() if name.startswith(PROJECTOR)}
     lora = {PEFT + without_adapter_name(name): tensor for name, tensor in state.items() if LORA in name}
@@ -106,6 +120,7 @@ def save_adapter(
     shutil.rmtree(path / LORA_FOLDER, ignore_errors=True)  # of another model that was saved here
     if lora:
         _write_lora(settings, lora, path / LORA_FOLDER)
+    model.save_code(path)
     _save_config(model, path)
     if processor is not None:
         processor.save_pretrained(path)
@@ -133,6 +148,7 @@ def open_adapter(
     language_model: str | os.PathLike | None = None,
     vision_tower: str | os.PathLike | None = None,
     check_base: bool = True,
+    is_trainable: bool = False,
     dtype: torch.dtype | str = "auto",
     **load_kwargs,
 ):
@@ -142,6 +158,7 @@ def open_adapter(
         config: instead of the recorded one, with which it must agree.
         language_model, vision_tower: instead of the recorded ones, for instance on another machine.
         check_base: compare the base weights' fingerprints with the recorded ones.
+        is_trainable: leaves LoRA and projector trainable, in float32; by default nothing trains.
 
     Raises:
         ValueError: a base model is not at its recorded path, its weights are not those that the adapter was trained
@@ -157,10 +174,10 @@ def open_adapter(
         check_bases(found, config)
     if found.lora is not None:
         model.add_adapter(found.lora_config(), adapter_name=ADAPTER_NAME)
-    fill(model, found)
+    fill(freeze(model, is_trainable), found)
     if (found.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(found.folder)
-    return freeze(model)
+    return model
 
 
 def load_adapter(model: Any, path: str | os.PathLike) -> None:
@@ -173,27 +190,47 @@ def load_adapter(model: Any, path: str | os.PathLike) -> None:
     fill(model, found, differences=config_differences(found, model.config))
 
 
-def load_projector(model: Any, path: str | os.PathLike) -> None:
+def load_projector(model: Any, path: str | os.PathLike, *, check_base: bool = True) -> None:
     """Load a first stage's whole projector (patch MLP and spatial branch) into a model.
+
+    With `check_base`, the bases must be those that it was trained on.
 
     Raises:
         ValueError: the projector is of another variant, width or grid (the message lists the differing settings and
-            tensors), or the save was interrupted.
+            tensors), or was trained on other bases or layers; or the save was interrupted.
     """
     found = recognise(path)
+    if check_base:
+        check_bases(found, model.config)
     fill(model, found, (PROJECTOR,), config_differences(found, model.config))
 
 
 def check_bases(found: Checkpoint, config: LlavaSPConfig) -> None:
-    """Raises `ValueError` where the fingerprints that a checkpoint records are not those of the bases in `config`."""
+    """Raises `ValueError` where a checkpoint records other bases, by their fingerprints, or other layers of the tower."""
+    problem = next(_base_differences(found, config), None)
+    if problem:
+        raise ValueError(f"{found.folder} was trained {problem}, or check_base=False to use these")
+
+
+def _base_differences(found: Checkpoint, config: LlavaSPConfig) -> Iterator[str]:
     for keyword in ("language_model", "vision_tower"):
         was, now = found.config.get(f"{keyword}_fingerprint"), getattr(config, f"{keyword}_fingerprint")
         if was not in (None, now):
             place = getattr(config, f"{keyword}_name_or_path")
-            raise ValueError(
-                f"{found.folder} was trained on a {keyword.replace('_', ' ')} with the fingerprint {was}, but {place} has {now}: "
-                f"these are other weights. Pass {keyword}=<the right one>, or check_base=False to use these"
+            yield (
+                f"on a {keyword.replace('_', ' ')} with the fingerprint {was}, but {place} has {now}: these are other weights. "
+                f"Pass {keyword}=<the right one>"
             )
+    layers, own = found.feature_layer, config.vision_feature_layer
+    if _feature_layers(layers, config) != _feature_layers(own, config):
+        yield f"with vision_feature_layer = {layers}, but it is {own} here: these are other features. Pass {layers}"
+
+
+def _feature_layers(layers: Any, config: LlavaSPConfig) -> list[int]:
+    """From the first on: -2 and 23 are the same of 24 layers."""
+    states = getattr(config.vision_config, "num_hidden_layers", None)
+    each = [layers] if isinstance(layers, int) else layers
+    return [layer % (states + 1) if isinstance(states, int) else layer for layer in each]
 
 
 def _save_config(model, path: Path) -> None:

@@ -27,6 +27,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from llava_sp.checkpoints.opening.fill import check_model, gathered, integer_weights
+from llava_sp.checkpoints.opening.probes import (
+    features_problem,
+    head_problem,
+    head_steps,
+    leading_tokens,
+    tower_problem,
+)
 from llava_sp.checkpoints.reading.fingerprint import weights_fingerprint
 from llava_sp.checkpoints.reading.formats import recognise
 from llava_sp.checkpoints.reading.places import fetch, hub_kwargs
@@ -157,6 +164,8 @@ class Backbones:
             tower.to(dtype)
         if not recorded:
             config.dtype = dtype
+        tied = getattr(language.config, "tie_word_embeddings", False)  # a recorded one would overwrite the head
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
         config.language_model_name_or_path = _recorded(self.language)
         config.vision_tower_name_or_path = _recorded(self.tower)
         config.language_model_fingerprint = weights_fingerprint(self.language, **self.language_hub)
@@ -164,14 +173,21 @@ class Backbones:
         return self.assemble(cls, config, language, tower, fresh_projector(config, dtype, seed), recorded)
 
     def assemble(self, cls, config: LlavaSPConfig, language, tower, projector, recorded: bool = False):
-        """Loaded parts in an empty model, nothing copied; unless `recorded`, `config` becomes that of the parts."""
+        """Loaded parts in an empty model, nothing copied; unless `recorded`, `config` becomes that of the parts.
+
+        Raises `ValueError` for a tower or language model that computes something else than our model would.
+        """
         grow_vocabulary(language, self.rows)
         if not recorded:
             language.config.pad_token_id = self.pad_token_id
             config.text_config, config.vision_config = language.config, tower.config
-            config.vision_feature_select_strategy = "default" if _has_class_token(tower) else "full"
+            _record_ends(config, language, tower)
+        problem = tower_problem(tower, config) or (None if recorded else head_problem(language, self.language))
         with zero3_set_aside(), torch.device("meta"), as_value_error(config.name_or_path or "this model"):
             model = cls(config)
+            problem = problem or features_problem(tower, model)
+        if problem:
+            raise ValueError(problem)
         model.model.vision_tower = tower
         model.model.multi_modal_projector = projector.to(tower.device)
         model.model.language_model = language.base_model
@@ -197,7 +213,11 @@ def from_llava_hf(cls: type[PreTrainedModel], backbones: Backbones, config: Llav
     config.dtype = llava.dtype
     projector = SpatialProjector(config).to(llava.dtype)
     projector.load_state_dict(llava.model.multi_modal_projector.state_dict())
-    return backbones.assemble(cls, config, _language_half(llava), llava.model.vision_tower, projector)
+    model = backbones.assemble(cls, config, _language_half(llava), llava.model.vision_tower, projector)
+    if model.config.vision_tower_leading_tokens is not None:
+        raise ValueError(f"{backbones.tower}: transformers' LLaVA leaves registers of this tower among the patches")
+    model.config.language_model_logit_scale = model.config.language_model_logit_softcap = None  # it has the head alone
+    return model
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
@@ -332,9 +352,13 @@ def zero3_set_aside() -> Iterator[None]:
             integration.set_hf_deepspeed_config(current)
 
 
-def _has_class_token(tower: PreTrainedModel) -> bool:
-    """Whether the tower's hidden states begin with a class token (CLIP: yes; SigLIP and timm's spatial maps: no)."""
-    return any(name.endswith("class_embedding") for name, _ in tower.named_parameters())
+def _record_ends(config: LlavaSPConfig, language: PreTrainedModel, tower: PreTrainedModel) -> None:
+    """Enter what the tower gives before its patches, and what the language model does after its head."""
+    leading = leading_tokens(tower, config) or 0
+    config.vision_feature_select_strategy = "default" if leading else "full"
+    config.vision_tower_leading_tokens = leading if leading > 1 else None
+    config.language_model_logit_scale, config.language_model_logit_softcap = head_steps(language) or (None, None)
+    config.language_model_head_bias = getattr(language.get_output_embeddings(), "bias", None) is not None
 
 
 def _recorded(path: str) -> str:

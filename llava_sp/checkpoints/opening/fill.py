@@ -81,12 +81,17 @@ def copy_strictly(
                 parameter.copy_(tensors[name])
 
 
-def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    """A model as opened: nothing trains, LoRA is in the model's own type, dropout is off."""
+def freeze(model: PreTrainedModel, is_trainable: bool = False) -> PreTrainedModel:
+    """A model as opened: nothing trains, LoRA is in the model's own type, dropout is off.
+
+    With `is_trainable`, LoRA and projector train, in float32; call it before they are filled.
+    """
+    dtype = model.dtype
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(False)
-        if LORA in name:
-            parameter.data = parameter.data.to(model.dtype)
+        trains = is_trainable and _within(tower_name(name), (PROJECTOR, LORA))
+        parameter.requires_grad_(trains)
+        if trains or LORA in name:
+            parameter.data = parameter.data.to(torch.float32 if trains else dtype)
     return model.eval()
 
 
@@ -101,7 +106,9 @@ def check_model(model: nn.Module, path: object, stored: Iterable[StoredTensor], 
     check_values(
         (_described(name, path, stored), parameter.detach(), zeros_allowed)
         for name, parameter in model.named_parameters()
-        if not parameter.is_meta and not hasattr(parameter, "ds_id")  # offloaded to disk; split by ZeRO-3
+        if not parameter.is_meta
+        and not hasattr(parameter, "ds_id")  # offloaded to disk; split by ZeRO-3
+        and type(parameter.detach()) is torch.Tensor  # else quantised: its values cannot be checked
     )
 
 

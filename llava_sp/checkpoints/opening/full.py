@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from llava_sp.checkpoints.opening.fill import check_model
 from llava_sp.checkpoints.opening.fit import check_fits
 from llava_sp.checkpoints.opening.foreign import bases_of
+from llava_sp.checkpoints.opening.probes import tower_problem
 from llava_sp.checkpoints.reading.formats import Checkpoint
 from llava_sp.common.schema import expect
 from llava_sp.model.backbone_configs import as_value_error
@@ -42,6 +43,9 @@ def open_full(cls, found: Checkpoint, *args, config=None, output_loading_info: b
     model, info = cls.from_full(found.folder, *args, config=config, output_loading_info=True, **kwargs)
     if not quantized:
         check_model(model, found.folder, found.tensors.values())
+    problem = tower_problem(model.model.vision_tower, config)
+    if problem:
+        raise ValueError(problem)
     return (model, info) if output_loading_info else model
 
 

@@ -355,7 +355,9 @@ def _llava_hf(folder: Path, config: dict, tensors: list[StoredTensor]) -> Checkp
     found.add(tensors, llava_hf_name)
     tower = found.part(TOWER)
     # Else a class token would stay among the patches, or a patch be left out for one.
-    selected = "default" if any(name.endswith("class_embedding") for name in tower) or not tower else "full"
+    selected = (
+        "default" if any(name.endswith(("class_embedding", "cls_token")) for name in tower) or not tower else "full"
+    )
     expect(config, _LLAVA_HF_CONFIG | {"vision_feature_select_strategy?": one_of(selected)}, folder / "config.json")
     found.language_model = found.vision_tower = str(folder)
     return found

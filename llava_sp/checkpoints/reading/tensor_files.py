@@ -152,7 +152,7 @@ def value_problem(tensor: Tensor, zeros_allowed: bool = False) -> str | None:
         count = int((~torch.isfinite(tensor)).sum())
         return f"holds NaN or infinity in {count:,} of its {tensor.numel():,} values"
     if largest > _HUGE:
-        return f"has values up to {largest:.1e}, which training cannot give: memory that was never initialised"
+        return f"has values up to {largest:.1e}: the run that wrote it diverged, or the memory was never initialised"
     if tensor.ndim > 1:
         if largest == 0:
             return None if zeros_allowed else "is zero everywhere: it was saved before it was initialised"
