@@ -20,6 +20,7 @@ from llava_sp.checkpoints.reading.tensor_files import read_all
 from llava_sp.checkpoints.writing.conversion import convert
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from tests.checkpoints.kinds import NAMES, Kind, load, save, spoil
+from tests.messages import refused
 from tests.released import LAYOUTS, bases
 
 LAYOUT = {
@@ -291,7 +292,7 @@ def test_another_tokenizer_than_the_bases(kinds, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(copy.keywords["language_model"])
     tokenizer.add_tokens(["<im_start>", "<im_end>"])
     tokenizer.save_pretrained(copy.folder)
-    with pytest.raises(ValueError, match=r"x: its tokenizer has <image>, <pad> at \(1002, 1003\), not \(1000, 1001\)"):
+    with refused(copy.folder, "tokenizer", "<image>, <pad>", "(1002, 1003)", "(1000, 1001)"):
         copy.open()
 
 
@@ -307,7 +308,7 @@ def test_a_hub_checkpoint_is_never_half_loaded(kinds, tmp_path):
     refs = tmp_path / "models--me--mine/refs"
     refs.mkdir()
     (refs / "main").write_text("abc")
-    with pytest.raises(ValueError, match="does not match its configuration:\n.* lacks .*spatial.linear.weight"):
+    with refused("lacks", copy.key):
         LlavaSPForCausalLM.from_pretrained("me/mine", cache_dir=tmp_path)
     shutil.rmtree(copy.folder)
     copy = kinds["llava_sp"].copy(copy.folder)
@@ -354,7 +355,7 @@ def test_a_projector_beside_that_is_another_one(kinds, golden, tmp_path):
     assert recognise(copy.folder).spatial["spatial_variant"] == "cropping"
     pooling = torch.load(golden / "pretrain_artifacts/pooling/model.bin", weights_only=True)
     torch.save(pooling, copy.folder / "mm_projector.bin")
-    with pytest.raises(ValueError, match=r"mm_projector.bin and .* are not the same: model.conv_\S+ differs"):
+    with refused(copy.folder / "mm_projector.bin", "model.conv_linear.1.weight"):
         recognise(copy.folder)
 
 
@@ -393,7 +394,7 @@ def test_what_the_weights_decide_is_no_keyword(kinds, name):
 @pytest.mark.parametrize("name", ["llava_sp", "llava_sp_adapter"])
 def test_nor_through_an_auto_class(kinds, name):
     """It makes a configuration of the keywords."""
-    with pytest.raises(ValueError, match="spatial_variant is 'cropping' there and 'pooling' here"):
+    with refused("spatial_variant", "'cropping'", "'pooling'"):
         AutoModelForImageTextToText.from_pretrained(kinds[name].folder, spatial_variant="pooling")
 
 
@@ -403,9 +404,7 @@ def test_a_report_of_loading_where_there_is_one(kinds, name):
         model, info = kinds[name].open(output_loading_info=True)
         assert isinstance(model, LlavaSPForCausalLM) and not info["missing_keys"]
     else:
-        with pytest.raises(
-            ValueError, match="is not a full checkpoint of LLaVA-SP.* output_loading_info is not supported"
-        ):
+        with refused(kinds[name].folder, "full checkpoint", "output_loading_info"):
             kinds[name].open(output_loading_info=True)
 
 

@@ -26,6 +26,7 @@ from llava_sp.checkpoints.writing.conversion import convert
 from llava_sp.checkpoints.writing.merging import merge
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from tests.checkpoints.kinds import NAMES, Kind, save, spoil
+from tests.messages import names
 from tests.released import LAYOUTS
 
 GOLDEN_TOWER = str(Path(__file__).parents[1] / "golden/clip")
@@ -95,7 +96,7 @@ def test_an_intermediate_first_stage(golden, layout, missing, capsys):
     assert report["missing"][0] == {"key": f"model.{conv}", "file": "mm_projector.bin"}
     assert main([str(folder)]) == 1
     shown = capsys.readouterr().out
-    assert f"model.{conv}  in mm_projector.bin" in shown and "its model.bin has all tensors" in shown
+    assert f"model.{conv}  in mm_projector.bin" in shown and names(shown, "model.bin")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,10 +147,10 @@ def test_a_merge_is_reported(kinds, tmp_path):
     (copy.folder / "merged.json").write_text(json.dumps(record))
     report = inspect(copy.folder)
     assert report["merged_from"] == record
-    assert "merged from    /some/adapter (0123456789abcdef) in /some/base, on 2030-01-02" in text(report)
+    assert names(text(report), "merged from", "/some/adapter (0123456789abcdef)", "/some/base", record["date"])
     (copy.folder / "merged.json").write_text('{"adapter"')
     report = inspect(copy.folder)
-    assert report["loads"] and "merged from    merged.json is not a valid record of a merge" in text(report)
+    assert report["loads"] and names(text(report), "merged from    merged.json", "not a valid")
 
 
 def test_types_by_part(kinds, tmp_path):
@@ -222,7 +223,7 @@ def test_a_base_that_lacks_a_shard(kinds, golden, tmp_path):
     shutil.copytree(golden / "base", tmp_path / "base")
     (tmp_path / "base/pytorch_model-00002-of-00002.bin").unlink()
     report = inspect(kinds["original_projector"].copy(tmp_path / "x").folder)
-    assert not report["loads"] and "pytorch_model-00002-of-00002.bin, which does not exist" in report["problems"][0]
+    assert not report["loads"] and names(report["problems"][0], "pytorch_model-00002-of-00002.bin", "exist")
 
 
 def test_a_base_of_another_width(kinds, golden, tmp_path):
@@ -413,7 +414,7 @@ def test_whole_numbers_in_a_backbone(golden, tmp_path, base):
     LlavaSPForCausalLM.from_backbones(*places.values(), spatial_width=1)
     key = next(key for key in tensors if key.endswith(("mlp.up_proj.weight", "encoder.layers.1.mlp.fc1.weight")))
     torch.save(tensors | {key: (100 * tensors[key]).to(torch.int16)}, file)
-    with pytest.raises(ValueError, match=rf"1 missing, integers or of another shape, such as {key} in {file}"):
+    with pytest.raises(ValueError, match=rf"1 missing, integers .*{key} in {file}"):
         LlavaSPForCausalLM.from_backbones(*places.values(), spatial_width=1)
 
 
@@ -503,7 +504,7 @@ def test_a_base_with_code_is_not_executed(kinds, golden, tmp_path, way, base):
     if way == "inspect":
         (problem,) = inspect(lora)["problems"]
         assert f"{file} holds code" in problem
-    with pytest.raises(ValueError, match=rf"{file} holds code \((posix|nt).system\).*nothing in it was executed"):
+    with pytest.raises(ValueError, match=rf"{file} .*code \((posix|nt)\.system\)"):
         ways[way]()
     assert not (tmp_path / "executed").exists()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["lora", "spoilt"]  # nothing is left half written
@@ -553,7 +554,7 @@ def test_a_full_model_without_the_words_of_its_tokenizer(kinds, tmp_path, conten
     words = copy.folder / "tokenizer.model"
     words.unlink() if content is None else words.write_bytes(content)
     report = inspect(copy.folder)
-    assert not report["loads"] and "x has no vocabulary: no tokenizer.json or tokenizer.model" in report["problems"][0]
+    assert not report["loads"] and names(report["problems"][0], copy.folder, "tokenizer.json or tokenizer.model")
     refused(copy, "x has no vocabulary", str(copy.folder))
 
 

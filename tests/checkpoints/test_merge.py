@@ -25,6 +25,7 @@ from llava_sp.checkpoints.writing.merging import merge as merge_adapter
 from llava_sp.checkpoints.writing.proof import proof_sample, text_logits
 from llava_sp.common.folders import new_folder
 from tests.checkpoints.test_adapter import add_lora, assemble
+from tests.messages import names, refused
 from tests.released import LAYOUTS
 
 
@@ -119,7 +120,7 @@ def test_shards(adapter, merged, tmp_path):
     shards = {name: tensor for file in files for name, tensor in load_file(file).items()}
     whole = load_file(merged["float32"][0] / "model.safetensors")
     assert shards.keys() == whole.keys() and all(torch.equal(shards[name], whole[name]) for name in whole)
-    with pytest.raises(ValueError, match="max_shard_size is '5 gigs'; give a number and KB, MB, GB or TB"):
+    with refused("max_shard_size is '5 gigs';", "KB, MB, GB or TB"):
         merge_adapter(adapter, tmp_path / "other", max_shard_size="5 gigs")
 
 
@@ -153,33 +154,31 @@ def test_released_lora(golden, tmp_path, layout):
 
 def test_a_merged_checkpoint_is_not_merged_again(adapter, merged, tmp_path):
     folder, record = merged["float32"]
-    with pytest.raises(
-        ValueError, match=rf"is merged already, from {adapter} \({record['adapter']['hash']}\) into .*base"
-    ):
+    with refused(folder, f"{adapter} ({record['adapter']['hash']})", "base"):
         merge_adapter(folder, tmp_path / "again")
     assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "parts"),
     [
-        ("{}", "merged.json has no adapter, language_model, date"),
-        ('{"adapter": 3}', "merged.json has no language_model, date"),
-        ("{", "merged.json is not valid JSON"),
-        ("[]", r"merged.json is \[\]; expected an object"),
+        ("{}", ("no adapter, language_model, date",)),
+        ('{"adapter": 3}', ("no language_model, date",)),
+        ("{", ("JSON",)),
+        ("[]", ("[]", "object")),
     ],
 )
-def test_a_broken_record_is_named(adapter, merged, tmp_path, content, message):
+def test_a_broken_record_is_named(adapter, merged, tmp_path, content, parts):
     shutil.copytree(merged["float32"][0], tmp_path / "merged")
     (tmp_path / "merged/merged.json").write_text(content)
     for source, target in ((tmp_path / "merged", tmp_path / "again"), (adapter, tmp_path / "merged")):
-        with pytest.raises(ValueError, match=message):
+        with refused(tmp_path / "merged/merged.json", *parts):
             merge_adapter(source, target)
 
 
 def test_a_full_checkpoint_has_nothing_to_merge(golden, tmp_path):
     assemble(golden).save_pretrained(tmp_path / "full")
-    with pytest.raises(ValueError, match=r"full \(LLaVA-SP, full checkpoint\) has no LoRA apart from its weights"):
+    with refused(tmp_path / "full", "(LLaVA-SP, full checkpoint)", "no LoRA"):
         merge_adapter(tmp_path / "full", tmp_path / "out")
 
 
@@ -191,19 +190,19 @@ def test_a_first_stage_has_nothing_to_merge(golden, tmp_path):
 
 
 def test_where_it_must_not_go(golden, adapter, merged, tmp_path):
-    with pytest.raises(ValueError, match="holds a model merged from .*: choose a new folder"):
+    with refused(merged["float32"][0], "merged from", adapter):
         merge_adapter(adapter, merged["float32"][0])
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.tex").write_text("")
-    with pytest.raises(ValueError, match="full holds files: choose a new folder"):
+    with refused(tmp_path / "full", "files", "new folder"):
         merge_adapter(adapter, tmp_path / "full")
     with pytest.raises(ValueError, match=r"thesis.tex is a file"):
         merge_adapter(adapter, tmp_path / "full/thesis.tex")
     for source in (adapter, golden / "base", golden / "clip"):
-        with pytest.raises(ValueError, match=f"is inside {source}, which is read"):
+        with refused(source / "merged", "inside", source):
             merge_adapter(adapter, source / "merged")
         assert not (source / "merged").exists()
-    being_written = pytest.raises(ValueError, match=r"\.out\.part is being written by another command")
+    being_written = refused(tmp_path / ".out.part", "another command")
     with new_folder(tmp_path / "out", 0), being_written:
         merge_adapter(adapter, tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
@@ -245,16 +244,14 @@ def scaled(factor: float, first_only: bool = False):
 )
 def test_a_wrong_merge_is_caught(adapter, tmp_path, monkeypatch, dtype, factor, first_only):
     monkeypatch.setattr(LoraLinear, "get_delta_weight", scaled(factor, first_only))
-    with pytest.raises(ValueError, match="is not the unmerged one: its logits differ|of LoRA is in the merged weight"):
+    with pytest.raises(ValueError, match="logits differ|of LoRA"):
         merge_adapter(adapter, tmp_path / "out", dtype=dtype)
     assert not any(tmp_path.iterdir())
 
 
 def test_in_16_bit_a_layer_that_logits_do_not_show(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(LoraLinear, "get_delta_weight", scaled(1.05, first_only=True))
-    with pytest.raises(
-        ValueError, match=r"layers.0.self_attn.q_proj: 1.05\d of LoRA is in the merged weight; 1 is expected"
-    ):
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj: 1\.05\d .*; 1 "):
         merge_adapter(adapter, tmp_path / "out", dtype="bfloat16")
     assert not any(tmp_path.iterdir())
 
@@ -268,7 +265,7 @@ def test_weights_that_were_written_wrong_are_caught(adapter, tmp_path, monkeypat
         save(self, folder, **kwargs)
 
     monkeypatch.setattr(LlavaSPForCausalLM, "save_pretrained", torch.inference_mode()(spoilt))
-    with pytest.raises(ValueError, match=r"its logits differ by .* float32 allows 0.0001; nothing was written"):
+    with refused("logits differ", "float32 allows 0.0001"):
         merge_adapter(adapter, tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
@@ -294,9 +291,7 @@ def test_a_weight_too_large_for_the_type_is_named(adapter):
     layer = lora_layers(model)["model.language_model.layers.2.self_attn.v_proj"]
     layer.lora_A["default"].weight.data.fill_(1)
     layer.lora_B["default"].weight.data.fill_(6e4)
-    with pytest.raises(
-        ValueError, match=r"layers.2.self_attn.v_proj: the merged weight holds NaN or infinity in float16"
-    ):
+    with refused("layers.2.self_attn.v_proj:", "NaN or infinity", "float16"):
         merge_layers(model)
 
 
@@ -368,21 +363,18 @@ def test_the_command(adapter, tmp_path, repo):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "parts"),
     [
-        (["{merged}", "--to", "{new}"], "{merged} is merged already, from {adapter}"),
-        (["{adapter}", "--to", "{merged}"], "{merged} holds a model merged from {adapter}"),
-        (
-            ["{adapter}", "--to", "{new}", "--language-model", "/no/base"],
-            "language model passed as language_model, /no/base, is",
-        ),
-        (["/nowhere/at/all", "--to", "{new}"], "there is no folder /nowhere/at/all"),
+        (["{merged}", "--to", "{new}"], ("{merged}", "already", "{adapter}")),
+        (["{adapter}", "--to", "{merged}"], ("{merged}", "holds", "{adapter}")),
+        (["{adapter}", "--to", "{new}", "--language-model", "/no/base"], ("language_model", "/no/base")),
+        (["/nowhere/at/all", "--to", "{new}"], ("folder /nowhere/at/all",)),
     ],
 )
-def test_errors_are_one_line(adapter, merged, tmp_path, monkeypatch, capsys, arguments, message):
+def test_errors_are_one_line(adapter, merged, tmp_path, monkeypatch, capsys, arguments, parts):
     monkeypatch.setattr("signal.signal", lambda *_: None)
     places = {"adapter": adapter, "merged": merged["float32"][0], "new": tmp_path / "new"}
     assert main([argument.format(**places) for argument in arguments]) == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(said) == 1 and message.format(**places) in said[0]
+    assert len(said) == 1 and names(said[0], *(part.format(**places) for part in parts))
     assert not any(tmp_path.iterdir())

@@ -21,6 +21,7 @@ from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.mixture import load_mixture
 from llava_sp.model.backbone_configs import language_config
 from tests.checkpoints.kinds import llava_15, write_original, write_ours
+from tests.messages import refused
 from tests.released import LAYOUTS, bases, load_released, our_name, released_folder
 
 PROMPT = "USER: <image>\nWhat is this? ASSISTANT:"
@@ -114,7 +115,7 @@ def test_a_private_path_says_what_was_recorded_and_what_to_pass(golden, tmp_path
         (folder / file).write_text(json.dumps(settings | {field: f"/mnt/private/{field}"}))
     given = {name: place for name, place in bases(golden).items() if name != key}
     for opens in (LlavaSPForCausalLM, LlavaSPProcessor):
-        with pytest.raises(ValueError, match=rf"/mnt/private/.* is not there; pass {key}="):
+        with refused("/mnt/private/", f"{key}="):
             opens.from_pretrained(folder, **given)
 
 
@@ -122,7 +123,7 @@ def test_a_hub_id_that_cannot_be_reached_is_said_to_be_so(golden):
     """Whatever else is passed: nothing is known of its format."""
     for opens in (LlavaSPForCausalLM, LlavaSPProcessor):
         for given in ({}, bases(golden), {**bases(golden), "local_files_only": True}):
-            with pytest.raises(OSError, match="there is no folder someone/llava-sp-lora, and no model of that name"):
+            with refused("no folder someone/llava-sp-lora", "no model", error=OSError):
                 opens.from_pretrained("someone/llava-sp-lora", **given)
 
 
@@ -178,9 +179,7 @@ def test_first_stage_projector(golden, variant):
         assert len(projector) == len(originals)
         for key, tensor in originals.items():
             assert torch.equal(projector[our_name(key)], tensor), key
-    with pytest.raises(
-        ValueError, match=r"mm_projector.bin lacks model.conv_8.*\n(.*\n)*.*its model.bin has all tensors"
-    ):
+    with pytest.raises(ValueError, match=r"mm_projector\.bin lacks model\.conv_8.*\n(.*\n)*.*\bmodel\.bin"):
         LlavaSPForCausalLM.from_pretrained(folder / "checkpoint-1000", **bases(golden))
 
 
@@ -254,7 +253,7 @@ def test_lora_of_a_language_model_with_other_settings(golden, tmp_path, change, 
         lambda: LlavaSPForCausalLM.from_pretrained(folder, **bases(golden)),
         lambda: LlavaSPForCausalLM.from_backbones(*bases(golden).values(), warm_start=folder, spatial_width=3),
     ):
-        with pytest.raises(ValueError, match=f"config.json: {message}.*another language model than it was trained on"):
+        with pytest.raises(ValueError, match=f"config.json: {message}.*another language model"):
             opening()
 
 
@@ -327,7 +326,7 @@ def test_warm_start_keeps_patch_mlp_and_language_model_or_lora(golden, none, lla
         if ".lora_" in name or name in patch_mlp(released):
             assert torch.equal(state(model)[name], tensor), name
     write_ours(tmp_path / "spatial", fresh)
-    with pytest.raises(ValueError, match="spatial is a full checkpoint with spatial tokens, which would be lost"):
+    with refused(tmp_path / "spatial", "spatial tokens"):
         LlavaSPForCausalLM.from_backbones(vision_tower=golden / "clip", warm_start=tmp_path / "spatial")
     with pytest.raises(ValueError, match="language_model is not set"):
         LlavaSPForCausalLM.from_backbones(vision_tower=golden / "clip")
@@ -339,7 +338,7 @@ def test_a_full_checkpoint_of_ours_keeps_its_own_tower_as_a_warm_start(golden, t
     weight = next(p for name, p in model.named_parameters() if name.endswith("patch_embedding.weight"))
     weight.data *= 2
     ours = write_ours(tmp_path / "ours", model)
-    with pytest.raises(ValueError, match="ours has its own vision tower .*patch_embedding.weight differs"):
+    with refused(ours, "own vision tower", "patch_embedding.weight differs"):
         LlavaSPForCausalLM.from_backbones(vision_tower=golden / "clip", warm_start=ours, spatial_width=3)
     started = LlavaSPForCausalLM.from_backbones(vision_tower=ours, warm_start=ours, spatial_width=3)
     for name, tensor in state(model).items():
@@ -376,7 +375,7 @@ def test_a_warm_start_whose_own_tower_is_rounded(golden, none, llava_hf, tmp_pat
     tensors[key][3, 3] *= 1.03
     save_file(tensors, start / "model.safetensors", metadata={"format": "pt"})
     for dtype in ("auto", torch.bfloat16, torch.float32):
-        with pytest.raises(ValueError, match="its own vision tower .*fc1.weight differs"):
+        with refused(start, "own vision tower", "layers.1.mlp.fc1.weight differs"):
             LlavaSPForCausalLM.from_backbones(**given, dtype=dtype)
 
 
@@ -395,8 +394,7 @@ def test_lora_is_no_warm_start_on_another_base(golden, kinds, tmp_path):
     base = other_base(golden, tmp_path / "other")
     ours = kinds["llava_sp_adapter"].folder
     assert LlavaSPForCausalLM.from_backbones(golden / "base", **given, warm_start=ours).peft_config
-    message = "trained on a language model with the fingerprint .* Pass language_model=<the right one>"
-    with pytest.raises(ValueError, match=message):
+    with refused("language model", "fingerprint", "language_model=<the right one>"):
         LlavaSPForCausalLM.from_backbones(base, **given, warm_start=ours)
     assert LlavaSPForCausalLM.from_backbones(base, **given, warm_start=ours, check_base=False).peft_config
     released = tmp_path / "released"
@@ -404,9 +402,7 @@ def test_lora_is_no_warm_start_on_another_base(golden, kinds, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(golden / "base")
     tokenizer.add_tokens(["<im_start>", "<im_end>"])
     tokenizer.save_pretrained(released)
-    with pytest.raises(
-        ValueError, match=r"released: its tokenizer has <image>, <pad> at \(1002, 1003\), not \(1000, 1001\)"
-    ):
+    with refused(released, "tokenizer", "<image>, <pad>", "(1002, 1003)", "(1000, 1001)"):
         LlavaSPForCausalLM.from_backbones(golden / "base", **given, warm_start=released)
 
 
@@ -429,5 +425,5 @@ def test_a_warm_start_in_the_hubs_cache(golden, tmp_path):
 def test_an_adapter_is_no_language_model(golden, kinds):
     adapter = kinds["llava_sp_adapter"].folder
     for given in ((adapter, golden / "clip"), (golden / "base", adapter)):
-        with pytest.raises(ValueError, match=f"{adapter} is an adapter checkpoint: merge it first"):
+        with refused(adapter, "adapter checkpoint", "merge"):
             LlavaSPForCausalLM.from_backbones(*given)

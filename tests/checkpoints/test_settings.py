@@ -17,6 +17,7 @@ from llava_sp.checkpoints.opening.full import recorded_config
 from llava_sp.checkpoints.reading.formats import recognise
 from llava_sp.checkpoints.reading.settings import read_all_settings
 from tests.checkpoints.kinds import Kind
+from tests.messages import names
 from tests.released import load_released
 
 NAN, INF = float("nan"), float("inf")
@@ -181,7 +182,7 @@ def test_the_processor_is_the_models(copy):
     ):
         whole = (copy.folder / file).read_text()
         put(copy.folder / file, key, value)
-        assert "is not that of its model" in problems(copy.folder, LlavaSPProcessor)
+        assert names(problems(copy.folder, LlavaSPProcessor), "not that of its model")
         (copy.folder / file).write_text(whole)
     for key in ("image_aspect_ratio", "conversation_template", "image_processor.image_mean", "image_processor.size"):
         whole = (copy.folder / "processor_config.json").read_text()

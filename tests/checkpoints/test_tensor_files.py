@@ -24,6 +24,7 @@ from llava_sp.checkpoints.reading.tensor_files import (
     weight_files,
 )
 from llava_sp.common.files import read_json
+from tests.messages import names, refused
 
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -103,7 +104,7 @@ def test_code_in_a_pickle_is_refused_and_not_executed(tmp_path, old):
     torch.save({"w": torch.ones(2), "x": Code(proof)}, tmp_path / "x.bin", _use_new_zipfile_serialization=not old)
     assert zipfile.is_zipfile(tmp_path / "x.bin") is not old
     for read in (stored_tensors, read_tensors, tensor_lines):
-        with pytest.raises(ValueError, match=r"x.bin holds code \((posix|nt).system\).*nothing in it was executed"):
+        with pytest.raises(ValueError, match=r"x\.bin .*code \((posix|nt)\.system\)"):
             read(tmp_path / "x.bin")
     assert not proof.exists()
     torch.load(tmp_path / "x.bin", weights_only=False)  # the trap is armed: without weights_only it goes off
@@ -171,7 +172,7 @@ def test_values_that_are_none(dtype):
     for value in (float("nan"), float("inf"), -float("inf")):
         spoilt = weight.clone()
         spoilt[3, 4] = spoilt[5, 6] = value
-        assert "holds NaN or infinity in 2 of its 4,096 values" in value_problem(spoilt)
+        assert names(value_problem(spoilt), "NaN or infinity", "2", "4,096")
     assert "is empty" in value_problem(weight[:0])
     assert "is zero everywhere" in value_problem(torch.zeros_like(weight))
     assert "never initialised" in value_problem(weight * -1e6)
@@ -218,7 +219,7 @@ def test_the_files_of_an_index(shards):
 
 def test_a_missing_shard_is_named_with_a_key(shards):
     (shards / "m-2.safetensors").unlink()
-    with pytest.raises(ValueError, match="index.json names m-2.safetensors, which does not exist; b is in it"):
+    with refused("model.safetensors.index.json", "m-2.safetensors", "exist", "b"):
         weight_files(shards)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from llava_sp.data.annotations import BadSample
 from llava_sp.data.images import MAX_PIXELS, decode_image, load_image
+from tests.messages import refused
 
 
 @pytest.fixture
@@ -99,15 +100,15 @@ def test_bad_files(folder):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "parts"),
     [
-        (png(20000, 4000), "one is 20000 x 4000, 20,000; the limit is 16,384 a side"),
-        (png(1, 201), "one is 1 x 201, 201; the limit is 200 a side"),
-        (png(30000, 30000), "one is .*89,478,485"),
-        (b"", "one is empty"),
-        (b"<html>", "one is not an image: its 6 bytes begin with b'<html>'"),
+        (png(20000, 4000), ("20000 x 4000, 20,000", "16,384 a side")),
+        (png(1, 201), ("1 x 201, 201", "200 a side")),
+        (png(30000, 30000), ("89,478,485",)),
+        (b"", ("empty",)),
+        (b"<html>", ("not an image", "6 bytes", "b'<html>'")),
     ],
 )
-def test_bytes_have_the_same_limits(content, message):
-    with pytest.raises(BadSample, match=message):
+def test_bytes_have_the_same_limits(content, parts):
+    with refused("one", *parts, error=BadSample):
         decode_image(content, "one")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -12,19 +11,20 @@ from PIL import Image
 from llava_sp.config.arguments import load_config
 from llava_sp.data import check, preview
 from llava_sp.data.build import build_datasets, dataset_of_config
+from tests.messages import names, refused
 
 
 def test_preview_shows_text_and_image(golden, run_yaml, tmp_path, capsys):
     preview.main(["--config", str(run_yaml), "--index", "1", "--output", str(tmp_path / "seen")])
     out = capsys.readouterr().out
     assert "sample 1 of 4: " in out and "samples/data.json, record 1 (id 'b')" in out
-    assert "656 tokens, 1 x 582 of them for images; 22 learned" in out
+    assert names(out, "656 tokens", "1 x 582", "22 learned")
     assert (
         "\n<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
         "and polite answers to the user's questions. USER: <image>\nWhat is this? ASSISTANT:[[ A tall lamp.</s>]]"
         "USER: And the color? ASSISTANT:[[ Green and blue, naïve style 😀.</s>]]\n"
     ) in out
-    assert "tall.png (190 x 400) as the model sees it (336 x 336)" in out
+    assert names(out, "tall.png (190 x 400)", "(336 x 336)")
     picture = np.array(Image.open(tmp_path / "seen" / "sample_1_image_0.png"))
     assert np.array_equal(
         picture, np.array(Image.open(golden / "samples" / "images" / "processed_1.png").convert("RGB"))
@@ -48,20 +48,21 @@ def test_preview_of_another_template(run_yaml, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    "arguments, parts",
     [
-        (["--index", "4"], "--index 4: the data has samples 0 to 3"),
-        (["--index", "0", "--model_max_length", "600"], "record 0 is bad: its last image ends at token 616"),
-        (["--data_path", "nothing.json"], "there is no annotation file .*nothing.json"),
-        (["--image_folder", "nowhere"], "record 0 is bad: image .*wide.png cannot be opened"),
-        (["--templat", "plain"], "'templat'"),
-        (["--language_model", "/nowhere/vicuna"], "there is no folder /nowhere/vicuna"),
-        (["--vision_tower", "null"], "run.yaml: vision_tower is None; expected text"),
+        (["--index", "4"], ("--index 4", "samples 0 to 3")),
+        (["--index", "0", "--model_max_length", "600"], ("record 0", "last image", "token 616")),
+        (["--data_path", "nothing.json"], ("annotation file", "nothing.json")),
+        (["--image_folder", "nowhere"], ("record 0", "wide.png", "opened")),
+        (["--templat", "plain"], ("'templat'",)),
+        (["--language_model", "/nowhere/vicuna"], ("folder /nowhere/vicuna",)),
+        (["--vision_tower", "null"], ("run.yaml", "vision_tower is None", "text")),
     ],
 )
-def test_preview_errors(run_yaml, tmp_path, capsys, arguments, message):
+def test_preview_errors(run_yaml, tmp_path, capsys, arguments, parts):
     assert preview.main(["--config", str(run_yaml), "--output", str(tmp_path), *arguments]) == 2
-    assert re.match(f"error: .*{message}", capsys.readouterr().err)
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and names(err, *parts)
 
 
 def test_check_of_good_data(run_yaml, capsys):
@@ -107,7 +108,7 @@ def test_check_preview_and_training_agree(run_yaml, tmp_path, capsys, record, re
     assert check.main([*arguments, "--workers", "0"]) == bad
     out, err = capsys.readouterr()
     assert f"2 records: {0 if bad else 2} good (0 with images), {2 * bad} bad" in out and "Traceback" not in err
-    assert out.count(reason) == 2 if bad else "2 good records without an image hold <image>: it is text there" in out
+    assert out.count(reason) == 2 if bad else names(out, "2 good records", "<image>", "text")
     assert preview.main([*arguments, "--index", "1"]) == 2 * bad
     out, err = capsys.readouterr()
     assert (
@@ -122,9 +123,7 @@ def test_check_preview_and_training_agree(run_yaml, tmp_path, capsys, record, re
     if not bad:
         assert dataset.processor.image_token_id not in dataset[0]["input_ids"]
         return
-    with pytest.raises(
-        ValueError, match=rf"2 bad samples in a row from .*record 0 on .* The first: .*{re.escape(reason)}"
-    ):
+    with refused("2 bad samples", "record 0", reason):
         dataset[0]
     assert dataset.close_report()["skipped"] == 2
 
@@ -137,4 +136,4 @@ def test_check_counts_what_is_cut(run_yaml, capsys):
 def test_check_of_a_broken_file(run_yaml, tmp_path, capsys):
     (tmp_path / "cut.json").write_text('[{"id": 1}, {"id"')
     assert check.main(["--config", str(run_yaml), "--data_path", str(tmp_path / "cut.json")]) == 2
-    assert "cut.json, line 1, column 18: record 1 is cut off" in capsys.readouterr().err
+    assert names(capsys.readouterr().err, "cut.json, line 1, column 18:", "record 1", "cut off")

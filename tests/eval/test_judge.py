@@ -25,6 +25,7 @@ from llava_sp.eval.scoring import judge_client
 from llava_sp.eval.scoring.judge import JUDGEMENTS, read_judgements
 from llava_sp.eval.scoring.judge_client import JudgeOptions
 from tests.eval.judge_server import JudgeServer, Reply, user_text
+from tests.messages import names
 
 KEY = "sk-very-secret-0123456789"
 
@@ -210,15 +211,15 @@ def test_slow_replies_are_asked_for_again(tmp_path, data, capsys):
 
 
 @pytest.mark.parametrize(
-    "failure, message",
+    "failure, parts",
     [
-        (Reply("oops", status=500), "it says 500: oops (tried 8 times)"),
-        (Reply(body="<html>"), "its reply is not a chat completion"),
-        (Reply("late", seconds=0.3), "no reply within 0.1 seconds (--judge-timeout) (tried 8 times)"),
+        (Reply("oops", status=500), ("500: oops", "8 times")),
+        (Reply(body="<html>"), ("chat completion",)),
+        (Reply("late", seconds=0.3), ("0.1 seconds", "--judge-timeout", "8 times")),
     ],
     ids=["500", "html", "timeout"],
 )
-def test_lasting_failures_end_the_run_and_keep_what_is_done(tmp_path, data, capsys, failure, message):
+def test_lasting_failures_end_the_run_and_keep_what_is_done(tmp_path, data, capsys, failure, parts):
     def answer(body: dict) -> str | Reply:
         return failure if "gadget 15 " in user_text(body) else "yes"
 
@@ -226,9 +227,9 @@ def test_lasting_failures_end_the_run_and_keep_what_is_done(tmp_path, data, caps
     with JudgeServer(answer) as server:
         arguments = ["--output", output, *server.arguments, "--judge-timeout", 0.1 if failure.seconds else 30]
         status, _, err = run(capsys, data, *arguments, "--judge-concurrency", 2)
-    assert status == 2 and message in err and "gpt-test at http://127.0.0.1" in err
-    assert "gave no reply for question 31:" in err or "gave no reply for question 32:" in err
-    assert "the same command continues from here" in err and "Traceback" not in err
+    assert status == 2 and names(err, *parts, "gpt-test", "http://127.0.0.1")
+    assert names(err, "question 31:") or names(err, "question 32:")
+    assert names(err, "same command") and "Traceback" not in err
     kept = {line["question_id"] for line in read_judgements(output / JUDGEMENTS)}
     assert kept >= set(range(1, 31)) and not kept & {31, 32} and not (output / "metrics.json").exists()
     with JudgeServer(always("no")) as server:
@@ -237,26 +238,23 @@ def test_lasting_failures_end_the_run_and_keep_what_is_done(tmp_path, data, caps
 
 
 @pytest.mark.parametrize(
-    "failure, message",
+    "failure, parts",
     [
-        (Reply(f"wrong key {KEY}", status=401), "401: wrong key ***. The key in MY_KEY is refused"),
-        (Reply("no", status=403), "403: no. The key in MY_KEY is refused"),
-        (Reply("no such model", status=404), "404: no such model. Is gpt-test a model there"),
-        (Reply("max_tokens is unknown", status=400), "400: max_tokens is unknown. The request itself is refused"),
-        (
-            Reply(status=429, body='{"error": {"message": "pay", "code": "insufficient_quota"}}'),
-            "429: pay. The account has no quota left",
-        ),
-        (Reply("wait", status=429, headers={"Retry-After": "3600"}), "429: wait (try again in 3600 seconds)"),
+        (Reply(f"wrong key {KEY}", status=401), ("401: wrong key ***", "MY_KEY")),
+        (Reply("no", status=403), ("403: no", "MY_KEY")),
+        (Reply("no such model", status=404), ("404: no such model", "gpt-test")),
+        (Reply("max_tokens is unknown", status=400), ("400: max_tokens is unknown", "request")),
+        (Reply(status=429, body='{"error": {"message": "pay", "code": "insufficient_quota"}}'), ("429: pay", "quota")),
+        (Reply("wait", status=429, headers={"Retry-After": "3600"}), ("429: wait", "3600 seconds")),
     ],
     ids=["401", "403", "404", "400", "quota", "an hour"],
 )
-def test_what_cannot_help_is_said_at_once(tmp_path, data, capsys, monkeypatch, failure, message):
+def test_what_cannot_help_is_said_at_once(tmp_path, data, capsys, monkeypatch, failure, parts):
     monkeypatch.setenv("MY_KEY", f" {KEY}\n")
     with JudgeServer(always(failure)) as server:
         arguments = ["--output", tmp_path / "out", *server.arguments, "--judge-key-env", "MY_KEY"]
         status, out, err = run(capsys, data, *arguments, "--judge-concurrency", 2)
-    assert status == 2 and message in err and KEY not in out + err
+    assert status == 2 and names(err, *parts) and KEY not in out + err
     assert len(server.requests) <= 6  # two at once, and what began before the first was seen to fail
     assert run(capsys, data, "--output", tmp_path / "out")[0] == 0  # nothing was judged: unscored, no error
 
@@ -288,13 +286,13 @@ def test_judges_are_never_mixed(tmp_path, data, capsys):
     log = output / JUDGEMENTS
     assert len(read_judgements(log)) == 80
     status, _, err = run(capsys, data, "--judgements", log)
-    assert status == 2 and "holds replies of another and gpt-test; choose one with --judge NAME" in err
+    assert status == 2 and names(err, log, "another and gpt-test", "--judge NAME")
     for name, score in {"gpt-test": 100.0, "another": 0.0}.items():
         status, out, _ = run(capsys, data, "--judgements", log, "--judge", name)
         assert status == 0 and json.loads(out)["score"] == score
         assert json.loads(out)["metrics"]["judge"]["model"] == name
     status, _, err = run(capsys, data, "--judgements", log, "--judge", "third")
-    assert status == 2 and "holds replies of another and gpt-test; none of third" in err
+    assert status == 2 and names(err, log, "another and gpt-test", "third")
 
 
 def test_another_answer_is_judged_anew(tmp_path, data):
@@ -351,13 +349,15 @@ def test_recorded_replies_that_do_not_fit(tmp_path, data, capsys):
         return err
 
     err = refused(lines[:-3])
-    assert "changed.jsonl, run 0: not judged: 3 questions (38, 39, 40). --judge gpt-test with --output asks" in err
+    assert names(err, "changed.jsonl, run 0", "3 questions (38, 39, 40)", "--judge gpt-test", "--output")
     other = [{**line, "request_sha256": "0" * 64} for line in lines[:2]]
     err = refused([*other, *lines[2:]])
-    assert "judged with another prompt or setting, or incompletely: 2 questions (1, 2)" in err
-    assert "line 2: run is 'x'; expected a whole number" in refused([lines[0], {**lines[1], "run": "x"}])
-    assert "line 1 has no reply" in refused([{key: value for key, value in lines[0].items() if key != "reply"}])
-    assert "judged with another answer: 40 questions (1, 2, 3, ...)" in refused(lines, text="something else")
+    assert names(err, "another prompt", "2 questions (1, 2)")
+    err = refused([lines[0], {**lines[1], "run": "x"}])
+    assert names(err, "changed.jsonl, line 2", "run is 'x'", "whole number")
+    err = refused([{key: value for key, value in lines[0].items() if key != "reply"}])
+    assert names(err, "changed.jsonl, line 1", "no reply")
+    assert names(refused(lines, text="something else"), "another answer", "40 questions (1, 2, 3, ...)")
 
 
 def test_half_a_last_line_is_left_out(tmp_path, data, capsys):
@@ -368,12 +368,12 @@ def test_half_a_last_line_is_left_out(tmp_path, data, capsys):
     whole = log.read_bytes()
     log.write_bytes(whole + b'{"key": "1", "re')
     status, out, err = run(capsys, data, "--judgements", log)
-    assert status == 0 and "line 41 is cut off and was left out" in err
+    assert status == 0 and names(err, log, "line 41", "cut off")
     log.write_bytes(whole.rstrip(b"\n"))
     assert json.loads(run(capsys, data, "--judgements", log)[1])["score"] == json.loads(out)["score"]
     log.write_bytes(whole.replace(b"\n", b"\n{broken\n", 1))
     status, _, err = run(capsys, data, "--judgements", log)
-    assert status == 2 and "judgements.jsonl, line 2 is not valid JSON" in err
+    assert status == 2 and names(err, "judgements.jsonl, line 2", "JSON")
     status, _, err = run(capsys, data, "--judgements", tmp_path / "none.jsonl")
     assert status == 2 and "none.jsonl does not exist" in err
 
@@ -382,7 +382,7 @@ def test_without_a_judge_the_command_for_later_is_said_and_works(tmp_path, data,
     output = tmp_path / "out"
     status, out, _ = run(capsys, data, "--output", output)
     assert status == 0 and metrics(output)["score"] is None and "official" not in metrics(output)["scored_as"]
-    assert "40 questions answered; no judge was used" in out
+    assert names(out, "40 questions", "no judge")
     command = next(line for line in out.splitlines() if line.startswith("  python -m "))
     words = shlex.split(command)
     assert words[:3] == ["python", "-m", "llava_sp.eval.mmvp"] and words[-2:] == ["--judge", "MODEL"]
@@ -407,28 +407,23 @@ def test_what_is_missing_is_said_before_anything_is_answered(tmp_path, data, cap
         assert status == 2
         return err
 
-    assert "--output is None; it must be a directory: every reply of --judge" in refused(
-        "--judge", "m", "--judge-url", "http://localhost:1/v1"
-    )
+    err = refused("--judge", "m", "--judge-url", "http://localhost:1/v1")
+    assert names(err, "--output is None", "directory", "--judge")
     output = ("--output", tmp_path / "out")
-    assert "--judge-key-env is OPENAI_API_KEY; it must be a variable that holds a key" in refused(
-        *output, "--judge", "m"
-    )
+    assert names(refused(*output, "--judge", "m"), "--judge-key-env is OPENAI_API_KEY", "variable")
     err = refused(*output, "--judge", "m", "--judge-url", "http://localhost:1/v1", "--judge-key-env", "NONE")
-    assert "--judge-key-env is NONE; it must be a variable that holds a key" in err
+    assert names(err, "--judge-key-env is NONE", "variable")
     err = refused(*output, "--judge", "m", "--judge-url", "localhost:8000")
-    assert "--judge-url is localhost:8000; it must be an address with http://" in err
+    assert names(err, "--judge-url is localhost:8000", "http://")
     err = refused(*output, "--judge", "m", "--judge-url", "http://me:pass@localhost:8000/v1/chat/completions")
-    assert (
-        "--judge-url is http://localhost:8000/v1/chat/completions; it must be the part before /chat/completions" in err
-        and "pass" not in err
-    )
+    assert names(err, "--judge-url is http://localhost:8000/v1/chat/completions;", "before /chat/completions")
+    assert "pass" not in err
     real = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "openai" else real(name, *rest)
     )
     err = refused(*output, "--judge", "m", "--judge-url", "http://localhost:1/v1")
-    assert "--judge needs the package openai: pip install llava_sp[eval]" in err
+    assert names(err, "--judge", "openai", "pip install llava_sp[eval]")
     assert not (tmp_path / "out").exists()
 
 
@@ -443,7 +438,7 @@ def test_one_command_at_a_time(tmp_path, data, capsys):
     output = tmp_path / "out"
     with JudgeServer(always("yes")) as server, AnswerLog(output / JUDGEMENTS):
         status, _, err = run(capsys, data, "--output", output, *server.arguments)
-    assert status == 2 and "is being written by another process" in err and not server.requests
+    assert status == 2 and names(err, output / JUDGEMENTS, "process") and not server.requests
 
 
 def test_nothing_heavy_is_imported_without_a_judge(repo):
@@ -466,24 +461,24 @@ def test_retry_after_as_number_and_date():
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes, parts",
     [
-        ({"date": 5}, "line 2: date is 5; expected text or null"),
-        ({"url": ["x"]}, "line 2: url is ['x']; expected text or null"),
-        ({"answered_by": {"a": 1}}, "line 2: answered_by is "),
-        ({"usage": [3]}, "line 2: usage is [3]; expected an object or null"),
-        ({"usage": {"total_tokens": "7"}}, "line 2: usage.total_tokens is '7'; expected a whole number or null"),
-        ({"run": None}, "line 2: run is None; expected a whole number"),
+        ({"date": 5}, ("line 2: date is 5", "text or null")),
+        ({"url": ["x"]}, ("line 2: url is ['x']", "text or null")),
+        ({"answered_by": {"a": 1}}, ("line 2: answered_by is ",)),
+        ({"usage": [3]}, ("line 2: usage is [3]", "object or null")),
+        ({"usage": {"total_tokens": "7"}}, ("line 2: usage.total_tokens is '7'", "whole number or null")),
+        ({"run": None}, ("line 2: run is None", "whole number")),
     ],
 )
-def test_recorded_fields_of_another_kind_are_named(tmp_path, data, capsys, changes, message):
+def test_recorded_fields_of_another_kind_are_named(tmp_path, data, capsys, changes, parts):
     with JudgeServer(by_answer) as server:
         assert run(capsys, data, "--output", tmp_path / "out", *server.arguments)[0] == 0
     file = tmp_path / "judgements.jsonl"
     lines = [json.loads(line) for line in (tmp_path / "out" / JUDGEMENTS).open()]
     write_lines(file, [lines[0], lines[1] | changes, *lines[2:]])
     status, _, err = run(capsys, data, "--judgements", file)
-    assert status == 2 and f"{file}, {message}" in err
+    assert status == 2 and names(err, f"{file}, {parts[0]}", *parts[1:])
     bare = [{k: v for k, v in line.items() if k not in ("url", "usage")} | {"date": None} for line in lines]
     write_lines(file, [*bare[:-1], bare[-1] | {"usage": {"total_tokens": None}, "answered_by": None}])
     status, out, _ = run(capsys, data, "--judgements", file)

@@ -15,6 +15,7 @@ from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.scoring.judge import JUDGEMENTS
 from tests.eval.commands import results_of
 from tests.eval.judge_server import JudgeServer, user_text
+from tests.messages import names
 
 RECORDING = "llavabench"
 
@@ -57,8 +58,7 @@ def test_judged_as_llavas_review(tmp_path, data, recorded, capsys):
     assert result["categories"]["conv"] == {"score": 87.0, "count": 14, "highest": 100.0}
     assert lines[0]["score"] == 70.0 and lines[4]["score"] == 0.0 and lines[0]["judgements"] == ["8 7\nBoth fine."]
     assert lines[0]["references"] == ["Reference reply 0."] and lines[0]["image"] == "000.jpg"
-    assert "LLaVA-Bench (in the wild) relative score: 78.4 (40 questions)" in out
-    assert "8 replies could not be read; they count as -1 for both" in out and "judge: gpt-test" in out
+    assert names(out, "LLaVA-Bench (in the wild)", "78.4 (40 questions)", "8 replies", "-1", "judge: gpt-test")
     assert list(result["scored_as"]) == ["llava15", "lmms_eval", "vlmevalkit"]
 
 
@@ -179,7 +179,7 @@ def test_llavas_review_files_are_read(tmp_path, data, recorded, capsys):
     with JudgeServer(recorded_judge(recorded)) as server:
         assert run(capsys, data, "--output", output, *server.arguments)[0] == 0
     status, _, err = run(capsys, data, "--judgements", first, output / JUDGEMENTS)
-    assert status == 2 and "are not all of one kind" in err
+    assert status == 2 and names(err, "--judgements", first, output / JUDGEMENTS)
 
 
 def rules(**changes: object) -> dict:
@@ -203,22 +203,22 @@ def test_other_rules_may_be_used(tmp_path, data, capsys):
     assert result["metrics"]["judge"]["prompt"].startswith(f"{file} (sha256 ")
     assert str(file) in result["provenance"]["data_files"]
     status, _, err = run(capsys, data, "--output", output)  # without the file, the replies are to other requests
-    assert status == 2 and "judged with another prompt or setting, or incompletely: 40 questions" in err
+    assert status == 2 and names(err, output / JUDGEMENTS, "another prompt", "40 questions")
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    "content, parts",
     [
-        ({}, "has no llava_bench_conv, llava_bench_detail, llava_bench_complex"),
-        (rules(llava_bench_detail={"role": "Assistant"}), "llava_bench_detail has no prompt"),
-        (rules(llava_bench_detail="x"), "llava_bench_detail is 'x'"),
-        (rules(system="x"), "system is 'x'; expected an object with prompt"),
+        ({}, ("no llava_bench_conv, llava_bench_detail, llava_bench_complex",)),
+        (rules(llava_bench_detail={"role": "Assistant"}), ("llava_bench_detail", "no prompt")),
+        (rules(llava_bench_detail="x"), ("llava_bench_detail is 'x'",)),
+        (rules(system="x"), ("system is 'x'", "object", "prompt")),
     ],
 )
-def test_rules_that_are_none(tmp_path, data, capsys, content, message):
+def test_rules_that_are_none(tmp_path, data, capsys, content, parts):
     (tmp_path / "rule.json").write_text(json.dumps(content))
     status, _, err = run(capsys, data, "--rules", tmp_path / "rule.json")
-    assert status == 2 and "rule.json" in err and message in err
+    assert status == 2 and names(err, "rule.json", *parts)
 
 
 def test_prompts_records_and_generation_equal_llavas(data, recorded_prompts):
@@ -244,10 +244,7 @@ def test_without_a_judge(tmp_path, data, capsys):
     status, out, _ = run(capsys, data, "--output", tmp_path / "out")
     result, lines = results_of(tmp_path / "out")
     assert status == 0 and result["score"] is None and "scored_as" not in {key for key, v in result.items() if v}
-    assert (
-        "no judge was used, so there is no score; the same command with --judge MODEL" in out
-        and "score" not in lines[0]
-    )
+    assert names(out, "no judge", "no score", "--judge MODEL") and "score" not in lines[0]
 
 
 def line(**changes: object) -> str:
@@ -255,51 +252,39 @@ def line(**changes: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    "name, content, parts",
     [
-        (QUESTIONS, "", "is empty"),
-        (QUESTIONS, '{"question_id": 0, "im', "line 1 is not valid JSON"),
-        (QUESTIONS, line(text=None), "questions.jsonl, line 1: text is None"),
-        (QUESTIONS, line() * 2, "more than one record with the same question_id: 0 (0: line 1, line 2)"),
-        (
-            QUESTIONS,
-            line(),
-            "answers_gpt4.jsonl does not fit the questions: answer to a question that is not in the file: 39 (1, 2, 3",
-        ),
-        (CONTEXT, '{"image": "000.jpg"}', "line 1 has no caption"),
-        (CONTEXT, '{"image": "000.jpg", "caption": [1]}', "context.jsonl, line 1: caption is [1]"),
-        (
-            CONTEXT,
-            '{"image": "000.jpg", "caption": "x"}\n' * 2,
-            "more than one record with the same image: 000.jpg (000.jpg: line 1, line 2)",
-        ),
-        (CONTEXT, '{"image": "000.jpg", "caption": "x"}', "question 3: context.jsonl has no caption of 001.jpg"),
-        (
-            REFERENCES,
-            '{"question_id": 0, "text": "x"}',
-            "answers_gpt4.jsonl does not fit the questions: no answer: 39 (1, 2, 3",
-        ),
-        (REFERENCES, '{"question_id": 0}', "line 1 has no text"),
+        (QUESTIONS, "", (QUESTIONS, "empty")),
+        (QUESTIONS, '{"question_id": 0, "im', (QUESTIONS, "line 1", "JSON")),
+        (QUESTIONS, line(text=None), ("questions.jsonl, line 1", "text is None")),
+        (QUESTIONS, line() * 2, (QUESTIONS, "question_id: 0 (0: line 1, line 2)")),
+        (QUESTIONS, line(), ("answers_gpt4.jsonl", "not in the file", "39 (1, 2, 3")),
+        (CONTEXT, '{"image": "000.jpg"}', ("line 1", "no caption")),
+        (CONTEXT, '{"image": "000.jpg", "caption": [1]}', ("context.jsonl, line 1", "caption is [1]")),
+        (CONTEXT, '{"image": "000.jpg", "caption": "x"}\n' * 2, ("image: 000.jpg (000.jpg: line 1, line 2)",)),
+        (CONTEXT, '{"image": "000.jpg", "caption": "x"}', ("question 3", "context.jsonl", "caption", "001.jpg")),
+        (REFERENCES, '{"question_id": 0, "text": "x"}', ("answers_gpt4.jsonl", "no answer", "39 (1, 2, 3")),
+        (REFERENCES, '{"question_id": 0}', ("line 1", "no text")),
     ],
 )
-def test_broken_data_files_are_named(data, capsys, name, content, message):
+def test_broken_data_files_are_named(data, capsys, name, content, parts):
     (data / name).write_text(content)
     status, _, err = run(capsys, data)
-    assert status == 2 and message in err and (name in err or name == QUESTIONS)
+    assert status == 2 and names(err, *parts) and (name in err or name == QUESTIONS)
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes, parts",
     [
-        ({"category": "poem"}, "questions.jsonl, line 1: category is 'poem'"),
-        ({"image": "../000.jpg"}, "context.jsonl has no caption of ../000.jpg"),
+        ({"category": "poem"}, ("questions.jsonl, line 1: category is 'poem'",)),
+        ({"image": "../000.jpg"}, ("context.jsonl", "no caption of ../000.jpg")),
     ],
 )
-def test_questions_that_do_not_fit(data, capsys, changes, message):
+def test_questions_that_do_not_fit(data, capsys, changes, parts):
     rest = (data / QUESTIONS).read_text().split("\n", 1)[1]
     (data / QUESTIONS).write_text(line(**changes) + rest)
     status, _, err = run(capsys, data)
-    assert status == 2 and QUESTIONS in err and message in err
+    assert status == 2 and QUESTIONS in err and names(err, *parts)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from llava_sp.eval.mmvet import AGAIN, PROMPT, MMVet, final_grade, one_decimal, 
 from llava_sp.eval.scoring.judge import JUDGEMENTS, read_judgements
 from tests.eval.commands import results_of
 from tests.eval.judge_server import JudgeServer, user_text
+from tests.messages import names
 
 RECORDING = "mmvet"
 
@@ -52,8 +53,8 @@ def test_judged_as_the_official_evaluator(tmp_path, data, recorded, capsys):
     assert temperatures == expected["request_temperatures"]
     result, lines = results_of(output)
     found = result["metrics"]
-    for names, figures in (("capabilities", "cap_score"), ("combinations", "cap_int_score_names_sorted")):
-        shown = {name: str(value) for name, value in found[names].items()}
+    for kinds, figures in (("capabilities", "cap_score"), ("combinations", "cap_int_score_names_sorted")):
+        shown = {name: str(value) for name, value in found[kinds].items()}
         shown |= {"total": str(found["total"]), "std": str(found["std"]), "runs": str(found["runs"])}
         assert shown == expected[figures]
     assert result["score"] == found["total"] == float(expected["cap_score"]["total"])
@@ -154,29 +155,29 @@ def test_pictures_stand_beside_the_official_file(data):
 def test_submission_equals_llavas_and_validates(tmp_path, data, recorded, capsys):
     output = tmp_path / "out"
     status, out, _ = run(capsys, data, "--output", output)
-    assert status == 0 and "40 questions answered; no judge was used" in out and "to submit:" in out
+    assert status == 0 and names(out, "40 questions", "no judge", "to submit:")
     result, lines = results_of(output)
     assert result["score"] is None and result["metrics"] == {"judge": None} and "score" not in lines[0]
     submission = output / "submission.json"
     assert json.loads(submission.read_text()) == recorded["expected"]["llava_convert"]
     status, out, _ = run(capsys, data, "--validate", submission)
-    assert status == 0 and "answers all 40 questions once (0 of them empty)" in out
+    assert status == 0 and names(out, submission, "40 questions", "(0", "empty")
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, parts",
     [
-        (lambda results: {k: v for k, v in results.items() if k != "v1_7"}, "no answer: 1 (v1_7)"),
-        (lambda results: results | {"v1_99": "x"}, "answer to a question that is not in the file: 1 (v1_99)"),
-        (lambda results: results | {"v1_0": 3}, "v1_0 is 3; expected text"),
-        (list, "is ['v1_0', 'v1_1', 'v1_2', 'v1_3', 'v1_4', 'v1_5', 'v1_6', 'v1_7', 'v1_8', 'v1_"),
+        (lambda results: {k: v for k, v in results.items() if k != "v1_7"}, ("no answer: 1 (v1_7)",)),
+        (lambda results: results | {"v1_99": "x"}, ("file: 1 (v1_99)",)),
+        (lambda results: results | {"v1_0": 3}, ("v1_0 is 3", "text")),
+        (list, ("is ['v1_0', 'v1_1', 'v1_2', 'v1_3', 'v1_4', 'v1_5', 'v1_6', 'v1_7', 'v1_8', 'v1_",)),
     ],
 )
-def test_validator_says_what_is_wrong(tmp_path, data, recorded, capsys, change, message):
+def test_validator_says_what_is_wrong(tmp_path, data, recorded, capsys, change, parts):
     file = tmp_path / "submission.json"
     file.write_text(json.dumps(change(recorded["expected"]["llava_convert"])))
     status, _, err = run(capsys, data, "--validate", file)
-    assert status == 1 and err.startswith("not valid: ") and message in err
+    assert status == 1 and err.startswith("not valid: ") and names(err, *parts)
 
 
 def grade_file(tmp_path: Path, recorded: dict, **changes: object) -> Path:
@@ -203,21 +204,18 @@ def test_official_grades_are_read(tmp_path, data, recorded, capsys):
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes, parts",
     [
-        (
-            {"v1_3": {"model": [], "content": [], "score": [1.0]}},
-            "questions have 1, 2 scores each; is the run unfinished",
-        ),
-        ({"v1_3": {"score": [float("nan"), 1.0], "model": []}}, "v1_3.score[0] is nan"),
-        ({"v1_3": {"score": [7, 1.0], "model": []}}, "v1_3.score[0] is 7; expected a number from 0 to 1"),
-        ({"v1_3": {"model": []}}, "v1_3 has no score"),
-        ({"v1_300": {"score": [1, 1], "model": []}}, "judgement to a question that is not in the file: 1 (v1_300)"),
+        ({"v1_3": {"model": [], "content": [], "score": [1.0]}}, ("1, 2 scores", "unfinished")),
+        ({"v1_3": {"score": [float("nan"), 1.0], "model": []}}, ("v1_3.score[0] is nan",)),
+        ({"v1_3": {"score": [7, 1.0], "model": []}}, ("v1_3.score[0] is 7", "number from 0 to 1")),
+        ({"v1_3": {"model": []}}, ("v1_3", "no score")),
+        ({"v1_300": {"score": [1, 1], "model": []}}, ("file: 1 (v1_300)",)),
     ],
 )
-def test_official_grades_that_do_not_fit(tmp_path, data, recorded, capsys, changes, message):
+def test_official_grades_that_do_not_fit(tmp_path, data, recorded, capsys, changes, parts):
     status, _, err = run(capsys, data, "--judgements", grade_file(tmp_path, recorded, **changes))
-    assert status == 2 and "grade-2runs.json" in err and message in err
+    assert status == 2 and "grade-2runs.json" in err and names(err, *parts)
 
 
 def test_own_judgements_are_read_again_with_every_attempt(tmp_path, data, recorded, capsys):
@@ -231,7 +229,7 @@ def test_own_judgements_are_read_again_with_every_attempt(tmp_path, data, record
     lines = [line for line in read_judgements(log) if (line["question_id"], line["attempt"]) != (6, 1)]
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     status, _, err = run(capsys, data, "--judgements", log)
-    assert status == 2 and "judged with another prompt or setting, or incompletely: 1 question (6)" in err
+    assert status == 2 and names(err, log, "incompletely", "1 question (6)")
     with JudgeServer(replies_of({"v1_6": ["0.4"]})) as server:  # going on asks for the second attempt only
         assert run(capsys, data, "--output", output, *server.arguments)[0] == 0
     assert len(server.requests) == 1 and user_text(server.requests[0]).endswith(AGAIN)
@@ -257,36 +255,36 @@ def entry(**changes: object) -> dict:
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    "name, content, parts",
     [
-        (OFFICIAL, "", "is empty"),
-        (OFFICIAL, '{"v1_0": {"question": "a', "ends in the middle"),
-        (OFFICIAL, "[]", "is []; expected an object"),
-        (OFFICIAL, "{}", "is {}; expected questions by name"),
-        (OFFICIAL, json.dumps({"v2_0": entry()}), "[0] is 'v2_0'; expected v1_ and a number"),
-        (OFFICIAL, json.dumps({"v1_0": entry(answer=3)}), "v1_0.answer is 3; expected text"),
-        (OFFICIAL, json.dumps({"v1_0": entry(capability=[])}), "v1_0.capability is []"),
-        (OFFICIAL, json.dumps({"v1_0": entry(imagename="../x.png")}), "does not fit"),
-        (OFFICIAL, json.dumps({"v1_0": entry()}), "line to a question that is not in the file: 39 (v1_1"),
-        (LLAVAS, '{"question_id": 0, "image": "v1_0.png"}', "line 1 has no text"),
+        (OFFICIAL, "", ("is empty",)),
+        (OFFICIAL, '{"v1_0": {"question": "a', ("ends",)),
+        (OFFICIAL, "[]", ("is []", "object")),
+        (OFFICIAL, "{}", ("is {}", "questions by name")),
+        (OFFICIAL, json.dumps({"v2_0": entry()}), ("[0] is 'v2_0'", "v1_ and a number")),
+        (OFFICIAL, json.dumps({"v1_0": entry(answer=3)}), ("v1_0.answer is 3", "text")),
+        (OFFICIAL, json.dumps({"v1_0": entry(capability=[])}), ("v1_0.capability is []",)),
+        (OFFICIAL, json.dumps({"v1_0": entry(imagename="../x.png")}), ("does not fit",)),
+        (OFFICIAL, json.dumps({"v1_0": entry()}), ("file: 39 (v1_1",)),
+        (LLAVAS, '{"question_id": 0, "image": "v1_0.png"}', ("line 1", "no text")),
         (
             LLAVAS,
             '{"question_id": "0", "image": "v1_0.png", "text": "?"}',
-            "llava-mm-vet.jsonl, line 1: question_id is '0'",
+            ("llava-mm-vet.jsonl, line 1: question_id is '0'",),
         ),
-        (LLAVAS, '{"question_id": 0, "image": "v1_0.png", "text": "?"}', "no line: 39 (v1_1, v1_2, v1_3"),
+        (LLAVAS, '{"question_id": 0, "image": "v1_0.png", "text": "?"}', ("no line: 39 (v1_1, v1_2, v1_3",)),
         (
             LLAVAS,
             '{"question_id": 0, "image": "a", "text": ""}\n' * 2,
-            "more than one line: 1 (v1_0), no line: 39 (v1_1, v1_2, v1_3",
+            ("one line: 1 (v1_0)", "no line: 39 (v1_1, v1_2, v1_3"),
         ),
-        (LLAVAS, '{"question_id": 0, "im', "line 1 is not valid JSON"),
+        (LLAVAS, '{"question_id": 0, "im', ("line 1", "JSON")),
     ],
 )
-def test_broken_data_files_are_named(data, capsys, name, content, message):
+def test_broken_data_files_are_named(data, capsys, name, content, parts):
     (data / name).write_text(content)
     status, _, err = run(capsys, data)
-    assert status == 2 and name in err and message in err
+    assert status == 2 and name in err and names(err, *parts)
 
 
 def test_picture_outside_the_folder_is_refused(data, capsys):
@@ -304,4 +302,4 @@ def test_answers_that_do_not_fit(data, capsys):
     assert status == 2
     assert "(5)" in err and "(0, 1)" in err
     (data / OFFICIAL).unlink()
-    assert "has no official questions of MM-Vet: looked for mm-vet.json" in run(capsys, data)[2]
+    assert names(run(capsys, data)[2], data, "MM-Vet", "mm-vet.json")

@@ -14,6 +14,7 @@ from llava_sp.eval.mmvp import MMVP, lmms_letter, parse_options
 from llava_sp.eval.run.evaluate import check_images
 from tests.eval.commands import results_of
 from tests.eval.judge_server import JudgeServer, user_text
+from tests.messages import names
 
 RECORDING = "mmvp"
 
@@ -101,7 +102,7 @@ def test_without_a_judge_other_rules_stand_under_their_own_names(tmp_path, data,
     result, lines = results_of(tmp_path / "out")
     assert status == 0 and result["score"] is None and result["metrics"] == {"judge": None}
     assert result["scored_as"] == {"lmms_eval": 5.0, "vlmevalkit": 5.0}
-    assert "the same answers scored as lmms_eval does: 5.0" in out
+    assert names(out, "lmms_eval", "5.0")
     assert "score" not in lines[0] and lines[0]["answer"] == "(a)"
 
 
@@ -248,26 +249,26 @@ def test_an_odd_number_of_questions_by_limit(data):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "change, parts",
     [
-        (lambda text: "", "Questions.csv is empty"),
-        (lambda text: text.splitlines()[0] + "\n", "has no rows below its header"),
-        (lambda text: text.rsplit("\n", 2)[0] + "\n", "has 39 rows, but MMVP's questions come in pairs"),
-        (lambda text: text[:-8], "line 41 has 3 fields, not 4"),
-        (lambda text: text.replace("Correct Answer", "Answer"), "line 2 has no Correct Answer; it has Index, Question"),
-        (lambda text: text.replace("Down,(b)", "Down,(c)", 1), "Questions.csv, line 2: Correct Answer is '(c)'"),
+        (lambda text: "", ("Questions.csv is empty",)),
+        (lambda text: text.splitlines()[0] + "\n", ("no rows",)),
+        (lambda text: text.rsplit("\n", 2)[0] + "\n", ("39 rows", "pairs")),
+        (lambda text: text[:-8], ("line 41 has 3 fields, not 4",)),
+        (lambda text: text.replace("Correct Answer", "Answer"), ("line 2", "no Correct Answer", "Index, Question")),
+        (lambda text: text.replace("Down,(b)", "Down,(c)", 1), ("Questions.csv, line 2: Correct Answer is '(c)'",)),
         (
             lambda text: text.replace("(a) Up (b) Down", "Up or down", 1),
-            "Questions.csv, line 2: Options is 'Up or down'",
+            ("Questions.csv, line 2: Options is 'Up or down'",),
         ),
-        (lambda text: text.replace("Which state is gadget 0 in?", "", 1), "Questions.csv, line 2: Question is ''"),
+        (lambda text: text.replace("Which state is gadget 0 in?", "", 1), ("Questions.csv, line 2: Question is ''",)),
     ],
 )
-def test_broken_questions_are_named(data, capsys, change, message):
+def test_broken_questions_are_named(data, capsys, change, parts):
     text = (data / QUESTIONS).read_text()
     (data / QUESTIONS).write_text(change(text))
     status, _, err = run(capsys, data)
-    assert status == 2 and QUESTIONS in err and message in err
+    assert status == 2 and QUESTIONS in err and names(err, *parts)
 
 
 def test_answers_that_do_not_fit(data, capsys):
@@ -279,4 +280,4 @@ def test_answers_that_do_not_fit(data, capsys):
     assert "(6)" in err and "(1, 2)" in err
     assert "questions of mmvp" in err and "not in the file: 1 (301)" in err
     (data / QUESTIONS).unlink()
-    assert "has no questions of MMVP: looked for Questions.csv" in run(capsys, data)[2]
+    assert names(run(capsys, data)[2], data, "MMVP", "Questions.csv")

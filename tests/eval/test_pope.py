@@ -13,6 +13,7 @@ from llava_sp.eval.pope import CATEGORIES, POPE
 from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.scoring.yes_no import llava_pope, lmms_pope, vlmevalkit
 from tests.eval.commands import command_of, read_lines, write_lines
+from tests.messages import names
 
 RECORDING = "pope"
 
@@ -212,9 +213,8 @@ def test_zero_denominators_give_zero(official_error, capsys, case):
     assert "looked for coco_pope_adversarial.json" in refused(capsys, data)
     assert "2 have no label" in refused(capsys, data, "--split", "random")  # its question is just "q"
     (data / QUESTIONS).unlink()
-    assert "question 1 was asked as 'q', here it is 'is there a harp in the image?'" in refused(
-        capsys, data, "--split", "random"
-    )
+    err = refused(capsys, data, "--split", "random")
+    assert names(err, "question 1", "'q'", "'is there a harp in the image?'")
     answers = data / "answers" / "model.jsonl"
     question = "Is there a harp in the image?" + SHORT_ANSWER
     write_lines(answers, [line | {"prompt": question} for line in read_lines(answers)])
@@ -228,7 +228,7 @@ def test_answers_to_other_questions_are_refused(data, capsys):
     answers = data / "answers" / "model.jsonl"
     lines = read_lines(answers)
     write_lines(answers, [line | {"question_id": 43 - line["question_id"]} for line in lines])
-    assert "question 42 was asked as 'Is there a gondola in the image?'" in refused(capsys, data)
+    assert names(refused(capsys, data), "question 42", "'Is there a gondola in the image?'")
     write_lines(answers, [{"question_id": line["question_id"], "text": line["text"]} for line in lines])
     assert scored(capsys, data)["score"] == 67.94
 
@@ -259,21 +259,21 @@ def changed(file: Path, **changes: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "name, changes, message",
+    "name, changes, parts",
     [
-        (RANDOM, {"label": "maybe"}, "coco_pope_random.json, line 2: label is 'maybe'"),
-        (RANDOM, {"question_id": 1}, "more than one record with the same question_id: 1 (1: line 1, line 2)"),
-        (RANDOM, {"text": 7}, "coco_pope_random.json, line 2: text is 7"),
-        (QUESTIONS, {"category": "easy"}, "llava_pope_test.jsonl, line 2: category is 'easy'"),
-        (QUESTIONS, {"question_id": 1}, "more than one record with the same question_id: 1 (1: line 1, line 2)"),
-        (QUESTIONS, {"image": None}, "llava_pope_test.jsonl, line 2: image is None"),
-        (QUESTIONS, {"image": "other.jpg"}, "such as 2: 'Is there a thimble in the image?' about other"),
+        (RANDOM, {"label": "maybe"}, ("coco_pope_random.json, line 2: label is 'maybe'",)),
+        (RANDOM, {"question_id": 1}, ("question_id: 1 (1: line 1, line 2)",)),
+        (RANDOM, {"text": 7}, ("coco_pope_random.json, line 2: text is 7",)),
+        (QUESTIONS, {"category": "easy"}, ("llava_pope_test.jsonl, line 2: category is 'easy'",)),
+        (QUESTIONS, {"question_id": 1}, ("question_id: 1 (1: line 1, line 2)",)),
+        (QUESTIONS, {"image": None}, ("llava_pope_test.jsonl, line 2: image is None",)),
+        (QUESTIONS, {"image": "other.jpg"}, ("2", "'Is there a thimble in the image?'")),
     ],
 )
-def test_wrong_fields_are_named(data, capsys, name, changes, message):
+def test_wrong_fields_are_named(data, capsys, name, changes, parts):
     (data / name).write_text(changed(data / name, **changes))
     err = refused(capsys, data)
-    assert str(data / name) in err and message in err
+    assert str(data / name) in err and names(err, *parts)
 
 
 def test_cut_off_files_are_named(data, capsys):

@@ -6,6 +6,7 @@ import pytest
 
 from llava_sp.eval.base import SOURCES, Benchmark
 from llava_sp.eval.run.registry import ORDER, benchmark_names, load_benchmark
+from tests.messages import refused
 
 
 def test_all_benchmarks_are_found_in_the_papers_order():
@@ -20,12 +21,12 @@ def test_a_new_file_is_found(tmp_path):
     (tmp_path / "colour_qa.py").write_text(
         'class ColourQA(Benchmark):\n    name = "colourqa"\n    title = "accuracy"\n'
     )
-    with pytest.raises(ValueError, match="colour_qa.py defines the benchmark 'colourqa'; name the file colourqa.py"):
+    with refused("colour_qa.py", "'colourqa'", "colourqa.py"):
         benchmark_names(tmp_path)
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match="there is no benchmark 'vqa'; there are vqav2, gqa"):
+    with refused("'vqa'", "vqav2, gqa"):
         load_benchmark("vqa")
 
 

@@ -20,6 +20,7 @@ from llava_sp.common.processes import Processes
 from llava_sp.eval.base import Item
 from llava_sp.eval.run.answer_log import AnswerLog, read_logs
 from llava_sp.eval.run.runner import LOGS, MERGED, ahead, generate_answers, merge
+from tests.messages import refused
 
 FAKE = Path(__file__).with_name("fake.py")
 _spec = importlib.util.spec_from_file_location("eval_fake", FAKE)
@@ -95,12 +96,12 @@ def test_answers_of_other_settings_are_refused(tmp_path):
         )
 
     assert (run("a"), run("a")) == (4, 0)
-    with pytest.raises(ValueError, match="rank-00000.jsonl, line 1 was answered with other settings"):
+    with refused("rank-00000.jsonl, line 1", "settings", "--output"):
         run("b")
-    with pytest.raises(ValueError, match="line 1 was answered with other settings"):
+    with refused("line 1", "settings", "--output"):
         merge(fake.Fake(), items, tmp_path, model_id="fake", settings_id="b")
     log.write_text('{"text": "no key"}\n')
-    with pytest.raises(ValueError, match="rank-00000.jsonl, line 1 has no key; it has text"):
+    with refused("rank-00000.jsonl, line 1", "no key", "text"):
         run("a")
 
 
@@ -122,7 +123,7 @@ def test_other_images_under_the_same_names_are_refused(tmp_path):
 
     assert run(2) == 2
     image.write_bytes(b"12345")
-    with pytest.raises(ValueError, match=r"question 0 was answered with images of \[4\] bytes, now they have \[5\]"):
+    with refused("question 0", "images", "[4] bytes", "[5]", "--output"):
         run(3)
 
 
@@ -166,7 +167,7 @@ def test_lock_that_fails_otherwise_is_an_error(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(OSError, match=r"cannot lock .*rank-00000.jsonl: Input/output error"):
+    with refused("lock", "rank-00000.jsonl: Input/output error", error=OSError):
         run_all(tmp_path, 3)
 
 

@@ -12,6 +12,7 @@ from llava_sp.eval.base import LLAVA15, LLAVA_SP
 from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.seedbench import SeedBench
 from tests.eval.commands import command_of, read_lines, write_lines
+from tests.messages import names, refused
 
 RECORDING = "seed"
 
@@ -50,8 +51,8 @@ def test_scores_equal_lmms_evals(tmp_path, data, answers, recorded, capsys):
     result = json.loads((output / "metrics.json").read_text())
     lines = read_lines(output / "per_item.jsonl")
     assert {str(line["question_id"]): line["score"] / 100 for line in lines} == expected["per_item"]
-    names = {"seed_all": "total", "seed_image": "image", "seed_video": "video"}
-    assert {name: result["metrics"][ours] for name, ours in names.items()} == {
+    kinds = {"seed_all": "total", "seed_image": "image", "seed_video": "video"}
+    assert {name: result["metrics"][ours] for name, ours in kinds.items()} == {
         name: round(100 * value, 2) for name, value in expected["aggregate"].items()
     }
     assert result["scored_as"] == {"lmms_eval": 62.5, "llava15": 58.33}
@@ -87,9 +88,7 @@ def test_the_parts_are_splits(tmp_path, data, answers, capsys):
     lines = read_lines(data / LLAVA)
     write_lines(data / LLAVA, [line for line in lines if "video" not in line["image"]])
     assert len(SeedBench(split="image").load(data)) == 36
-    with pytest.raises(
-        ValueError, match=r"llava-seed-bench.jsonl: question 900009 is not there; SEED-Bench.json has .What is object 9"
-    ):
+    with refused("llava-seed-bench.jsonl", "question 900009", "SEED-Bench.json", "'What is object 9"):
         SeedBench().load(data)
     by_id = {line["question_id"]: line for line in read_lines(answers)}
     wanted = [item.id for item in SeedBench(split="image").load(data)]
@@ -98,7 +97,7 @@ def test_the_parts_are_splits(tmp_path, data, answers, capsys):
     result = json.loads(out)
     assert status == 0 and result["score"] == 58.33 and "video" not in result["categories"]
     change(data, lambda questions: [q.update(data_type="video") for q in questions])
-    with pytest.raises(ValueError, match="has no questions of split image"):
+    with refused(OFFICIAL, "image"):
         SeedBench(split="image").load(data)
 
 
@@ -107,7 +106,7 @@ def test_images_may_be_elsewhere(data):
     assert SeedBench().load(data)[0].images[0].parent.parent == data
     items = SeedBench(images=Path("/elsewhere")).load(data)
     assert items[0].images[0] == Path("/elsewhere/SEED-Bench-image/img_0.jpg")
-    with pytest.raises(ValueError, match=r"48 image files are missing \(.*img_0.jpg, .*question 900000"):
+    with refused("48 image files", "img_0.jpg", "question 900000"):
         check_images(items)
 
 
@@ -117,30 +116,24 @@ def test_upload_equals_llavas_and_validates(tmp_path, data, answers, recorded, c
     submission = output / "submission.jsonl"
     assert read_lines(submission) == recorded["expected"]["llava_convert_seed"]["upload"]
     status, out, _ = run(capsys, "--validate", submission, "--data", data)
-    assert status == 0 and "answers all 48 questions of all once (2 of them empty)" in out
+    assert status == 0 and names(out, submission, "48 questions of all", "(2", "empty")
 
 
 @pytest.mark.parametrize(
-    "edit, message",
+    "edit, parts",
     [
-        (lambda lines: lines[2:], "no answer: 2 (900000, 900001)"),
-        (lambda lines: [*lines, lines[0]], "answer to a question that is not in the file: 1 (900000#2)"),
-        (
-            lambda lines: [*lines, {"question_id": "v7", "prediction": "A"}],
-            "answer to a question that is not in the file: 1 (v7)",
-        ),
-        (
-            lambda lines: [{**lines[0], "prediction": 3}, *lines[1:]],
-            "upload.jsonl, line 1: prediction is 3",
-        ),
-        (lambda lines: [{"question_id": "900000", "answer": "A"}, *lines[1:]], "has no prediction"),
+        (lambda lines: lines[2:], ("no answer: 2 (900000, 900001)",)),
+        (lambda lines: [*lines, lines[0]], ("file: 1 (900000#2)",)),
+        (lambda lines: [*lines, {"question_id": "v7", "prediction": "A"}], ("file: 1 (v7)",)),
+        (lambda lines: [{**lines[0], "prediction": 3}, *lines[1:]], ("upload.jsonl, line 1: prediction is 3",)),
+        (lambda lines: [{"question_id": "900000", "answer": "A"}, *lines[1:]], ("no prediction",)),
     ],
 )
-def test_validator_says_what_is_wrong(tmp_path, data, recorded, capsys, edit, message):
+def test_validator_says_what_is_wrong(tmp_path, data, recorded, capsys, edit, parts):
     file = tmp_path / "upload.jsonl"
     write_lines(file, edit(recorded["expected"]["llava_convert_seed"]["upload"]))
     status, _, err = run(capsys, "--validate", file, "--data", data)
-    assert status == 1 and err.startswith("not valid: ") and message in err
+    assert status == 1 and err.startswith("not valid: ") and names(err, *parts)
 
 
 def doubled(data: Path, **changes: object) -> None:
@@ -222,38 +215,38 @@ def test_answers_of_other_questions(data, answers, capsys):
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    "changes, parts",
     [
-        ({"answer": "E"}, "questions[0].answer is 'E'"),
-        ({"answer": None}, "questions[0].answer is None"),
-        ({"data_type": "sound"}, "questions[0].data_type is 'sound'"),
-        ({"question_type_id": 13}, "question 900000: question_type_id is 13"),
-        ({"question_type_id": [1]}, "questions[0].question_type_id is [1]"),
-        ({"choice_c": 5}, "questions[0].choice_c is 5"),
-        ({"question_id": [1]}, "questions[0].question_id is [1]"),
-        ({"question": "Another?"}, "question 900000 asks 'What is object 0?"),
+        ({"answer": "E"}, ("questions[0].answer is 'E'",)),
+        ({"answer": None}, ("questions[0].answer is None",)),
+        ({"data_type": "sound"}, ("questions[0].data_type is 'sound'",)),
+        ({"question_type_id": 13}, ("question 900000: question_type_id is 13",)),
+        ({"question_type_id": [1]}, ("questions[0].question_type_id is [1]",)),
+        ({"choice_c": 5}, ("questions[0].choice_c is 5",)),
+        ({"question_id": [1]}, ("questions[0].question_id is [1]",)),
+        ({"question": "Another?"}, ("question 900000 asks 'What is object 0?",)),
     ],
 )
-def test_wrong_fields_are_named(data, answers, capsys, changes, message):
+def test_wrong_fields_are_named(data, answers, capsys, changes, parts):
     change(data, lambda questions: questions[0].update(changes))
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and OFFICIAL in err and message in err
+    assert status == 2 and OFFICIAL in err and names(err, *parts)
 
 
 @pytest.mark.parametrize(
-    "kinds, message",
+    "kinds, parts",
     [
-        ({"Scene": [1]}, "question_type.Scene is [1]"),
-        ({"Scene": {"id": 1}}, "question_type.Scene is {'id': 1}"),
-        ({"Scene": None}, "question_type.Scene is None"),
-        ({"Scene": 1, "Identity": 1}, "more than one record with the same number: 1 (1: record 0, record 1)"),
+        ({"Scene": [1]}, ("question_type.Scene is [1]",)),
+        ({"Scene": {"id": 1}}, ("question_type.Scene is {'id': 1}",)),
+        ({"Scene": None}, ("question_type.Scene is None",)),
+        ({"Scene": 1, "Identity": 1}, ("number: 1 (1: record 0, record 1)",)),
     ],
 )
-def test_kinds_of_questions_are_numbers(data, answers, capsys, kinds, message):
+def test_kinds_of_questions_are_numbers(data, answers, capsys, kinds, parts):
     content = json.loads((data / OFFICIAL).read_text())
     (data / OFFICIAL).write_text(json.dumps(content | {"question_type": kinds}))
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and OFFICIAL in err and message in err
+    assert status == 2 and OFFICIAL in err and names(err, *parts)
 
 
 def test_published_figures_are_those_of_the_split():
@@ -272,28 +265,32 @@ def test_image_outside_the_folder_is_refused(data, answers, capsys):
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    "name, content, parts",
     [
-        (OFFICIAL, "", "is empty"),
-        (OFFICIAL, '{"questions": [{"question_id": "9', "ends in the middle"),
-        (OFFICIAL, "[]", "is []; expected an object with questions, question_type"),
+        (OFFICIAL, "", ("is empty",)),
+        (OFFICIAL, '{"questions": [{"question_id": "9', ("ends in the middle",)),
+        (OFFICIAL, "[]", ("is []", "object", "questions, question_type")),
         (
             OFFICIAL,
             '{"questions": [], "question_type": {}}',
-            "questions is []; expected a list of an object with question_id, question_type_id, data_type, answer, question,",
+            ("questions is []", "list", "question_id, question_type_id, data_type, answer, question,"),
         ),
-        (LLAVA, '{"question_id": 900000, "te', "line 1 is not valid JSON"),
-        (LLAVA, '{"question_id": 900000}', "llava-seed-bench.jsonl, line 1 has no image, text; it has question_id"),
-        (LLAVA, '{"question_id": 900000, "text": "x", "image": "y"}', "question 900000 asks 'x'; SEED-Bench.json has"),
+        (LLAVA, '{"question_id": 900000, "te', ("line 1", "JSON")),
+        (LLAVA, '{"question_id": 900000}', ("llava-seed-bench.jsonl, line 1", "no image, text", "question_id")),
+        (
+            LLAVA,
+            '{"question_id": 900000, "text": "x", "image": "y"}',
+            ("question 900000 asks 'x'; SEED-Bench.json has",),
+        ),
     ],
 )
-def test_broken_files_are_named(data, answers, capsys, name, content, message):
+def test_broken_files_are_named(data, answers, capsys, name, content, parts):
     (data / name).write_text(content)
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and name in err and message in err
+    assert status == 2 and name in err and names(err, *parts)
 
 
 def test_questions_must_be_there(data, answers, capsys):
     (data / OFFICIAL).unlink()
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and "has no questions: looked for SEED-Bench.json" in err
+    assert status == 2 and names(err, data, "SEED-Bench.json")

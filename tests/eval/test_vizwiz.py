@@ -15,6 +15,7 @@ from llava_sp.eval.base import LLAVA15
 from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.vizwiz import SUFFIX, VizWiz, unanswerability
 from tests.eval.commands import command_of
+from tests.messages import names, refused
 
 RECORDING = "vizwiz"
 
@@ -126,7 +127,7 @@ def test_val_comes_before_test(data):
 
 
 def test_images(data):
-    with pytest.raises(ValueError, match=r"40 image files are missing \(.*val_00000000\.jpg, .*question 0;"):
+    with refused("40 image files", "VizWiz_val_00000000.jpg", "question 0;"):
         check_images(VizWiz().load(data))
     (data / "images").mkdir()
     assert VizWiz().load(data)[0].images[0].parent == data / "images"
@@ -140,13 +141,13 @@ def test_submission_equals_llavas_and_validates(tmp_path, data, answers, recorde
     (data / ({"llava_test.jsonl", "test.json"} - {file}).pop()).unlink()
     output = tmp_path / "out"
     status, out, _ = run(capsys, "--answers", answers, "--data", data, "--output", output, "--split", "test")
-    assert status == 0 and "only the server can score them" in out
+    assert status == 0 and names(out, "server")
     submission = json.loads((output / "submission.json").read_text())
     assert submission == recorded["expected"]["llava_convert"]["upload"]
     result = json.loads((output / "metrics.json").read_text())
     assert result["score"] is None and "scored_as" not in result
     status, out, _ = run(capsys, "--validate", output / "submission.json", "--data", data)
-    assert status == 0 and "answers all 40 questions of test once (2 of them empty)" in out
+    assert status == 0 and names(out, output / "submission.json", "40 questions of test", "(2", "empty")
 
 
 def test_submission_is_in_the_order_of_the_question_file(tmp_path, only_test, answers, capsys):
@@ -170,22 +171,22 @@ def test_val_has_no_submission(tmp_path, data, answers, capsys):
 
 
 @pytest.mark.parametrize(
-    "edit, message",
+    "edit, parts",
     [
-        (lambda r: r[3:], "no answer: 3 (VizWiz_val_00000000.jpg, VizWiz_val_00000001.jpg, VizWiz_val_00000002.jpg)"),
-        (lambda r: [*r, r[0]], "more than one answer: 1 (VizWiz_val_00000000.jpg)"),
-        (lambda r: [*r, {"image": "y.jpg", "answer": ""}], "answer to a question that is not in the file: 1 (y.jpg)"),
-        (lambda r: [{**r[0], "id": 1}, *r[1:]], "[0] is {'image': 'VizWiz_val_00000000.jpg', 'answer': 'tomato soup', 'id': 1}"),
-        (lambda r: [{"image": "x.jpg"}], "[0] has no answer; it has image"),
-        (lambda r: [{"image": "x.jpg", "answer": 3}], "[0].answer is 3; expected text"),
-        (lambda r: {"results": r}, "is {'results': [{'image': 'VizWiz_val_00000000.jpg', 'answer': 'tomato soup'}, {"),
+        (lambda r: r[3:], ("no answer: 3 (VizWiz_val_00000000.jpg, VizWiz_val_00000001.jpg, VizWiz_val_00000002.jpg)",)),
+        (lambda r: [*r, r[0]], ("one answer: 1 (VizWiz_val_00000000.jpg)",)),
+        (lambda r: [*r, {"image": "y.jpg", "answer": ""}], ("file: 1 (y.jpg)",)),
+        (lambda r: [{**r[0], "id": 1}, *r[1:]], ("[0] is {'image': 'VizWiz_val_00000000.jpg', 'answer': 'tomato soup', 'id': 1}",)),
+        (lambda r: [{"image": "x.jpg"}], ("[0]", "no answer", "image")),
+        (lambda r: [{"image": "x.jpg", "answer": 3}], ("[0].answer is 3", "text")),
+        (lambda r: {"results": r}, ("is {'results': [{'image': 'VizWiz_val_00000000.jpg', 'answer': 'tomato soup'}, {",)),
     ],
 )  # fmt: skip
-def test_validator_says_what_is_wrong(tmp_path, only_test, recorded, capsys, edit, message):
+def test_validator_says_what_is_wrong(tmp_path, only_test, recorded, capsys, edit, parts):
     file = tmp_path / "submission.json"
     file.write_text(json.dumps(edit(recorded["expected"]["llava_convert"]["upload"])))
     status, _, err = run(capsys, "--validate", file, "--data", only_test)
-    assert status == 1 and err.startswith("not valid: ") and message in err
+    assert status == 1 and err.startswith("not valid: ") and names(err, *parts)
 
 
 def test_error_case_missing_prediction(official_error, capsys):
@@ -211,33 +212,33 @@ def record(**changes: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    "name, content, parts",
     [
-        ("val.json", "", "is empty"),
-        ("val.json", record()[:-30], "ends in the middle"),
-        ("val.json", "{}", "is {}; expected a list of an object with image, answers, answer_type, answerable"),
-        ("val.json", "[]", "is []; expected a list of an object with image, answers, answer_type, answerable, at least one"),
-        ("val.json", '[{"image": "a.jpg", "question": "?"}]', "[0] has no answers, answer_type, answerable; it has image, question"),
-        ("val.json", record(answers="red"), "[0].answers is 'red'"),
-        ("val.json", record(answers=[]), "[0].answers is []; expected a list of an object with answer, at least one"),
-        ("val.json", record(answers=[{"text": "red"}]), "[0].answers[0] has no answer; it has text"),
-        ("val.json", record(answerable=2), "[0].answerable is 2"),
-        ("val.json", record(answerable="1"), "[0].answerable is '1'"),
-        ("val.json", record(), "annotation to a question that is not in the file: 1 (a.jpg), no annotation: 40 (VizWiz_val_00000000.jpg, VizWi"),
-        ("llava_val.jsonl", '{"question_id": 0, "image": "a.jpg"}', "line 1 has no text"),
-        ("llava_val.jsonl", '{"question_id": 0', "llava_val.jsonl, line 1 is not valid JSON"),
+        ("val.json", "", ("is empty",)),
+        ("val.json", record()[:-30], ("ends",)),
+        ("val.json", "{}", ("is {}", "list", "image, answers, answer_type, answerable")),
+        ("val.json", "[]", ("is []", "list", "image, answers, answer_type, answerable", "at least one")),
+        ("val.json", '[{"image": "a.jpg", "question": "?"}]', ("[0]", "no answers, answer_type, answerable", "image, question")),
+        ("val.json", record(answers="red"), ("[0].answers is 'red'",)),
+        ("val.json", record(answers=[]), ("[0].answers is []", "list", "answer", "at least one")),
+        ("val.json", record(answers=[{"text": "red"}]), ("[0].answers[0]", "no answer", "text")),
+        ("val.json", record(answerable=2), ("[0].answerable is 2",)),
+        ("val.json", record(answerable="1"), ("[0].answerable is '1'",)),
+        ("val.json", record(), ("file: 1 (a.jpg)", "no annotation: 40 (VizWiz_val_00000000.jpg")),
+        ("llava_val.jsonl", '{"question_id": 0, "image": "a.jpg"}', ("line 1", "no text")),
+        ("llava_val.jsonl", '{"question_id": 0', ("llava_val.jsonl, line 1", "JSON")),
     ],
 )  # fmt: skip
-def test_broken_data_files_are_named(data, answers, capsys, name, content, message):
+def test_broken_data_files_are_named(data, answers, capsys, name, content, parts):
     (data / name).write_text(content)
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and name in err and message in err
+    assert status == 2 and name in err and names(err, *parts)
 
 
 def test_image_outside_the_folder_is_refused(only_test, answers, capsys):
     (only_test / "llava_test.jsonl").write_text('{"question_id": 0, "image": "../a.jpg", "text": "?"}\n')
     status, _, err = run(capsys, "--answers", answers, "--data", only_test)
-    assert status == 2 and "llava_test.jsonl: question 0: image '../a.jpg' is outside" in err
+    assert status == 2 and names(err, "llava_test.jsonl", "question 0", "'../a.jpg'", "outside")
 
 
 @pytest.mark.parametrize("field", ["question_id", "image"])
@@ -246,18 +247,18 @@ def test_repeated_lines_are_refused(data, answers, capsys, field):
     lines[1][field] = lines[0][field]
     (data / "llava_val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and f"more than one record with the same {field}: {lines[0][field]} " in err
+    assert status == 2 and names(err, "more than one", f"{field}: {lines[0][field]}")
 
 
 def test_missing_files_are_named(data, answers, capsys):
     (data / "val.json").unlink()
     status, _, err = run(capsys, "--answers", answers, "--data", data, "--split", "val")
-    assert status == 2 and "has no answers to the questions of val: looked for val.json" in err
+    assert status == 2 and names(err, data, "questions of val", "val.json")
     (data / "llava_val.jsonl").unlink()
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and "has no VizWiz questions: looked for val.json, test.json, llava_test.jsonl" in err
+    assert status == 2 and names(err, data, "VizWiz", "val.json, test.json, llava_test.jsonl")
     status, _, err = run(capsys, "--answers", answers, "--data", data, "--split", "test")
-    assert status == 2 and "has no test questions: looked for llava_test.jsonl, test.json" in err
+    assert status == 2 and names(err, data, "test questions", "llava_test.jsonl, test.json")
 
 
 @pytest.mark.parametrize(

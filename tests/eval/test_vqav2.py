@@ -17,6 +17,7 @@ from llava_sp.eval.base import LLAVA15
 from llava_sp.eval.run.evaluate import check_images
 from llava_sp.eval.vqav2 import VQAv2
 from tests.eval.commands import command_of
+from tests.messages import names, refused
 
 RECORDING = "vqav2"
 
@@ -126,7 +127,7 @@ def test_images_have_coco_names(data):
 
 def test_missing_images_are_counted_before_anything_is_loaded(data):
     items = VQAv2(split="val").load(data)
-    with pytest.raises(ValueError, match=r"20 image files are missing \(.*000000900001\.jpg, .*question 900001000"):
+    with refused("20 image files", "COCO_val2014_000000900001.jpg", "question 900001000"):
         check_images(items)
 
 
@@ -137,7 +138,7 @@ def test_submission_equals_llavas_and_validates(tmp_path, data, answers, recorde
     assert submission == recorded["expected"]["llava_convert"]["upload"]
     assert json.loads((output / "metrics.json").read_text())["score"] is None
     status, out, _ = run(capsys, "--validate", output / "submission.json", "--data", data)
-    assert status == 0 and "answers all 40 questions of test once (2 of them empty)" in out
+    assert status == 0 and names(out, output / "submission.json", "40 questions of test", "(2", "empty")
 
 
 def test_test_dev_submission_covers_the_whole_test_set(tmp_path, data, answers, capsys):
@@ -187,21 +188,21 @@ def break_submission(kind: str, results: list):
 
 
 @pytest.mark.parametrize(
-    "kind, message",
+    "kind, parts",
     [
-        ("missing", "no answer: 3 (900001000, 900001001, 900002000)"),
-        ("doubled", "more than one answer: 1 (900001000)"),
-        ("foreign", "answer to a question that is not in the file: 1 (5)"),
-        ("text id", "[0].question_id is '900001000'"),
-        ("extra field", "[0] is {'question_id': 900001000, 'answer': 'green', 'image_id': 3}"),
-        ("dict", "is {'results': [{'question_id': 900001000, 'answer': 'green'}, {'question_id': 9..."),
+        ("missing", ("no answer: 3 (900001000, 900001001, 900002000)",)),
+        ("doubled", ("one answer: 1 (900001000)",)),
+        ("foreign", ("file: 1 (5)",)),
+        ("text id", ("[0].question_id is '900001000'",)),
+        ("extra field", ("[0] is {'question_id': 900001000, 'answer': 'green', 'image_id': 3}",)),
+        ("dict", ("is {'results': [{'question_id': 900001000, 'answer': 'green'}, {'question_id': 9...",)),
     ],
 )
-def test_validator_says_what_is_wrong(tmp_path, data, recorded, capsys, kind, message):
+def test_validator_says_what_is_wrong(tmp_path, data, recorded, capsys, kind, parts):
     file = tmp_path / "submission.json"
     file.write_text(json.dumps(break_submission(kind, recorded["expected"]["llava_convert"]["upload"])))
     status, _, err = run(capsys, "--validate", file, "--data", data)
-    assert status == 1 and err.startswith("not valid: ") and message in err
+    assert status == 1 and err.startswith("not valid: ") and names(err, *parts)
 
 
 def test_half_a_last_line_is_left_out_and_said(data, answers, capsys):
@@ -236,7 +237,7 @@ def test_broken_line_in_the_middle_is_named(data, answers, capsys):
     lines[7] = lines[7][:-9]
     answers.write_text("\n".join(lines) + "\n")
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and "merge.jsonl, line 8 is not valid JSON" in err
+    assert status == 2 and names(err, "merge.jsonl, line 8", "JSON")
 
 
 def test_duplicates_strangers_and_gaps_are_counted(data, answers, capsys):
@@ -269,78 +270,70 @@ def annotation(**changes: object) -> str:
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    "name, content, parts",
     [
-        (QUESTIONS, "", "is empty"),
-        (QUESTIONS, '{"questions": [{"question_id": 1, "quest', "ends in the middle"),
-        (QUESTIONS, "[]", "is []; expected an object with questions"),
+        (QUESTIONS, "", ("is empty",)),
+        (QUESTIONS, '{"questions": [{"question_id": 1, "quest', ("ends",)),
+        (QUESTIONS, "[]", ("is []", "object", "questions")),
         (
             QUESTIONS,
             '{"questions": []}',
-            "questions is []; expected a list of an object with question_id, image_id, question, at least one",
+            ("questions is []", "list", "question_id, image_id, question", "at least one"),
         ),
         (
             QUESTIONS,
             '{"questions": [{"question_id": 1, "question": "?"}]}',
-            "questions[0] has no image_id; it has question_id, question",
+            ("questions[0]", "no image_id", "question_id, question"),
         ),
-        (QUESTIONS, '{"questions": [{"id": 1}]}', "questions[0] has no question_id, image_id, question; it has id"),
-        (
-            ANNOTATIONS,
-            '{"annotations": []}',
-            "does not fit the questions: no annotation: 40 (900001000, 900001001, 900002000, ...)",
-        ),
+        (QUESTIONS, '{"questions": [{"id": 1}]}', ("questions[0]", "no question_id, image_id, question", "id")),
+        (ANNOTATIONS, '{"annotations": []}', ("no annotation: 40 (900001000, 900001001, 900002000, ...)",)),
         (
             ANNOTATIONS,
             '{"annotations": [{"question_id": 1}]}',
-            "annotations[0] has no answers, answer_type, question_type; it has question_id",
+            ("annotations[0]", "no answers, answer_type, question_type", "question_id"),
         ),
-        (
-            ANNOTATIONS,
-            '{"annotations": [5]}',
-            "annotations[0] is 5",
-        ),
-        (ANNOTATIONS, annotation(answers="red"), "annotations[0].answers is 'red'"),
-        (ANNOTATIONS, annotation(answers=[]), "annotations[0].answers is []"),
-        (ANNOTATIONS, annotation(answers=["x"]), "annotations[0].answers[0] is 'x'"),
+        (ANNOTATIONS, '{"annotations": [5]}', ("annotations[0] is 5",)),
+        (ANNOTATIONS, annotation(answers="red"), ("annotations[0].answers is 'red'",)),
+        (ANNOTATIONS, annotation(answers=[]), ("annotations[0].answers is []",)),
+        (ANNOTATIONS, annotation(answers=["x"]), ("annotations[0].answers[0] is 'x'",)),
         (
             ANNOTATIONS,
             annotation(answers=[{"answer": "a"}, {"id": 1}]),
-            "annotations[0].answers[1] has no answer; it has id",
+            ("annotations[0].answers[1]", "no answer", "id"),
         ),
         (
             ANNOTATIONS,
             annotation(answers=[{"answer": "a", "answer_id": 1}, {"answer": "a", "answer_id": [2]}]),
-            "annotations[0].answers[1].answer_id is [2]",
+            ("annotations[0].answers[1].answer_id is [2]",),
         ),
         (
             ANNOTATIONS,
             json.dumps({"annotations": json.loads(annotation())["annotations"] * 2}),
-            "does not fit the questions: more than one annotation: 1 (1), annotation to a question that is not in the file:",
+            ("one annotation: 1 (1)", "file: 1 (1)"),
         ),
-        (ANNOTATIONS, annotation(answer_type=["a"]), "annotations[0].answer_type is ['a']"),
-        (ANNOTATIONS, annotation(question_id=None), "annotations[0].question_id is None"),
+        (ANNOTATIONS, annotation(answer_type=["a"]), ("annotations[0].answer_type is ['a']",)),
+        (ANNOTATIONS, annotation(question_id=None), ("annotations[0].question_id is None",)),
         (
             QUESTIONS,
             '{"questions": [{"question_id": [1], "question": "?", "image_id": 3}]}',
-            "questions[0].question_id is [1]",
+            ("questions[0].question_id is [1]",),
         ),
         (
             QUESTIONS,
             '{"questions": [{"question_id": 1, "question": 2, "image_id": 3}]}',
-            "questions[0].question is 2",
+            ("questions[0].question is 2",),
         ),
         (
             QUESTIONS,
             '{"questions": [{"question_id": 1, "question": "?", "image_id": "x"}]}',
-            "questions[0].image_id is 'x'",
+            ("questions[0].image_id is 'x'",),
         ),
     ],
 )
-def test_broken_data_files_are_named(data, answers, capsys, name, content, message):
+def test_broken_data_files_are_named(data, answers, capsys, name, content, parts):
     (data / name).write_text(content)
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and name in err and message in err
+    assert status == 2 and name in err and names(err, *parts)
 
 
 def test_ids_may_be_zero(tmp_path, capsys):
@@ -356,7 +349,7 @@ def test_ids_may_be_zero(tmp_path, capsys):
 def test_missing_annotations_are_named(data, answers, capsys):
     (data / ANNOTATIONS).unlink()
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and f"has no answers to the questions of val: looked for {ANNOTATIONS}" in err
+    assert status == 2 and names(err, "questions of val", ANNOTATIONS)
 
 
 def test_files_one_folder_below_are_found(data, answers, capsys):
@@ -380,12 +373,12 @@ def test_output_of_another_run_is_refused(tmp_path, data, answers, capsys):
     assert run(capsys, "--answers", answers, "--data", data, "--output", output)[0] == 0
     answers.write_text(answers.read_text().replace("Green.", "Red."))
     status, _, err = run(capsys, "--answers", answers, "--data", data, "--output", output)
-    assert status == 2 and "holds a run with other settings: answers_sha256 was" in err
+    assert status == 2 and names(err, output, "settings", "answers_sha256", "--output")
     stranger = tmp_path / "stranger"
     stranger.mkdir()
     (stranger / "metrics.json").write_text("{}")
     status, _, err = run(capsys, "--answers", answers, "--data", data, "--output", stranger)
-    assert status == 2 and "holds metrics.json but no run.json" in err
+    assert status == 2 and names(err, stranger, "metrics.json", "no run.json", "--output")
 
 
 def test_without_arguments_says_what_is_missing(tmp_path, monkeypatch, capsys):
@@ -412,9 +405,9 @@ def test_default_model_is_what_the_fine_tuning_script_writes(repo):
 
 
 def test_splits_and_protocols_are_checked():
-    with pytest.raises(ValueError, match="no split 'dev': use one of val, test-dev, test, train"):
+    with refused("split 'dev'", "val, test-dev, test, train"):
         VQAv2(split="dev")
-    with pytest.raises(ValueError, match="no protocol 'mine': use one of llava15, official, lmms_eval"):
+    with refused("protocol 'mine'", "llava15, official, lmms_eval"):
         VQAv2(protocol="mine")
     assert Generation() == VQAv2.generation
 

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoProcessor, AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from llava_sp.model.processing_llava_sp import LlavaSPProcessor, add_special_tokens
+from tests.messages import refused
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 
@@ -299,19 +300,19 @@ def test_a_broken_chat_template_is_named_where_it_is_opened(processor, tmp_path,
 def test_a_chat_template_that_is_no_text(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes("{{ messages }} é".encode("utf-16"))
-    with pytest.raises(ValueError, match=f"^{tmp_path}: a file of the processor .* can't decode"):
+    with refused(tmp_path, "processor", "decode"):
         LlavaSPProcessor.from_pretrained(tmp_path)
 
 
 def test_a_template_that_refuses_a_conversation(processor):
-    with pytest.raises(ValueError, match="chat template cannot render this conversation .turn 0 is by assistant"):
+    with refused("chat template", "turn 0", "assistant"):
         processor.apply_chat_template([{"role": "assistant", "content": "Hello"}])
 
 
 @pytest.mark.parametrize("text", ["a \ud83d b", "\udcff", "<image>\ude00"])
 def test_half_a_surrogate_pair_is_no_text(processor, text):
     image = Image.new("RGB", (4, 4)) if "<image>" in text else None
-    with pytest.raises(ValueError, match=r"half a surrogate pair in '.*.u(d83d|dcff|de00)': not text"):
+    with pytest.raises(ValueError, match=r"surrogate pair in '.*.u(d83d|dcff|de00)'"):
         processor(text=text, images=image)
     with pytest.raises(ValueError, match="half a surrogate pair"):
         processor.encode_conversation([{"role": "user", "content": text}, {"role": "assistant", "content": "x"}])

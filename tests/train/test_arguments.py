@@ -11,6 +11,7 @@ import yaml
 from llava_sp.config.arguments import load_config, split_global_batch
 from llava_sp.model.configuration_llava_sp import PROJECTOR_SETTINGS, LlavaSPConfig
 from llava_sp.train.preflight import check_inputs
+from tests.messages import refused
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if "output_dir" in path.read_text())
@@ -236,5 +237,5 @@ def test_projector_of_an_unfinished_first_stage(tmp_path):
     path = write(tmp_path, stage="finetune_lora", projector_checkpoint=str(tmp_path / "stage1"))
     with pytest.raises(ValueError, match="stage 1 has only reached checkpoint-7"):
         check_inputs(load_config(path))
-    with pytest.raises(ValueError, match="projector_checkpoint is not set: give the output folder of stage 1"):
+    with refused("projector_checkpoint", "not set", "stage 1"):
         check_inputs(load_config(path, ["--projector_checkpoint", "null"]))

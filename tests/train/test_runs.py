@@ -22,6 +22,7 @@ from llava_sp.train import trainer as trainer_module
 from llava_sp.train import verify
 from llava_sp.train.__main__ import main
 from llava_sp.train.run import train
+from tests.messages import names, refused
 from tests.train.conftest import no_launcher
 from tests.train.runs import config, finish, log, losses, run_here, start, wait_for_step
 
@@ -97,7 +98,7 @@ def test_killed_between_last_checkpoint_and_proof(whole, tmp_path):
 def test_a_finished_run_says_so(whole, caplog, monkeypatch):
     monkeypatch.setattr("llava_sp.train.run.build_model", lambda *_: pytest.fail("a model was built"))
     main(["--config", str(whole / "run.yaml")])
-    assert "is a finished run; nothing to do" in caplog.text
+    assert names(caplog.text, whole / "out", "finished")
 
 
 def test_another_runs_folder(whole, capsys):
@@ -143,7 +144,7 @@ def test_a_launcher_that_counts_in_words(monkeypatch, capsys):
 def test_a_folder_that_is_no_run(whole, tmp_path):
     (tmp_path / "out").mkdir()
     shutil.copy(whole / "out" / "projector.safetensors", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"holds projector\.safetensors but no run\.yaml"):
+    with refused(tmp_path / "out", "projector.safetensors", "no run.yaml"):
         run_here(tmp_path)
 
 
@@ -167,9 +168,7 @@ def test_full_disk_while_saving(tmp_path, monkeypatch):
         save(*args, **kwargs)
 
     monkeypatch.setattr(trainer_module, "save_adapter", full)
-    with pytest.raises(
-        ValueError, match=r"(?s)checkpoint-4 could not be written.*GiB free.*No space left.*checkpoint-2"
-    ):
+    with refused("checkpoint-4", "GiB free", "No space left", "checkpoint-2"):
         run_here(tmp_path, save_steps=2)
     out = tmp_path / "out"
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"] and not (out / ".saving").exists()
@@ -185,7 +184,7 @@ def test_wrong_weights_on_disk_are_noticed(tmp_path, monkeypatch):
 
     load = verify.load_adapter
     monkeypatch.setattr(verify, "load_adapter", spoilt)
-    with pytest.raises(RuntimeError, match="do not reproduce the trained model"):
+    with refused("reproduce", "trained model", error=RuntimeError):
         run_here(tmp_path, max_steps=1)
     assert not (tmp_path / "out" / "finished.json").exists()
 
@@ -272,7 +271,7 @@ def test_command_line_of_a_plain_process(tmp_path):
     text = finish(
         start([sys.executable, "-m", "llava_sp.train", "--config", str(path), "--seed=3"], tmp_path), tmp_path
     )
-    assert "Stage finetune_lora" in text and "loaded back, it gives the same logits" in text and "step 1/1" in text
+    assert names(text, "Stage finetune_lora", "loaded back", "same logits", "step 1/1")
 
 
 def test_the_run_keys_of_the_spatial_branch_reach_the_model(tmp_path):

@@ -13,6 +13,7 @@ from llava_sp import LlavaSPForCausalLM
 from llava_sp.checkpoints.opening.adapter import save_adapter
 from llava_sp.data.build import dataset_of_config
 from tests.checkpoints.kinds import llava_15, write_original, write_ours
+from tests.messages import refused
 from tests.released import load_released, released_folder
 from tests.train.runs import GOLDEN, config, run_here
 
@@ -62,18 +63,18 @@ def test_preview_and_check_read_what_training_reads(tmp_path, golden):
 
 def test_what_does_not_go_together(tmp_path, monkeypatch):
     start = str(released_folder(GOLDEN, "pooling"))
-    with pytest.raises(ValueError, match=r"r 8 and alpha 16; this run has r 4 and alpha 16. Set lora_r"):
+    with refused("r 8 and alpha 16", "r 4 and alpha 16", "lora_r"):
         run_here(tmp_path / "1", warm_start=start, lora_r=4)
     save_adapter(load_released(GOLDEN, "pooling"), None, tmp_path / "ours")
     settings = json.loads((tmp_path / "ours/config.json").read_text())
     (tmp_path / "ours/config.json").write_text(
         json.dumps(settings | {"language_model_fingerprint": "0123456789abcdef"})
     )
-    with pytest.raises(ValueError, match="trained on a language model with the fingerprint .* these are other weights"):
+    with refused("language model", "fingerprint", "0123456789abcdef"):
         run_here(tmp_path / "4", warm_start=str(tmp_path / "ours"))
     run_here(tmp_path / "5", warm_start=str(tmp_path / "ours"), check_base=False, spatial_width=3, max_steps=1)
     monkeypatch.setattr("llava_sp.train.run.build_model", lambda *_: pytest.fail("a model was built"))
-    with pytest.raises(ValueError, match="has LoRA, which the stage pretrain does not train: merge it first"):
+    with refused(start, "LoRA", "stage pretrain", "merge"):
         run_here(tmp_path / "2", "pretrain", warm_start=start)
     with pytest.raises(ValueError, match="warm_start = .*nowhere does not exist"):
         run_here(tmp_path / "3", warm_start=str(tmp_path / "nowhere"))
