@@ -109,7 +109,10 @@ def _score_answers(benchmark_class: type[Benchmark], args: argparse.Namespace) -
     records, note = benchmark.read_answers(args.answers)
     if note:
         print(f"note: {note}", file=sys.stderr)
-    answers = benchmark.match(items, records)
+    try:
+        answers = benchmark.match(items, records)
+    except ValueError as error:
+        raise ValueError(f"{args.answers}: {error}") from error
     settings = {
         "benchmark": benchmark.name,
         "answers_sha256": sha256(args.answers),

@@ -122,7 +122,8 @@ def test_another_runs_folder(whole, capsys):
     ids=["cut", "cut short", "zeroed", "empty", "UTF-16"],
 )
 def test_a_damaged_run_file(whole, tmp_path, capsys, damage, message):
-    shutil.copytree(whole / "out", tmp_path / "out")
+    """Without a checkpoint, whose copy would be used."""
+    shutil.copytree(whole / "out", tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
     file = tmp_path / "out" / "run.yaml"
     file.write_bytes(damage(file.read_bytes()))
     assert main(["--config", str(whole / "run.yaml"), "--output_dir", str(tmp_path / "out")]) == 2

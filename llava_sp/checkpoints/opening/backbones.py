@@ -182,10 +182,11 @@ class Backbones:
             language.config.pad_token_id = self.pad_token_id
             config.text_config, config.vision_config = language.config, tower.config
             _record_ends(config, language, tower)
-        problem = tower_problem(tower, config) or (None if recorded else head_problem(language, self.language))
+        if problem := tower_problem(tower, config) or (None if recorded else head_problem(language, self.language)):
+            raise ValueError(problem)
         with zero3_set_aside(), torch.device("meta"), as_value_error(config.name_or_path or "this model"):
             model = cls(config)
-            problem = problem or features_problem(tower, model)
+            problem = features_problem(tower, model)
         if problem:
             raise ValueError(problem)
         model.model.vision_tower = tower

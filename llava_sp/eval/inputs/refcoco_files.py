@@ -11,7 +11,7 @@ refcoco_plus), SPLIT one of val, testA, testB, test; files lie in the folder its
             bbox             [x1, y1, x2, y2] as fractions of width and height, or instead
             bbox_xywh_pixels [x, y, width, height] in pixels; `bbox` comes first
             image            file name below the image folder (or `file_name`); not needed to score answers
-            refer_dataset    "RefCOCO", "RefCOCO+" or "RefCOCOg"; RefCOCO if absent
+            refer_dataset    "RefCOCO", "RefCOCO+" or "RefCOCOg"; RefCOCO if no record has it
             split            if absent, the file is one split and --split cannot choose
 
     DATASET/refs(unc).json (or umd, google) with DATASET/instances.json
@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llava_sp.common.schema import Check, expect, one_of, some
+from llava_sp.common.schema import Check, expect, expect_all, one_of, some
 from llava_sp.eval.inputs.checks import ID, by_id, find
 
 DATASETS: Mapping[str, str] = {
@@ -67,6 +67,7 @@ OWN = {
     "split?": one_of(*SPLITS, "train"),
     **dict.fromkeys(("image?", "file_name?", "refer_dataset?"), str),
 }
+ALL_OR_NONE = ("refer_dataset", "split")  # where some records have it, those without would count for another part
 IMAGE = {"id": int, "file_name": str, "width": SIDE, "height": SIDE}
 INSTANCES = {"images": some(IMAGE), "annotations": some({"id": int, "bbox": BOX, "image_id?": int})}
 SENTENCE = {"sent_id": int, "sent": str}
@@ -120,7 +121,9 @@ def read_expressions(data: Path, read_json: Reader, read_jsonl: Reader) -> list[
 
 def _own_files(data: Path, read_json: Reader, read_jsonl: Reader) -> Iterator[Expression]:
     for file in find(data, "annotations.json", "annotations.jsonl"):
-        for record in read_jsonl(file, OWN) if file.suffix == ".jsonl" else read_json(file, some(OWN)):
+        records = read_jsonl(file, OWN) if file.suffix == ".jsonl" else read_json(file, some(OWN))
+        named = {key: str for key in ALL_OR_NONE if any(key in record for record in records)}
+        for record in expect_all(records, named, file):
             where = f"{file}: question {record['question_id']}"
             size = record["image_width"], record["image_height"]
             if "bbox" in record:

@@ -68,8 +68,10 @@ def generate_answers(
         for item in share:
             before = done.get(item.key, {}).get("image_bytes")
             if before is not None and before != image_bytes(item):
-                sizes = f"images of {before} bytes, now they have {image_bytes(item)}"
-                raise ValueError(f"question {item.id} was answered with {sizes}: give another --output")
+                sizes = f"image_bytes {before}, now they are {image_bytes(item)}"
+                raise ValueError(
+                    f"{output / LOGS}: question {item.id} was answered with {sizes}: give another --output"
+                )
         todo = in_order(benchmark, [item for item in share if item.key not in done])
         if not todo:
             return 0
