@@ -123,7 +123,7 @@ def test_other_images_under_the_same_names_are_refused(tmp_path):
 
     assert run(2) == 2
     image.write_bytes(b"12345")
-    with refused("question 0", "images", "[4] bytes", "[5]", "--output"):
+    with refused("question 0", "image_bytes", "[4]", "[5]", "--output"):
         run(3)
 
 

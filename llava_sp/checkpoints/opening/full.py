@@ -17,6 +17,11 @@ from llava_sp.common.schema import expect
 from llava_sp.model.backbone_configs import as_value_error
 from llava_sp.model.configuration_llava_sp import PROJECTOR_SETTINGS, LlavaSPConfig
 
+# Written together: where one is lost, logits or patches would be others.
+_STEPS = (
+    "vision_tower_leading_tokens",
+    *(f"language_model_{step}" for step in ("head_bias", "logit_scale", "logit_softcap")),
+)
 # Must agree for one model's projector to fit into another.
 _SHAPE_FIELDS = (
     "spatial_variant",
@@ -64,6 +69,8 @@ def recorded_config(found: Checkpoint, given: LlavaSPConfig | None = None, **set
     for part, made in {"": config, "text_config": config.text_config, "vision_config": config.vision_config}.items():
         stated = found.config.get(part, {}) if part else found.config
         needed = dict.fromkeys(_decisive(made, found.config.get("transformers_version")), Any)
+        if not part and not stated.keys().isdisjoint(_STEPS):
+            needed |= dict.fromkeys(_STEPS, Any)
         expect(stated, needed, f"{found.folder / 'config.json'}: {part}".removesuffix(": "))
     return config
 
@@ -73,9 +80,12 @@ def _decisive(config: PreTrainedConfig, version: str | None) -> set[str]:
 
     Where one is lost, a default would silently make another model.
     """
-    own = set(PROJECTOR_SETTINGS) if isinstance(config, LlavaSPConfig) else set()
+    ours = isinstance(config, LlavaSPConfig)
     of_this = config.to_dict().keys() - PreTrainedConfig().to_dict().keys()
-    return own | (of_this if version in (None, transformers.__version__) else set())
+    if ours:  # later versions of this package may have further ones
+        of_this -= set(LlavaSPConfig.__annotations__)
+    settings = set(PROJECTOR_SETTINGS) if ours else set()
+    return settings | (of_this if version in (None, transformers.__version__) else set())
 
 
 def config_differences(found: Checkpoint, config: LlavaSPConfig) -> list[str]:

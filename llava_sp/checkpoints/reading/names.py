@@ -18,7 +18,12 @@ HEAD = "lm_head."
 LORA = ".lora_"
 ADAPTER_NAME = "default"
 PEFT = "base_model.model."  # PEFT's files name parameters as seen from its wrapper
-CONSTANTS = ("rotary_emb.inv_freq", "position_ids", "num_batches_tracked")  # not weights; most in older files
+CONSTANTS = (
+    "rotary_emb.inv_freq",
+    "position_ids",
+    "num_batches_tracked",
+    "summary_idxs",
+)  # not weights; most in older files
 ORIGINAL_SCALES = (4, 8, 12, 16, 20, 24)
 ORIGINAL_GRID = 24
 

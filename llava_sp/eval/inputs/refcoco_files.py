@@ -67,7 +67,6 @@ OWN = {
     "split?": one_of(*SPLITS, "train"),
     **dict.fromkeys(("image?", "file_name?", "refer_dataset?"), str),
 }
-ALL_OR_NONE = ("refer_dataset", "split")  # where some records have it, those without would count for another part
 IMAGE = {"id": int, "file_name": str, "width": SIDE, "height": SIDE}
 INSTANCES = {"images": some(IMAGE), "annotations": some({"id": int, "bbox": BOX, "image_id?": int})}
 SENTENCE = {"sent_id": int, "sent": str}
@@ -122,8 +121,8 @@ def read_expressions(data: Path, read_json: Reader, read_jsonl: Reader) -> list[
 def _own_files(data: Path, read_json: Reader, read_jsonl: Reader) -> Iterator[Expression]:
     for file in find(data, "annotations.json", "annotations.jsonl"):
         records = read_jsonl(file, OWN) if file.suffix == ".jsonl" else read_json(file, some(OWN))
-        named = {key: str for key in ALL_OR_NONE if any(key in record for record in records)}
-        for record in expect_all(records, named, file):
+        named = {"refer_dataset": str} if any("refer_dataset" in record for record in records) else {}
+        for record in expect_all(records, named, file):  # those without would count for another data set
             where = f"{file}: question {record['question_id']}"
             size = record["image_width"], record["image_height"]
             if "bbox" in record:
