@@ -1,0 +1,129 @@
+"""One action in a process of its own: what it returned, or how it ended; within limits of time and memory.
+
+The process is a fork, so imports are paid once, and what a test has patched is patched there too.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+GIB = 2**30
+MEMORY = 3 * GIB  # of address space, beyond what the process has
+LARGEST_FILE = GIB // 4
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Attributes:
+    status: the exit status; None where there is none.
+    result: what the action computed, as plain values.
+    check: the exit status of the command that says beforehand whether the action works; None where there is none.
+    words: what was printed, errors first.
+    trace: the traceback of an exception that no command of ours ends with, or of "hung" and "signal N".
+    """
+
+    status: int | None
+    result: Any = None
+    check: int | None = None
+    words: str = ""
+    trace: str = ""
+
+    @property
+    def last_line(self) -> str:
+        """The last line of the traceback, and where it came from."""
+        lines = [line.strip() for line in self.trace.strip().splitlines()]
+        places = [line for line in lines if line.startswith("File ") and "llava_sp/" in line]
+        place = places[-1].split("llava_sp/", 1)[-1].replace('", line', ":").split(", in")[0] if places else ""
+        errors = [line for line in lines if line and not line.startswith(("File ", "^", "~"))]
+        return " ".join(f"{errors[-1] if errors else ''} [{place}]".split())
+
+
+Action = Callable[[], tuple[int | None, Any, int | None]]
+
+
+def contained(action: Action, folder: Path, seconds: float) -> Outcome:
+    """The outcome of `action`, which returns (status, result, check); the working directory is `folder`."""
+    with tempfile.TemporaryDirectory() as place:
+        answer, out, err = (Path(place) / name for name in ("answer", "out", "err"))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            _child(action, folder, answer, out, err)
+        ended = _wait(child, seconds)
+        words = "\n".join(p.read_text(errors="backslashreplace") for p in (err, out) if p.is_file())
+        if ended or not answer.is_file():
+            return Outcome(None, words=words, trace=ended or "ended without an answer")
+        status, result, check, trace = pickle.loads(answer.read_bytes())
+    return Outcome(status, result, check, words, trace)
+
+
+def _wait(child: int, seconds: float) -> str:
+    """How a process ended, if not by itself; it and all that it started are gone then."""
+    end, pause = time.monotonic() + seconds, 0.001
+    try:
+        while time.monotonic() < end:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                child = 0
+                return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else ""
+            time.sleep(pause)
+            pause = min(0.02, pause * 1.5)
+        return "hung"
+    finally:
+        if child:
+            os.killpg(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
+def _child(action: Action, folder: Path, answer: Path, out: Path, err: Path) -> None:
+    """Never returns."""
+    code = 1
+    try:
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number, file in ((1, out), (2, err)):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        sys.stdout, sys.stderr = (open(n, "w", buffering=1, errors="backslashreplace", closefd=False) for n in (1, 2))
+        os.chdir(folder)
+        os.environ["HOME"] = str(folder)
+        limits = {
+            resource.RLIMIT_AS: _address_space() + MEMORY,
+            resource.RLIMIT_FSIZE: LARGEST_FILE,
+            resource.RLIMIT_CORE: 0,
+        }
+        for limit, value in limits.items():
+            resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
+        found = _answer(action)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+        answer.write_bytes(pickle.dumps(found))
+        code = 0
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _answer(action: Action) -> tuple[int | None, Any, int | None, str]:
+    try:
+        return *action(), ""
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None), None, None, ""
+    except BaseException:
+        return None, None, None, traceback.format_exc()
+
+
+def _address_space() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * resource.getpagesize()
