@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 GIB = 2**30
 MEMORY = 3 * GIB  # of address space, beyond what the process has
@@ -95,7 +95,7 @@ def _child(action: Action, folder: Path, answer: Path, out: Path, err: Path) -> 
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         for number, file in ((1, out), (2, err)):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        sys.stdout, sys.stderr = (open(n, "w", buffering=1, errors="backslashreplace", closefd=False) for n in (1, 2))
+        sys.stdout, sys.stderr = map(_lines_to, (1, 2))
         os.chdir(folder)
         os.environ["HOME"] = str(folder)
         limits = {
@@ -113,6 +113,10 @@ def _child(action: Action, folder: Path, answer: Path, out: Path, err: Path) -> 
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _lines_to(number: int) -> TextIO:
+    return open(number, "w", buffering=1, errors="backslashreplace", closefd=False)
 
 
 def _answer(action: Action) -> tuple[int | None, Any, int | None, str]:
