@@ -22,7 +22,7 @@ WRONG = (
 TOLERANCE = 1e-4  # of the largest number of a list; kernels may sum in another order
 LARGEST = 1e7  # that a setting plausibly is
 MISSING = "(missing)"
-ERROR = re.compile(r"^(.*: )?(error|not valid): \S", re.MULTILINE)
+ERROR = re.compile(r"^(.*: )?(error|not valid):", re.MULTILINE)
 
 Difference = tuple[tuple[Any, ...], Any, Any]  # path, value before, value after
 

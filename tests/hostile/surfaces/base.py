@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from hypothesis.strategies import SearchStrategy
 
 from llava_sp.common.command import run_command
@@ -92,10 +93,10 @@ class Workbench:
     @cached_property
     def sound(self) -> Outcome:
         """What the unspoilt files and words give. Raises `AssertionError` if that is an error."""
-        self._fresh_copy()
+        self.fresh_copy()
         self._import_what_it_imports()
-        self._fresh_copy()
-        outcome = self._act(self.surface.words)
+        self.fresh_copy()
+        outcome = self.act(self.surface.words)
         assert outcome.status == 0 and not outcome.trace, f"{self.surface.name}: {outcome}"
         return outcome
 
@@ -106,13 +107,13 @@ class Workbench:
     def attempt(self, mutation: Mutation) -> Case:
         """Spoil a copy, use it, and judge."""
         sound, words = self.sound, self.surface.words
-        self._fresh_copy()
+        self.fresh_copy()
         if mutation.target:
             spoil(self.folder, mutation)
         else:
             words = spoil_words(words, mutation)
         before, after = (self._document(folder, mutation) for folder in (self.kept, self.folder))
-        now = self._act(words)
+        now = self.act(words)
         spoilt = Spoilt(mutation, before, after, sound.result, now.result)
         rules = self.surface.rules if mutation.target else [("", lambda spoilt: self.surface.may_differ(spoilt, words))]
         names = [*self.names, *self._named_by(mutation, words)]
@@ -135,7 +136,8 @@ class Workbench:
         except ValueError:
             return None
 
-    def _fresh_copy(self) -> None:
+    def fresh_copy(self) -> None:
+        """The sound files, in the place of the last case."""
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.copytree(self.kept, self.folder)
 
@@ -143,6 +145,7 @@ class Workbench:
         """Here and once, rather than in the process of every case."""
 
         def imported() -> Answer:
+            torch.set_num_threads(1)
             self.surface.act(self.folder, self.surface.words)
             return 0, sorted(sys.modules), None
 
@@ -150,8 +153,14 @@ class Workbench:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
 
-    def _act(self, words: Sequence[str]) -> Outcome:
-        return contained(lambda: self.surface.act(self.folder, words), self.folder, self.surface.seconds)
+    def act(self, words: Sequence[str]) -> Outcome:
+        """Use the files as they are."""
+
+        def action() -> Answer:
+            torch.set_num_threads(1)  # a fork has not the threads of its parent
+            return self.surface.act(self.folder, words)
+
+        return contained(action, self.folder, self.surface.seconds)
 
 
 def through_command(action: Callable[[], Any]) -> tuple[int, Any]:

@@ -60,7 +60,6 @@ class CheckpointSurface(Surface):
         shutil.copytree(kind.folder, folder, dirs_exist_ok=True)
 
     def act(self, folder: Path, words: Sequence[str]) -> Answer:
-        torch.set_num_threads(1)
         check = inspect([str(folder)]) if self.kind in OURS else None
         status, result = through_command(lambda: self._ask(folder))
         return status, result, check

@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from llava_sp.eval.run.registry import load_benchmark
@@ -55,7 +54,6 @@ class CommandSurface(Surface):
         shutil.copytree(_world(folder.parents[1]), folder, dirs_exist_ok=True)
 
     def act(self, folder: Path, words: Sequence[str]) -> Answer:
-        torch.set_num_threads(1)
         if self.command == "eval.vqav2":
             main: Any = importlib.import_module("llava_sp.eval.cli").main
             status = main(load_benchmark("vqav2"), list(words))
