@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from tests.hostile.mutations import Mutation
-from tests.hostile.sandbox import Outcome
+from tests.hostile.sandbox import HUNG, Outcome
 
 RIGHT = ("same", "another valid input", "refused")
 WRONG = (
@@ -56,7 +56,7 @@ def judge(
     is_check: bool = False,
 ) -> tuple[str, str]:
     """(one of `RIGHT` and `WRONG`, what shows it). `names` are those that an error may name what is wrong by."""
-    if now.trace in ("hung",):
+    if now.trace == HUNG:
         return "hung", now.words[-200:]
     if now.trace or "Traceback (most recent call last)" in now.words:
         return "traceback", now.last_line if now.trace else now.words.strip().splitlines()[-1]
@@ -73,7 +73,8 @@ def judge(
         return "wrong status", f"{now.status}; {first_error(now.words)}"
     if not ERROR.search(now.words) and not found_something:
         return "wrong status", f"{now.status} without 'error:'; {now.words[-200:]}"
-    if not any(name and name in now.words for name in names):
+    found = ERROR.search(now.words)
+    if not any(name and name in now.words[found.start() if found else 0 :] for name in names):
         return "refused without a name", first_error(now.words)
     return "refused", first_error(now.words)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+HUNG = "hung"  # the trace of what took too long
 GIB = 2**30
 MEMORY = 3 * GIB  # of address space, beyond what the process has
 LARGEST_FILE = GIB // 4
@@ -30,7 +31,7 @@ class Outcome:
     result: what the action computed, as plain values.
     check: the exit status of the command that says beforehand whether the action works; None where there is none.
     words: what was printed, errors first.
-    trace: the traceback of an exception that no command of ours ends with, or of "hung" and "signal N".
+    trace: the traceback of an exception that no command of ours ends with, or of `HUNG` and "signal N".
     """
 
     status: int | None
@@ -80,7 +81,7 @@ def _wait(child: int, seconds: float) -> str:
                 return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else ""
             time.sleep(pause)
             pause = min(0.02, pause * 1.5)
-        return "hung"
+        return HUNG
     finally:
         if child:
             os.killpg(child, signal.SIGKILL)

@@ -21,7 +21,7 @@ from hypothesis.strategies import SearchStrategy
 from llava_sp.common.command import run_command
 from tests.hostile.judge import WRONG, Rules, Spoilt, exact, judge
 from tests.hostile.mutations import DOCUMENTS, Mutation, of_files, of_words, read_document, spoil, spoil_words
-from tests.hostile.sandbox import Outcome, contained
+from tests.hostile.sandbox import HUNG, Outcome, contained
 
 REPO = Path(__file__).parents[3]
 GOLDEN = REPO / "tests" / "golden"
@@ -50,6 +50,10 @@ class Surface(ABC):
     def targets(self, folder: Path) -> list[str]:
         """The files to spoil."""
         return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+    def may_take_long(self, mutation: Mutation) -> bool:
+        """Whether a command line may ask for more than there is time for."""
+        return False
 
     def may_differ(self, spoilt: Spoilt, words: Sequence[str]) -> bool:
         """Whether a spoilt command line may give another result."""
@@ -117,6 +121,8 @@ class Workbench:
         spoilt = Spoilt(mutation, before, after, sound.result, now.result)
         rules = self.surface.rules if mutation.target else [("", lambda spoilt: self.surface.may_differ(spoilt, words))]
         names = [*self.names, *self._named_by(mutation, words)]
+        if now.trace == HUNG and self.surface.may_take_long(mutation):
+            return Case(self.surface.name, mutation, "another valid input", "", now)
         verdict, shown = judge(mutation, spoilt, sound, now, rules, names, self.surface.is_check)
         return Case(self.surface.name, mutation, verdict, shown, now)
 
@@ -124,10 +130,11 @@ class Workbench:
         """What an error may name it by, besides the names of files."""
         if not mutation.target:
             flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-            others = [repr(word)[1:-1] for word in words if len(word) > 2]
-            return [*flags, *(flag.strip("-").replace("-", "_") for flag in flags), *others, str(self.folder)]
-        gone = [str(self.folder), self.folder.name] if mutation.action in ("remove", "folder") else []
-        return [*mutation.keys, *gone]
+            shown = [form for word in words if word for form in (repr(word), f": {word}", f" {word}\n")]
+            long = [repr(word)[1:-1] for word in words if len(word) > 2]
+            return [*flags, *(flag.strip("-").replace("-", "_") for flag in flags), *shown, *long, str(self.folder)]
+        gone = [str(self.folder)] if mutation.action in ("remove", "folder") else []
+        return [*mutation.keys, *gone, f"{self.folder}/"]
 
     def _document(self, folder: Path, mutation: Mutation) -> Any:
         file = folder / (mutation.target or "-")

@@ -27,7 +27,6 @@ PROCESSOR: Rules = [
     ("generation_config.json", optional_settings),
 ]
 OTHERS: Rules = [
-    ("*token*.json", optional_settings),
     ("*config.json", optional_settings),
     ("*.bin", anything),
     ("*.safetensors", weights),
@@ -51,7 +50,7 @@ class CheckpointSurface(Surface):
 
     def __init__(self, kind: str):
         self.name, self.kind = f"checkpoint.{kind}", kind
-        self.rules = RULES.get(kind, [*PROCESSOR, *OTHERS])
+        self.rules = RULES.get(kind, [("*token*.json", anything), *PROCESSOR, *OTHERS])
         self.keywords: dict[str, Path] = {}
 
     def build(self, folder: Path) -> None:

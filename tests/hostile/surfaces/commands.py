@@ -16,7 +16,7 @@ import yaml
 from llava_sp.eval.run.registry import load_benchmark
 from tests.checkpoints.kinds import build
 from tests.hostile.judge import LARGEST, Spoilt
-from tests.hostile.mutations import WORDS
+from tests.hostile.mutations import WORDS, Mutation
 from tests.hostile.surfaces.base import GOLDEN, Answer, Surface, plain
 from tests.hostile.surfaces.evaluation import ANSWERS, recordings, run, write_lines, write_recording
 from tests.hostile.surfaces.runs import write_run
@@ -43,7 +43,7 @@ LARGE = ("--seed", "--show", "--captions", "--conversations", "--questions", "--
 class CommandSurface(Surface):
     """Result: a digest of the images and weights that were written."""
 
-    seconds = 40.0
+    seconds = 30.0
     weight = 0.5
 
     def __init__(self, name: str, line: str):
@@ -61,6 +61,10 @@ class CommandSurface(Surface):
             module = {"train": "train.__main__", "eval": "eval.__main__"}.get(self.command, self.command)
             status = importlib.import_module(f"llava_sp.{module}").main(list(words))
         return status, _written(folder) if status == 0 else None, None
+
+    def may_take_long(self, mutation: Mutation) -> bool:
+        at = mutation.at[0]
+        return (_number(WORDS.get(mutation.value, "")) or 0) > LARGEST and self.words[max(0, at - 1)] in LARGE
 
     def may_differ(self, spoilt: Spoilt, words: Sequence[str]) -> bool:
         """Options left out have their default, texts may be any; a number is replaced by a number in its range."""
