@@ -39,7 +39,7 @@ class Spoilt:
 
     @property
     def differences(self) -> list[Difference]:
-        return list(differences(self.before, self.after))
+        return [] if self.before is None or self.after is None else list(differences(self.before, self.after))
 
 
 Rule = Callable[[Spoilt], bool]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import resource
 import signal
 import sys
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+ERROR_LINE = re.compile(r"[A-Za-z_][\w.]*(: |$)")
 HUNG = "hung"  # the trace of what took too long
 GIB = 2**30
 MEMORY = 3 * GIB  # of address space, beyond what the process has
@@ -42,12 +44,12 @@ class Outcome:
 
     @property
     def last_line(self) -> str:
-        """The last line of the traceback, and where it came from."""
-        lines = [line.strip() for line in self.trace.strip().splitlines()]
-        places = [line for line in lines if line.startswith("File ") and "llava_sp/" in line]
-        place = places[-1].split("llava_sp/", 1)[-1].replace('", line', ":").split(", in")[0] if places else ""
-        errors = [line for line in lines if line and not line.startswith(("File ", "^", "~"))]
-        return " ".join(f"{errors[-1] if errors else ''} [{place}]".split())
+        """What the exception says, and where in our code it came from."""
+        lines = self.trace.strip().splitlines() or [""]
+        errors = [line for line in lines if ERROR_LINE.match(line)]
+        places = [line for line in lines if line.startswith("  File ") and "llava_sp/" in line]
+        place = places[-1].split("llava_sp/", 1)[-1].replace('", line ', ":").split(", in")[0] if places else ""
+        return f"{(errors or lines)[-1][:300]} [{place}]"
 
 
 Action = Callable[[], tuple[int | None, Any, int | None]]

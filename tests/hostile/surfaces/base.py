@@ -52,7 +52,7 @@ class Surface(ABC):
         return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
     def may_take_long(self, mutation: Mutation) -> bool:
-        """Whether a command line may ask for more than there is time for."""
+        """Whether it asks for more than there is time for."""
         return False
 
     def may_differ(self, spoilt: Spoilt, words: Sequence[str]) -> bool:
@@ -120,7 +120,8 @@ class Workbench:
         now = self.act(words)
         spoilt = Spoilt(mutation, before, after, sound.result, now.result)
         rules = self.surface.rules if mutation.target else [("", lambda spoilt: self.surface.may_differ(spoilt, words))]
-        names = [*self.names, *self._named_by(mutation, words)]
+        changed = [str(key) for path, *_ in spoilt.differences for key in path if isinstance(key, str)]
+        names = [*self.names, *changed, *self._named_by(mutation, words)]
         if now.trace == HUNG and self.surface.may_take_long(mutation):
             return Case(self.surface.name, mutation, "another valid input", "", now)
         verdict, shown = judge(mutation, spoilt, sound, now, rules, names, self.surface.is_check)

@@ -20,6 +20,7 @@ from llava_sp.data.build import build_processor
 from llava_sp.train.__main__ import main
 from llava_sp.train.preflight import check_inputs
 from tests.hostile.judge import LARGEST, MISSING, Spoilt, differences, plausible
+from tests.hostile.mutations import Mutation
 from tests.hostile.sandbox import contained
 from tests.hostile.surfaces.base import REPO, Answer, Surface, plain, through_command
 from tests.hostile.surfaces.data import samples, write_samples
@@ -30,12 +31,13 @@ ZERO = {
     "adam_beta1", "adam_beta2", "adam_epsilon", "data_seed", "dataloader_num_workers", "gradient_accumulation_steps", "learning_rate",
     "lora_dropout", "max_grad_norm", "projector_lr", "seed", "validation_fraction", "warmup_steps", "weight_decay",
 }  # fmt: skip
-# What `load_config` gives for a key that is left out is right for null too; of these a run may be without.
+# As large as one likes: it never comes to that, or goes on until it is stopped.
+LARGE = {"eval_steps", "logging_steps", "max_steps", "model_max_length", "save_steps", "save_total_limit"}
 PATHS = {"data_path": "data.json", "image_folder": "images", "output_dir": "out"}
 
 
 def write_run(folder: Path, **keys: Any) -> None:
-    """A tiny run's configuration with its data, in a folder; paths are absolute, so the folder stays where it is."""
+    """A tiny run's configuration with its data, in a folder, to which its paths are relative."""
     write_samples(folder)
     (folder / "data.json").write_text(json.dumps(samples(), indent=1, ensure_ascii=False))
     for name in ("finetune_lora", "base"):
@@ -64,7 +66,9 @@ def _fits(path: tuple[Any, ...], old: Any, new: Any) -> bool:
         return True
     if isinstance(old, list) and isinstance(new, str):  # one name for a list of them
         return bool(new.strip())
-    return plausible(old, new) and not (isinstance(new, (int, float)) and abs(new) > LARGEST)
+    if path[-1] in LARGE and isinstance(new, int) and new > LARGEST:
+        return True
+    return plausible(old, new)
 
 
 def settings_of(run: Any) -> dict[str, Any]:
@@ -130,6 +134,9 @@ class RunSurface(Surface):
 
     def targets(self, folder: Path) -> list[str]:
         return ["run.yaml"]
+
+    def may_take_long(self, mutation: Mutation) -> bool:
+        return "max_steps" in mutation.at
 
     def act(self, folder: Path, words: Sequence[str]) -> Answer:
         status = train(folder)
