@@ -88,7 +88,7 @@ def test_the_results_are_the_recorded_ones(bench):
     assert bench("eval.pope").sound.result["score"] == 67.94
     assert bench("eval.vqav2").sound.result["score"] == 70.25
     results = [bench(f"checkpoint.{kind}").sound.result for kind in ("original_lora", "llava_sp_adapter")]
-    assert alike(*results)
+    assert alike(*(result[1:] for result in results))
     assert bench("resume").sound.result == SURFACES["resume"].whole
 
 
