@@ -66,7 +66,9 @@ def _fits(path: tuple[Any, ...], old: Any, new: Any) -> bool:
         return True
     if isinstance(old, list) and isinstance(new, str):  # one name for a list of them
         return bool(new.strip())
-    if path[-1] in LARGE and isinstance(new, int) and new > LARGEST:
+    if (
+        path[-1] in LARGE and type(new) in (int, float) and (new > LARGEST or 0 < new < 1)
+    ):  # below 1: a share of all steps
         return True
     return plausible(old, new)
 
