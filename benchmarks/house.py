@@ -1,4 +1,4 @@
-"""Measures the structure of the package from its syntax trees: size, who imports whom, circles, how much of it are guards.
+"""Measures the structure of the package from its syntax trees: size, imports, import cycles, and the share of guard lines.
 
     python benchmarks/house.py [--root llava_sp] [--files 20] [--trips]
 
@@ -8,7 +8,7 @@ named check* or expect*.
 
 `--trips` runs three journeys and counts through how many modules they lead: `modules`, `stays` (how often one module's code is
 entered from another's) and `returns` (entries into a module that was left before); each function counts once. Two, three and
-four calls deep is what somebody reads to follow the journey; the last column is every call below. `tests/test_design.py` holds
+four calls deep is what a reader follows; the last column is every call below. `tests/test_design.py` asserts
 the zeros.
 """
 

@@ -1,7 +1,7 @@
 """LLaVA-SP: visual spatial tokens for LLaVA-1.5 (Lou et al., ICCV 2025, arXiv 2507.00505).
 
 `from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor`. Importing the package itself loads neither torch nor the
-model: names are resolved on first use, and transformers' Auto classes learn of the model when they are loaded.
+model: names are resolved on first use, and the model is registered with transformers' Auto classes when they load.
 """
 
 from __future__ import annotations

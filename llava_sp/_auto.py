@@ -1,9 +1,9 @@
-"""Makes transformers' AutoConfig, AutoModelForImageTextToText and AutoProcessor know LLaVA-SP.
+"""Registers LLaVA-SP with transformers' AutoConfig, AutoModelForImageTextToText and AutoProcessor.
 
-Registering needs the Auto modules, which import torch, so `import llava_sp` does not do it: it waits until somebody
-loads them. The modules of transformers import each other in circles, so the moment to register is not the end of an
+Registering needs the Auto modules, which import torch, so `import llava_sp` does not do it: it waits until they
+are loaded. The modules of transformers import each other circularly, so the time to register is not the end of an
 Auto module's own import but that of the outermost import around it. A finder on `sys.meta_path` counts the depth and
-leaves when its work is done.
+removes itself when done.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _AutoWatcher(importlib.abc.MetaPathFinder):
         return None
 
     def register_loaded(self) -> None:
-        self.depth += 1  # what registering imports must not start it again
+        self.depth += 1  # imports during registration must not start it again
         try:
             while ready := [name for name in self.pending if name in sys.modules]:
                 for name in ready:
@@ -94,7 +94,7 @@ class _CountingLoader(importlib.abc.Loader):
 
 
 def register_when_loaded() -> None:
-    """Register at once what is loaded already, and the rest when it is."""
+    """Register now the classes that are loaded, the others when they are."""
     watcher = _AutoWatcher()
     sys.meta_path.insert(0, watcher)
     watcher.register_loaded()

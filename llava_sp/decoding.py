@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-GREEDY = {"temperature": None, "top_p": None, "top_k": None}  # nor those of the checkpoint: transformers warns
+GREEDY = {"temperature": None, "top_p": None, "top_k": None}  # the checkpoint's values too: transformers warns
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""Asks a model about one or several images (or none) and prints the answer as it is made.
+"""Asks a model about one or several images (or none) and prints the answer while it is generated.
 
     python -m llava_sp.generate --model M --image x.jpg --prompt "What is in the image?"
     python -m llava_sp.generate --model M --image a.jpg --image b.jpg --prompt "What changed?" --temperature 0.7
 
 The images go in front of the question, or where <image> is in it. Decoding is greedy unless --temperature or
---top-p is given. The answer goes to standard output, everything else to standard error. Exit status: 0 done, 2 something to
-put right (the message says what), 130 interrupted.
+--top-p is given. The answer goes to standard output, everything else to standard error. Exit status: 0 done, 2 an error
+that the user can correct, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from llava_sp.common.command import check_arguments, command_parser, run_command
 from llava_sp.decoding import Generation
@@ -33,16 +34,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", required=True, help="the question")
     add("--conversation-template", help="conversation template (default: the checkpoint's own)")
     add("--max-new-tokens", type=int, default=512, help="default 512")
-    add("--temperature", type=float, help="sample at this temperature instead of taking the likeliest token")
+    add("--temperature", type=float, help="sample at this temperature instead of greedy decoding")
     add("--top-p", type=float, help="sample from the likeliest tokens that together have this probability")
-    add("--num-beams", type=int, default=1, help="beam search; the answer then comes at once")
+    add("--num-beams", type=int, default=1, help="beam search; the answer is then printed at the end")
     add("--repetition-penalty", type=float, default=1.0, help="above 1 makes repetition less likely")
     add("--seed", type=int, help="makes sampling repeatable")
     add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",
         help="auto: float16 on a GPU, else float32")  # fmt: skip
     add("--device", help="cuda, cuda:1, cpu, ... (default: a GPU if there is one)")
-    add("--language-model", help="language model of an adapter checkpoint, where it has moved")
-    add("--vision-tower", help="vision tower of an adapter checkpoint, where it has moved")
+    add("--language-model", help="language model of an adapter checkpoint, if it was moved")
+    add("--vision-tower", help="vision tower of an adapter checkpoint, if it was moved")
     return parser
 
 
@@ -69,27 +70,20 @@ def _generate(args: argparse.Namespace) -> None:
     import torch
     from transformers import TextStreamer
 
-    from llava_sp.inference import Engine, Source, answering, open_image, place_images, render_prompt
+    from llava_sp.inference import Engine, Source, open_image, place_images
 
     message = place_images(args.prompt, len(args.image), "--prompt")
     images = [open_image(path, "--image") for path in args.image]
-    source = Source(args.model, args.language_model, args.vision_tower)
-    engine = Engine.choose(source, args.dtype, args.device)
-    processor = engine.processor()
-    prompt = render_prompt(processor, message, args.conversation_template)
-    inputs = processor(text=prompt, images=images or None, return_tensors="pt").to(engine.device)
-    model = engine.model
-    if images:
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    engine = Engine.choose(Source(args.model, args.language_model, args.vision_tower), args.dtype, args.device)
+    options: dict[str, Any] = {"repetition_penalty": args.repetition_penalty}
+    if args.num_beams == 1:
+        tokenizer = engine.processor().tokenizer
+        options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    arguments = generation.arguments() | {"repetition_penalty": args.repetition_penalty}
-    if args.num_beams == 1:
-        arguments["streamer"] = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with answering("with one question; try --dtype bfloat16"):
-        ids = model.generate(**inputs, **arguments)
+    answer = engine.answer(message, images, generation, args.conversation_template, **options)
     if args.num_beams > 1:
-        print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+        print(answer)
 
 
 if __name__ == "__main__":

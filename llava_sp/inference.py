@@ -1,4 +1,4 @@
-"""A checkpoint on a device, ready to answer: where it is, in which number format, how it is asked."""
+"""Inference with a checkpoint: its source, device and number format, images and prompts."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from llava_sp.checkpoints.opening import open_model, open_processor
 from llava_sp.checkpoints.reading.fingerprint import checkpoint_hash
 from llava_sp.checkpoints.reading.formats import OURS, Checkpoint, recognise
 from llava_sp.checkpoints.reading.places import checkpoints_hint, fetch
-from llava_sp.common.files import read_json
+from llava_sp.common.files import counted, read_json
 from llava_sp.data.images import decode_image
+from llava_sp.decoding import Generation
 from llava_sp.model.conversation import IMAGE_MARK
 
 _PLACES = ("language_model_name_or_path", "vision_tower_name_or_path", "mm_vision_tower", "_name_or_path")
@@ -44,13 +45,13 @@ class Source:
 
     @property
     def overrides(self) -> dict[str, Any]:
-        """The backbones that were named in place of the recorded ones."""
+        """The backbones given instead of the recorded ones."""
         named = {"language_model": self.language_model, "vision_tower": self.vision_tower}
         return {name: value for name, value in named.items() if value is not None}
 
     @cached_property
     def folder(self) -> Path:
-        """Raises ValueError: neither such a directory nor such a model on the hub; no config.json in it."""
+        """Raises ValueError: neither a directory nor a model on the hub; no config.json in it."""
         try:
             folder = fetch(self.path)
         except (OSError, ValueError) as error:  # ValueError: not the form of a hub id
@@ -62,7 +63,7 @@ class Source:
 
     @cached_property
     def found(self) -> Checkpoint:
-        """What the folder holds; model, processor and fingerprint come from it. Raises ValueError if it is not a checkpoint."""
+        """The recognised folder, for model, processor and fingerprint. Raises ValueError if it is not a checkpoint."""
         try:
             return recognise(self.folder)
         except ValueError as error:
@@ -70,7 +71,7 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Stands for all weights. Ours record their base and refuse another; for others the named backbones count too."""
+        """Identifies all weights. Our formats record their bases and reject others; for others the given ones count."""
         own = checkpoint_hash(self.found)
         if self.found.format in OURS or not self.overrides:
             return own
@@ -79,12 +80,12 @@ class Source:
 
     @property
     def config_hash(self) -> str:
-        """Stands for the settings in config.json, without versions and paths."""
+        """Identifies the settings in config.json, without versions and paths."""
         return _hash(json.dumps(self._settings("config.json", but=_PLACES), sort_keys=True))
 
     @property
     def generation_config(self) -> dict[str, Any]:
-        """The checkpoint's own settings for `generate`, which hold where the arguments of `generate` do not say."""
+        """The checkpoint's own settings for `generate`, which hold where `generate` is given no value."""
         return self._settings("generation_config.json")
 
     def _settings(self, name: str, but: Sequence[str] = ()) -> dict[str, Any]:
@@ -111,9 +112,9 @@ class Source:
         return f"{key} {value} cannot be used as a {key.replace('_', ' ')}: {message}"
 
     def processor(self, image_aspect_ratio: str | None = None) -> Any:
-        """Raises ValueError: not a checkpoint, or one of ours that lacks files of its processor."""
+        """Raises ValueError: not a checkpoint, or processor files are missing from one of our formats."""
         missing = [names[0] for names in _PROCESSOR_FILES if not any((self.folder / name).is_file() for name in names)]
-        if missing and self.found.format in OURS:  # for others it is made from what they record
+        if missing and self.found.format in OURS:  # for others it is built from what they record
             raise ValueError(
                 f"model {self.path} has no {' and '.join(missing)}: copy them from the checkpoint it comes from, or write them: "
                 f'LlavaSPProcessor.from_backbones(LlavaSPConfig.from_pretrained("{self.path}")).save_pretrained("{self.path}")'
@@ -126,7 +127,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Engine:
-    """A checkpoint on a device: opened when first needed, and once for all who ask."""
+    """A checkpoint on a device, opened once, when first needed."""
 
     source: Source
     dtype: str
@@ -149,6 +150,27 @@ class Engine:
             self._processors[image_aspect_ratio] = self.source.processor(image_aspect_ratio)
         return self._processors[image_aspect_ratio]
 
+    def answer(
+        self,
+        message: str,
+        images: Sequence[Image.Image],
+        generation: Generation,
+        conversation_template: str | None = None,
+        **options: Any,
+    ) -> str:
+        """The answer to one message, whose marks say where the images go (`place_images`).
+
+        `options` are further arguments of `generate`, such as a streamer. One call at a time: it holds the device.
+        """
+        processor = self.processor()
+        prompt = render_prompt(processor, message, conversation_template)
+        inputs = processor(text=prompt, images=list(images) or None, return_tensors="pt").to(self.device)
+        if images:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        with answering("with one question; try --dtype bfloat16"):
+            ids = self.model.generate(**inputs, **generation.arguments(), **options)
+        return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
     @cached_property
     def _processors(self) -> dict[str | None, Any]:
         return {}
@@ -159,7 +181,7 @@ class Engine:
 
 
 def processor_hash(processor: Any) -> str:
-    """Stands for what turns text and images into tokens and pixels: tokenizer, templates, image settings."""
+    """Identifies what turns text and images into tokens and pixels: tokenizer, templates, image settings."""
     tokenizer = getattr(processor.tokenizer, "backend_tokenizer", None)
     parts = [
         processor.image_processor.to_json_string(),
@@ -175,7 +197,7 @@ def _hash(text: str) -> str:
 
 
 def merge_lora(model: Any) -> Any:
-    """Adds LoRA's products to the weights they belong to, as LLaVA does before it evaluates: fewer matrix products per
+    """Merges LoRA into its base weights, as LLaVA does before it evaluates: fewer matrix products per
     token, and the rounding of the published numbers. In place, in memory only."""
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -187,7 +209,7 @@ def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
     """This process's GPU for "cuda", and for None if there is one; else the CPU or the device of that name.
 
     Raises:
-        ValueError: a device that torch does not know or that is not there.
+        ValueError: a device that torch does not know or that does not exist.
     """
     count = torch.cuda.device_count()
     if count and name in (None, "cuda"):
@@ -197,7 +219,7 @@ def choose_device(name: str | None, local_rank: int = 0) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"--device {name}: there are {count} CUDA GPUs here (--device cpu needs none)")
+        raise ValueError(f"--device {name}: this machine has {counted(count, 'CUDA GPU')} (--device cpu needs none)")
     return device
 
 
@@ -205,7 +227,7 @@ def open_image(source: Path | bytes, owner: str) -> Image.Image:
     """Opens and fully decodes an image as RGB.
 
     Raises:
-        ValueError: naming `owner` (the question) and the file, if it is missing, empty, broken, or gigantic.
+        ValueError: naming `owner` (the question) and the file, if it is missing, empty, broken, or too large.
     """
     what = f"image {source}" if isinstance(source, Path) else f"embedded image of {len(source)} bytes"
     try:
@@ -215,14 +237,16 @@ def open_image(source: Path | bytes, owner: str) -> Image.Image:
 
 
 def place_images(text: str, count: int, owner: str) -> str:
-    """The user's message: `count` images in front, each on a line of its own, unless the text says where they go.
+    """The user's message: `count` images in front, each on a line of its own, unless the text has marks for them.
 
     Raises:
         ValueError: naming `owner`, if the text holds marks, but not one per image.
     """
     marks = text.count(IMAGE_MARK)
     if marks not in (0, count):
-        raise ValueError(f"{owner} holds {marks} {IMAGE_MARK} marks for {count} images: give one for each, or none")
+        raise ValueError(
+            f"{owner} has {counted(marks, f'{IMAGE_MARK} mark')} for {counted(count, 'image')}: give one each, or none"
+        )
     return text if marks else f"{IMAGE_MARK}\n" * count + text
 
 

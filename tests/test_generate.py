@@ -74,7 +74,7 @@ def test_images_stand_where_the_prompt_says():
     assert place_images("What?", 2, "x") == "<image>\n<image>\nWhat?"
     assert place_images("Is <image> like <image>?", 2, "x") == "Is <image> like <image>?"
     assert place_images("What?", 0, "x") == "What?"
-    with pytest.raises(ValueError, match="--prompt holds 1 <image> marks for 2 images"):
+    with pytest.raises(ValueError, match="--prompt has 1 <image> mark for 2 images"):
         place_images("<image> What?", 2, "--prompt")
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints in every format: `reading` finds what is there, `opening` makes a model of it; convert, inspect, merge are commands."""
+"""Checkpoints in every format: `reading` recognises, `opening` loads them; convert, inspect, merge are commands."""

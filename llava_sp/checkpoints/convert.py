@@ -1,16 +1,16 @@
-"""From any format that opens here to any that the same model can have; weights keep every bit.
+"""Convert between any supported formats that can hold the model; weights are copied bit for bit.
 
     python -m llava_sp.checkpoints.convert --from SRC [--language-model B] [--vision-tower V] --to DST [--format FORMAT]
 
     llava_sp    an adapter checkpoint of ours from a LoRA folder or a first stage's projector, else a full one
-    original    what the original code reads: a LoRA folder from an adapter checkpoint, model.bin (mm_projector.bin without
-                spatial tokens) from one without LoRA, else a full model with everything within
+    original    for the original code: a LoRA folder from an adapter checkpoint, model.bin (mm_projector.bin without
+                spatial tokens) from one without LoRA, else a full model with all its parts
     llava_hf    transformers' LLaVA, for full models without spatial tokens
 
-Without --format: llava_sp, and original for what is ours. To `llava_sp` the source is opened on its backbones, so it is
+Without --format: llava_sp, and original for our formats. To `llava_sp` the source is opened on its backbones, so it is
 known to open; to `original` tensors are renamed and copied, and no backbone is needed. Embedding rows from the placeholder on,
-which are no words, stay: the original code leaves them out by itself when it opens a full model. `original` is what transformers 4.37 and
-PEFT 0.4 to 0.8 read; a model that these cannot hold is refused.
+not vocabulary, are kept: the original code drops them on opening a full model. `original` is for transformers 4.37 and
+PEFT 0.4 to 0.8; a model that these cannot hold is not supported.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--format",
         dest="target",
         choices=("llava_sp", "original", "llava_hf"),
-        help="default: llava_sp, and original for what is ours",
+        help="default: llava_sp, and original for our formats",
     )
-    parser.add_argument("--language-model", help="language model, in place of the recorded one")
-    parser.add_argument("--vision-tower", help="vision tower, in place of the recorded one")
-    parser.add_argument("--max-shard-size", default="5GB", help="of one file with weights (default: %(default)s)")
+    parser.add_argument("--language-model", help="language model, instead of the recorded one")
+    parser.add_argument("--vision-tower", help="vision tower, instead of the recorded one")
+    parser.add_argument("--max-shard-size", default="5GB", help="of one weight file (default: %(default)s)")
     options = vars(parser.parse_args(arguments))
     traceback = options.pop("traceback")
 

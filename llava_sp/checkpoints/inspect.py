@@ -1,13 +1,13 @@
-"""Reports what a folder of weights is, what is in it, and whether it would load, with the line that loads it.
+"""Reports the format and content of a checkpoint folder, whether it would load, and the lines that load it.
 
     python -m llava_sp.checkpoints.inspect PATH [--json]
 
-PATH is a folder, or the file of a first stage's projector. Headers are read and no tensors, so a large checkpoint takes
+PATH is a folder, or the file of a first stage's projector. Headers are read, not tensors, so a large checkpoint takes
 no longer than a small one; names and shapes are compared with those of a model on the meta device, tokenizers and image
-settings are made as on opening. Values (NaN, memory that was never initialised, a base's fingerprint, whether a base holds
-all of its model) are checked on opening. Nothing is downloaded.
+settings are built as on opening. Values (NaN, memory that was never initialised, a base's fingerprint, a base lacking
+weights) are checked on opening. Nothing is downloaded.
 
-Exit status: 0 it would load, 1 it would not (the report says why), 2 there is no checkpoint at all.
+Exit status: 0 it would load, 1 it would not (the report gives the reason), 2 not a checkpoint.
 """
 
 from __future__ import annotations

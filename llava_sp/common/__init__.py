@@ -1,1 +1,1 @@
-"""The ground floor: files, schemas, processes, provenance and the frame of a command. Imports nothing else of this package."""
+"""Base layer: files, schemas, processes, provenance, command line. Imports nothing else of this package."""

@@ -1,6 +1,6 @@
-"""The frame of every command: what goes to standard error, which exit status, `--traceback`.
+"""Shared by all commands: output on standard error, exit status, `--traceback`.
 
-Exit status: 0 done, 1 a check that found something, 2 something the user can put right (`error: ...` says what), 130
+Exit status: 0 done, 1 a check that found something, 2 an error that the user can correct (`error: ...`), 130
 interrupted by Ctrl-C, 143 by SIGTERM.
 """
 
@@ -19,7 +19,7 @@ INTERRUPTED = 130
 
 
 def command_parser(module: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
-    """The parser of `python -m MODULE`, with `--traceback`; the description is printed as it is."""
+    """The parser of `python -m MODULE`, with `--traceback`; the description is printed unchanged."""
     layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description, **layout | options)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
@@ -36,7 +36,7 @@ def run_command(
 ) -> int:
     """Call `action`; returns its exit status (None is 0), or that of the error that ended it.
 
-    Of several `processes`, one on each machine prints the error, and each one that prints a `FailedHere`.
+    With several `processes`, one per machine prints the error; each prints its own `FailedHere`.
 
     With `clean_up_on_sigterm`, SIGTERM ends the process as an exception does: `finally` blocks run.
     """
@@ -62,7 +62,7 @@ def run_command(
 
 
 def check_arguments(checks: Iterable[tuple[str, Any, bool, str]]) -> None:
-    """Each is `(flag, value, does it fit, what would be right)`. Raises `ValueError` for the first that does not fit."""
+    """Each is `(flag, value, whether it is valid, what is valid)`. Raises `ValueError` for the first invalid value."""
     for flag, value, right, words in checks:
         if not right:
             raise ValueError(f"{flag} is {value}; it must be {words}")

@@ -1,4 +1,4 @@
-"""Files: reading with errors that name file and line, writing that is never seen half done, locks, hashes, paths."""
+"""Files: reading with errors that name file and line, atomic writing, locks, hashes, paths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NO_LOCKS = frozenset((errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTS
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file. Raises `ValueError` if there is no such file, or nothing in it."""
+    """The content of a file. Raises `ValueError` if it does not exist or is empty."""
     if not path.is_file():
         raise ValueError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     content = path.read_bytes()
@@ -61,7 +61,7 @@ def read_json(path: Path, spec: Spec = Any) -> Any:
 
 
 class Line(dict[str, Any]):
-    """The JSON object on a line of a file; `number` is the line's, counted from 1."""
+    """The JSON object on a line of a file; `number` is the line number, from 1."""
 
     number: int
 
@@ -130,11 +130,11 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to, which takes its place at the end, once it is on the disk; removed on failure."""
+    """A temporary file beside `path`, synced and renamed to `path` at the end; removed on failure."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.touch()
-        mode = part.stat().st_mode  # as the umask has it; safetensors makes files that only their owner can read
+        mode = part.stat().st_mode  # as set by the umask; safetensors makes files that only their owner can read
         yield part
         with open(part, "rb") as stream:
             os.fsync(stream.fileno())
@@ -145,11 +145,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """A reader, or a crash, sees the old file or the new one. Raises `OSError` naming the file."""
+    """Readers see the old file or the new one, also after a crash. Raises `OSError` naming the file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
-            part.write_bytes(text.encode("utf-8", "backslashreplace"))  # half a surrogate pair as JSON's own escape
+            part.write_bytes(text.encode("utf-8", "backslashreplace"))  # a lone surrogate as a JSON escape
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror}") from error
 
@@ -163,9 +163,9 @@ def write_jsonl(path: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def lock(stream: Any, path: Path) -> bool:
-    """Lock an open file against other processes; False if another one holds it.
+    """Lock an open file against other processes; False if another one holds the lock.
 
-    Where the file system has no locks, prints a note and counts as locked.
+    Where the file system has no locks, prints a note and returns True.
     """
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -181,7 +181,7 @@ def lock(stream: Any, path: Path) -> bool:
 @cache  # once per folder
 def _note_no_locks(folder: Path, reason: str) -> None:
     print(
-        f"note: the file system of {folder} has no file locks ({reason}): do not run two commands on it at once",
+        f"note: the file system of {folder} has no file locks ({reason}): do not run two commands in it at once",
         file=sys.stderr,
     )
 
@@ -190,13 +190,13 @@ def _note_no_locks(folder: Path, reason: str) -> None:
 
 
 def is_missing_folder(path: str | os.PathLike) -> bool:
-    """Whether `path` can only mean a local folder (it cannot be a hub id), and there is none."""
+    """Whether `path` can only be a local folder (it is not a valid hub id) and does not exist."""
     text = str(path)
     return not os.path.exists(text) and (text.count("/") > 1 or text.startswith((".", "/", "~")))
 
 
 def leads_outside(name: str) -> bool:
-    """Whether a file name relative to a folder leads out of it: absolute (on any system), with `..`, or no name at all."""
+    """Whether a file name relative to a folder leads out of it: absolute (on any system), with `..`, or empty."""
     parts = PurePosixPath(name).parts + PureWindowsPath(name).parts
     absolute = PurePosixPath(name).is_absolute() or bool(PureWindowsPath(name).anchor)
     return not name or ".." in parts or absolute or "\0" in name
@@ -211,3 +211,8 @@ def examples(values: Iterable[object], limit: int = 3) -> str:
     """`1, 2, 3, ...` for error messages."""
     shown = [str(value) for _, value in zip(range(limit + 1), values)]
     return ", ".join(shown[:limit]) + (", ..." if len(shown) > limit else "")
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 record`, `2 records`, for messages."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing beside it: the page, its style, tables, embedded images."""
+"""A report as one self-contained HTML file: page, style, tables, embedded images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
-# Light and dark; cards, tables, lists of figures. A report adds rules of its own behind these.
+# Light and dark; cards, tables, lists of figures. A report appends its own rules.
 STYLE = """
 :root { --ink:#1b2130; --soft:#5b6475; --paper:#f8f9fb; --card:#fff; --line:#e0e4ec; --bad:#b3261e; --good:#0b7a4b; }
 @media (prefers-color-scheme: dark) { :root { --ink:#e8ebf2; --soft:#9ba5b7; --paper:#12151b; --card:#1a1f28;
@@ -29,7 +29,7 @@ footer { margin-top:44px; color:var(--soft); font-size:14px; }
 
 
 def page(title: str, body: str, style: str = "") -> str:
-    """The file; `body` is HTML, `style` CSS behind `STYLE`."""
+    """The file's content; `body` is HTML, `style` is CSS appended to `STYLE`."""
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="color-scheme" content="light dark">'

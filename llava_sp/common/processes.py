@@ -1,6 +1,6 @@
-"""Which of how many processes this one is, under `torchrun`, `accelerate launch`, `deepspeed`, or none of them.
+"""Rank and world size of this process under `torchrun`, `accelerate launch`, `deepspeed`, or without a launcher.
 
-What the processes agree on here goes over gloo on the CPU, which every machine has. torch is imported only if there is more
+Communication here uses gloo on the CPU, which every machine has. torch is imported only if there is more
 than one process.
 """
 
@@ -17,20 +17,20 @@ from typing import TypeVar
 T = TypeVar("T")
 
 _LONGEST_WAIT = timedelta(days=7)  # for the slowest process at the end of a long benchmark
-USER_ERRORS = (ValueError, OSError, MemoryError)  # what the user can put right, or the machine is too small for
+USER_ERRORS = (ValueError, OSError, MemoryError)  # what the user can correct, or too little memory
 
 
 class ReportedElsewhere(ValueError):
-    """Another process has a problem and reports it."""
+    """Another process failed and reports the error."""
 
 
 class FailedHere(ValueError):
-    """A problem that this process may have alone, so that it has to report it itself."""
+    """An error that may occur in this process alone, which therefore reports it itself."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among those of a command."""
+    """This process's rank among those of a command."""
 
     rank: int = 0
     world_size: int = 1
@@ -43,7 +43,7 @@ class Processes:
             return cls()
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if not 0 <= rank < world_size:
-            raise ValueError(f"RANK is {rank} in the environment; with WORLD_SIZE {world_size} it must be below")
+            raise ValueError(f"RANK is {rank} in the environment; it must be below WORLD_SIZE ({world_size})")
         return cls(rank, world_size, int(os.environ.get("LOCAL_RANK", rank)))
 
     @property
@@ -58,12 +58,12 @@ class Processes:
 
     @property
     def name(self) -> str:
-        """What this process's messages begin with: nothing for the main process, `process 3: ` for that of rank 3."""
+        """The prefix of this process's messages: empty for the main process, `process 3: ` for that of rank 3."""
         return "" if self.is_main else f"process {self.rank}: "
 
     @contextmanager
     def group(self) -> Iterator[Processes]:
-        """The gloo process group, as long as the block runs, if there is more than one process."""
+        """The gloo process group for the duration of the block, if there is more than one process."""
         if self.world_size > 1:
             import torch.distributed as dist
 
@@ -75,10 +75,10 @@ class Processes:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """All processes finish the block, or none goes on: a problem on any of them ends it on all.
+        """All processes complete the block, or all raise: an error on one rank is raised on every rank.
 
         Raises:
-            ValueError, OSError, MemoryError: on the process that has the problem.
+            ValueError, OSError, MemoryError: on the rank that failed.
             ReportedElsewhere: on the others.
         """
         problem: Exception | None = None
@@ -97,7 +97,7 @@ class Processes:
             raise problem
 
     def from_main(self, value: T) -> T:
-        """The value that the main process has, on every process."""
+        """The main process's value, on every process."""
         if self.world_size == 1:
             return value
         import torch.distributed as dist

@@ -1,4 +1,4 @@
-"""What something was made with: versions, commit, command, date, machine."""
+"""Provenance of an output: versions, commit, command, date, machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of those packages that are installed."""
+    """Versions of Python and of the installed packages of `PACKAGES`."""
     return {"python": platform.python_version()} | {name: v for name in PACKAGES if (v := version(name)) is not None}
 
 
@@ -33,7 +33,7 @@ def now() -> str:
 
 
 def command() -> str:
-    """The command line of this process, as it can be typed again."""
+    """The command line of this process, as it can be repeated."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
     return shlex.join(["python", *program, *sys.argv[1:]])

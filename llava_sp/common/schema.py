@@ -1,4 +1,4 @@
-"""What a record must hold, declared as data and checked by one function.
+"""Schemas of records, declared as data and checked by one function.
 
     ANNOTATION = {"question_id": (int, str), "answers": some({"answer": str, "answer_id?": (int, str)})}
     expect(record, ANNOTATION, f"{file}: annotation 3")
@@ -37,7 +37,7 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Check:
-    """A value of `spec` for which `test` is true; `words` say what would be right."""
+    """A value of `spec` for which `test` is true; `words` describe a valid value."""
 
     test: Callable[[Any], object]
     words: str
@@ -58,14 +58,14 @@ def some(spec: Spec = Any) -> Check:
 def only(fields: dict[str, Spec]) -> Check:
     """An object with these keys and no others."""
     names = [key.removesuffix("?") for key in fields]
-    return Check(lambda value: value.keys() <= set(names), f"an object with {', '.join(names)} alone", fields)
+    return Check(lambda value: value.keys() <= set(names), f"an object with only {', '.join(names)}", fields)
 
 
 def expect(value: Any, spec: Spec, where: object) -> Any:
     """`value`, if it fits `spec`.
 
     Raises:
-        ValueError: `where`, the key, its value, and what was expected; an object that lacks keys lists those it has.
+        ValueError: `where`, the key, its value, and what was expected; for missing keys, the keys present.
     """
     problem = next(_problems(value, spec, ""), None)
     if problem is not None:
@@ -75,7 +75,7 @@ def expect(value: Any, spec: Spec, where: object) -> Any:
 
 
 def expect_all(records: Any, spec: Spec, file: object, noun: str = "question") -> list[Any]:
-    """The records of a list that must hold at least one, each of which fits `spec`; a `Line` is named by its line."""
+    """The records of a list with at least one, which all must fit `spec`; errors name a `Line` by its number."""
     expect(records, some(), file)
     for index, record in enumerate(records):
         expect(record, spec, place(file, noun, record, index))
@@ -110,7 +110,7 @@ def _problems(value: Any, spec: Spec, path: str) -> Iterator[tuple[str, str]]:
             yield path, _wrong(value, spec)
         else:
             for index, item in enumerate(value):
-                if type(item) is not spec[0]:  # most of what there is: no call
+                if type(item) is not spec[0]:  # the common case, without a call
                     yield from _problems(item, spec[0], f"{path}[{index}]")
     elif not _is(value, spec):
         yield path, _wrong(value, spec)
@@ -132,7 +132,7 @@ def _field_problems(value: Any, fields: dict[Any, Spec], path: str) -> Iterator[
     for key, spec in fields.items():
         name = key.removesuffix("?")
         kind = type(value.get(name))
-        plain = kind is spec or (type(spec) is tuple and kind in spec)  # most of what there is: no call
+        plain = kind is spec or (type(spec) is tuple and kind in spec)  # the common case, without a call
         if name in value and not plain:
             yield from _problems(value[name], spec, f"{prefix}{name}")
 

@@ -1,1 +1,1 @@
-"""What a run is: the dataclasses of its keys, and the YAML files and command line that fill them."""
+"""Configuration of a run: the dataclasses of its keys, and the YAML files and command line that set them."""

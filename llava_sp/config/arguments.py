@@ -25,14 +25,14 @@ from llava_sp.model.configuration_llava_sp import PROJECTOR_SETTINGS
 
 @dataclass
 class ModelArguments:
-    """What the model is made of. Hub ids, or folders."""
+    """The parts of the model: hub ids or folders."""
 
     language_model: str | None = None
     vision_tower: str | None = None
     projector: dict[str, Any] = field(default_factory=dict)  # values of PROJECTOR_SETTINGS
-    # Output of stage 1, for stage 2. "scratch": what warm_start does not give starts from random weights.
+    # Output of stage 1, for stage 2. "scratch": random weights for what warm_start does not provide.
     projector_checkpoint: str | None = None
-    # A trained LLaVA-1.5: its patch MLP and its LoRA or language model are kept, the spatial branch is fresh.
+    # A trained LLaVA-1.5: its patch MLP and its LoRA or language model are kept, the spatial branch is new.
     warm_start: str | None = None
     # Compare the backbones' fingerprints with those that the LoRA of warm_start records. False accepts, for example, the
     # same weights in another number format.
@@ -49,12 +49,12 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What the model learns from."""
+    """The training data."""
 
     mixture: str | None = None  # YAML with a list of {annotations, images, weight}
     data_path: str | None = None  # LLaVA JSON or JSONL, instead of a mixture
     image_folder: str | None = None  # of data_path's images
-    data_source: str | None = None  # where the data comes from, for the message that it is missing
+    data_source: str | None = None  # where the data comes from, for the message if it is missing
     eval_data_path: str | None = None  # LLaVA JSON or JSONL for the validation loss
     eval_image_folder: str | None = None  # of its images; default image_folder
     validation_fraction: float = 0.0  # share of the training data kept for validation
@@ -67,10 +67,10 @@ class DataArguments:
 
 @dataclass
 class TrainArguments(TrainingArguments):
-    """How it learns: `transformers.TrainingArguments` and what a LLaVA-SP run states besides."""
+    """Optimization: `transformers.TrainingArguments` and the keys that LLaVA-SP adds."""
 
-    stage: str = "pretrain"  # what trains: an entry of train/stages.py
-    projector_lr: float | None = None  # default learning_rate
+    stage: str = "pretrain"  # which parts train: an entry of train/stages.py
+    projector_lr: float | None = None  # default learning_rate, as of any key here that ends in _lr
     global_batch_size: int | None = None  # samples per step over all processes; sets gradient_accumulation_steps
     include_num_input_tokens_seen: str | bool = "non_padding"
 
@@ -81,8 +81,9 @@ class TrainArguments(TrainingArguments):
             self.tf32 = None
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every batch reaches every parameter, text-only ones too
-        if self.projector_lr is None:
-            self.projector_lr = self.learning_rate
+        for name, rate in self.rates.items():
+            if rate is None:
+                setattr(self, name, self.learning_rate)
         if self.data_seed is None:
             self.data_seed = self.seed
         if self.report_to is None:
@@ -96,15 +97,16 @@ class TrainArguments(TrainingArguments):
     @property
     def rates(self) -> dict[str, Any]:
         """The value of every learning rate that a stage may name."""
-        return {"learning_rate": self.learning_rate, "projector_lr": self.projector_lr}
+        names = [name for name in TrainArguments.__annotations__ if name.endswith("_lr")]
+        return {name: getattr(self, name) for name in ("learning_rate", *names)}
 
 
 def split_global_batch(global_batch_size: int, per_device: int, world_size: int) -> tuple[int, int]:
-    """(batch per device, micro batches per optimizer step); the batch per device is `per_device` or, where the processes
-    need less, their share.
+    """(batch per device, micro batches per optimizer step); the batch per device is `per_device`, or the
+    process's share where that is smaller.
 
     Raises:
-        ValueError: the global batch cannot be divided so; the message has the numbers and what would do.
+        ValueError: the global batch is not divisible; the message has the numbers and a valid choice.
     """
     share = global_batch_size // world_size
     if global_batch_size % world_size == 0:
@@ -112,9 +114,9 @@ def split_global_batch(global_batch_size: int, per_device: int, world_size: int)
     if per_device > 0 and share > 0 and global_batch_size % (per_device * world_size) == 0:
         return per_device, share // per_device
     sizes = [size for size in range(1, share + 1) if global_batch_size % (size * world_size) == 0]
-    cure = f"choose a global_batch_size that {world_size} processes divide"
+    cure = f"choose a global_batch_size that is a multiple of {world_size} processes"
     if sizes:
-        cure = f"per_device_train_batch_size = {max((s for s in sizes if s <= per_device), default=sizes[0])} would do"
+        cure = f"per_device_train_batch_size = {max((s for s in sizes if s <= per_device), default=sizes[0])} is valid"
     raise ValueError(
         f"global_batch_size = {global_batch_size} is not a multiple of per_device_train_batch_size = {per_device} "
         f"times {world_size} processes; {cure}"
@@ -132,7 +134,7 @@ class Run:
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Run:
-        """The run that these keys describe. Process groups and devices are as they are when this is called."""
+        """The run that these keys describe. Process group and devices are detected in this call."""
 
         def keys_of(kind: type) -> dict[str, Any]:
             return {f.name: given[f.name] for f in fields(kind) if f.name in given}
@@ -160,7 +162,7 @@ MODEL_KEYS = ("language_model", "vision_tower", "projector_checkpoint", "warm_st
 UNSUPPORTED = {
     "fsdp": "use deepspeed (configs/deepspeed/zero2.json or zero3.json)",
     "load_best_model_at_end": "choose among the checkpoints by log.jsonl",
-    "save_only_model": "a run could not go on from such a checkpoint",
+    "save_only_model": "a run cannot resume from such a checkpoint",
 }
 RENAMED = {  # in transformers 5.23
     "gradient_checkpointing": "activation_checkpointing",
@@ -226,7 +228,7 @@ def _specs() -> dict[str, Any]:
 
 
 def _conflicts(values: Mapping[str, Any], origin: Mapping[str, str]) -> Iterator[str]:
-    """What is set, but cannot be used, or not together."""
+    """Keys that are set but not supported, or not together."""
     for key, instead in UNSUPPORTED.items():
         if values.get(key):
             yield f"{origin[key]}: {key} = {values[key]} is not supported: {instead}"
@@ -237,4 +239,4 @@ def _conflicts(values: Mapping[str, Any], origin: Mapping[str, str]) -> Iterator
             "set one of them (--global_batch_size null leaves the accumulation to you)"
         )
     if values.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
-        yield f"{origin['deepspeed']}: deepspeed is set, but not installed (pip install deepspeed)"
+        yield f"{origin['deepspeed']}: deepspeed is set but not installed (pip install deepspeed)"

@@ -1,4 +1,4 @@
-"""Reading configurations: YAML with `base:` and `${VARIABLES}`, command-line words, values by type; whatever the keys are."""
+"""Reading configurations, whatever their keys: YAML with `base:` and `${VARIABLES}`, command-line words, types."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_yaml(path: Path, spec: Spec) -> Any:
 def read_with_bases(path: str | os.PathLike) -> list[tuple[Path, dict[str, Any]]]:
     """The file and the files it builds on, as (file, its keys), the most basic one first.
 
-    Raises `ValueError` for a missing file, a file that is not a mapping, an unset variable, a circle of bases.
+    Raises `ValueError` for a missing file, a file that is not a mapping, an unset variable, circular bases.
     """
     chain: list[tuple[Path, dict[str, Any]]] = []
     file, named_by = Path(path).expanduser().resolve(), "command line"
@@ -41,7 +41,7 @@ def read_with_bases(path: str | os.PathLike) -> list[tuple[Path, dict[str, Any]]
         if not file.is_file():
             raise ValueError(f"{named_by}: there is no configuration file {file}")
         if any(file == seen for seen, _ in chain):
-            raise ValueError(f"{named_by}: the bases of a configuration form a circle ({file})")
+            raise ValueError(f"{named_by}: the bases of a configuration are circular ({file})")
         content = read_yaml(file, {"base?": (str, None)})
         keys = {str(key): _expand(value, file, str(key)) for key, value in content.items()}
         chain.insert(0, (file, keys))
@@ -92,10 +92,10 @@ def split_command_line(words: Sequence[str]) -> dict[str, Any]:
 
 
 def typed(values: Mapping[str, Any], specs: Mapping[str, Spec], origin: Mapping[str, str]) -> dict[str, Any]:
-    """The values as their specs have them. Raises `ValueError` naming origin, key and value where that cannot be.
+    """The values, converted to the types of their specs. Raises `ValueError` naming origin, key and value.
 
-    A text may stand for a number, a truth value, an object: all words of the command line are texts, and YAML reads 1e-3 as
-    one. A number may stand for a text, one item for a list.
+    A text may be a number, a truth value, an object: all words of the command line are texts, and YAML reads 1e-3 as
+    one. A number may be given for a text, one item for a list.
     """
     found = {}
     for key, value in values.items():
@@ -109,7 +109,7 @@ def typed(values: Mapping[str, Any], specs: Mapping[str, Spec], origin: Mapping[
 
 
 def _plain(word: Any) -> Any:
-    """What a text means: a number, or whatever else it is in YAML."""
+    """The value of a text: a number, or as YAML parses it."""
     if not isinstance(word, str):
         return word
     for read in (int, float, yaml.safe_load):

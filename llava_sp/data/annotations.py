@@ -1,4 +1,4 @@
-"""What an annotation record is, in LLaVA's format.
+"""Annotation records in LLaVA's format.
 
 {"id": ..., "image": path or list of paths (optional), "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}
 """
@@ -20,12 +20,12 @@ RECORD = {
 
 
 class BadSample(ValueError):
-    """A sample that cannot be learned from; the message says why."""
+    """A sample that cannot be used for training; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One record: its turns, and the images that the marks stand for."""
+    """One record: its turns, and the images of its marks."""
 
     id: str
     turns: list[dict[str, str]]  # {"role": "user" | "assistant" | "system", "content": text}
@@ -33,7 +33,7 @@ class Conversation:
 
 
 def parse_record(record: dict[str, Any]) -> Conversation:
-    """The conversation of a record. Raises `BadSample` for one that does not fit `RECORD`."""
+    """The conversation of a record. Raises `BadSample` if the record does not fit `RECORD`."""
     name = str(record.get("id", ""))
     try:
         expect(record, RECORD, f"id {name!r}")

@@ -1,6 +1,6 @@
 """Processor and datasets of a run from its configuration, without the weights of its backbones.
 
-A run builds these before its model, so that their errors come before minutes of loading; `preview` and `check` look at them.
+A run builds these before its model, so that errors come before minutes of loading; `preview` and `check` use them too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from llava_sp.model.projector import SpatialProjector
 def build_processor(run: Run) -> LlavaSPProcessor:
     """The run's processor; its token counts come from the backbones' own configurations.
 
-    Raises `ValueError` for a model, projector, template or image aspect ratio that does not fit.
+    Raises `ValueError` for an invalid model, projector, template or image aspect ratio.
     """
     assert run.model.language_model and run.model.vision_tower, "checked before"
     config = LlavaSPConfig(
@@ -36,7 +36,7 @@ def build_processor(run: Run) -> LlavaSPProcessor:
         **run.model.projector,
     )
     with torch.device("meta"):
-        SpatialProjector(config)  # for its errors alone
+        SpatialProjector(config)  # only for its errors
     return LlavaSPProcessor.from_backbones(
         config,
         language_model=run.model.language_model,
@@ -73,7 +73,7 @@ def build_datasets(processor: LlavaSPProcessor, run: Run) -> tuple[ConversationD
 
 
 def dataset_of_config(path: str | PathLike, overrides: Sequence[str] = ()) -> ConversationDataset:
-    """The training data of a run as the run will see it; a bad sample raises, whatever `on_bad_sample` says.
+    """The training data of a run as the run uses it; a bad sample raises, regardless of `on_bad_sample`.
 
     Args:
         path: a training YAML, see `llava_sp.config.arguments`.
@@ -89,7 +89,7 @@ def dataset_of_config(path: str | PathLike, overrides: Sequence[str] = ()) -> Co
     backbones = {"language_model": model.language_model, "vision_tower": model.vision_tower}
     expect({**backbones, "data_path or mixture": data}, {str: str}, path)
     if missing := [name for name in backbones.values() if is_missing_folder(str(name))]:
-        raise FileNotFoundError(f"there is no folder {missing[0]}, and it cannot be a hub id either")
+        raise FileNotFoundError(f"there is no folder {missing[0]}, and it is not a valid hub id")
     dataset, _ = build_datasets(build_processor(run), run)
-    dataset.on_bad_sample, dataset.report = "fail", SampleReport(None)  # looking writes nothing
+    dataset.on_bad_sample, dataset.report = "fail", SampleReport(None)  # checking writes nothing
     return dataset

@@ -1,8 +1,8 @@
-"""Walk all training data before the training does: bad samples, lengths, what is cut, what is learned.
+"""Check all training data before training: bad samples, lengths, cut and learned tokens.
 
     python -m llava_sp.data.check --config configs/finetune_lora_7b_cropping.yaml [--workers 8] [--output bad.jsonl] [--key value]
 
-Every record is looked at once, whatever its weight in the mixture. Exit status: 1 if a sample is bad, 2 for a configuration
+Every record is checked once, regardless of its weight. Exit status: 1 for a bad sample, 2 for a configuration
 that cannot be used.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_sp.common.command import command_parser, run_command
-from llava_sp.common.files import write_jsonl
+from llava_sp.common.files import counted, write_jsonl
 from llava_sp.data.annotations import BadSample
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class _Look:
 
 @dataclass
 class Findings:
-    """What `look_at_all` found."""
+    """The result of `look_at_all`."""
 
     bad: list[dict] = field(default_factory=list)  # {"file", "index", "reason"}
     tokens: list[int] = field(default_factory=list)  # of the good samples, after cutting
@@ -57,7 +57,7 @@ class Findings:
 
 
 def look_at_all(dataset: ConversationDataset, workers: int = 0) -> Findings:
-    """Look at every record of `dataset` once; nothing is raised for a bad one."""
+    """Check every record of `dataset` once; bad samples are listed, not raised."""
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
@@ -81,10 +81,10 @@ def look_at_all(dataset: ConversationDataset, workers: int = 0) -> Findings:
 
 
 def summary(findings: Findings, limit: int, show: int) -> str:
-    """The findings in words; at most `show` bad samples one by one."""
+    """The findings as text; at most `show` bad samples are listed."""
     good = len(findings.tokens)
     lines = [
-        f"{good + len(findings.bad)} records: {good} good ({findings.with_image} with images), {len(findings.bad)} bad"
+        f"{counted(good + len(findings.bad), 'record')}: {good} good ({findings.with_image} with images), {len(findings.bad)} bad"
     ]
     if good:
         tokens, total = findings.tokens, sum(findings.tokens)
@@ -102,7 +102,7 @@ def summary(findings: Findings, limit: int, show: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("llava_sp.data.check", __doc__)
     parser.add_argument("--config", required=True, help="training YAML")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that read")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="reading processes")
     parser.add_argument("--output", type=Path, help="JSONL file for the bad samples")
     parser.add_argument("--show", type=int, default=20, help="how many bad samples to print")
     options, overrides = parser.parse_known_args(arguments)
@@ -114,7 +114,7 @@ def print_findings(options: Namespace, overrides: list[str]) -> int:
 
     dataset = dataset_of_config(options.config, overrides)
     for source, file in zip(dataset.sources, dataset.files, strict=True):
-        print(f"{file.path}: {len(file)} records, weight {source.weight:g}, images in {source.images}")
+        print(f"{file.path}: {counted(len(file), 'record')}, weight {source.weight:g}, images in {source.images}")
     started = time.monotonic()
     findings = look_at_all(dataset, options.workers)
     print(summary(findings, dataset.model_max_length, options.show))

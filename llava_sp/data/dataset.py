@@ -1,7 +1,7 @@
 """ConversationDataset: a mixture of LLaVA annotation files as ids, labels and pixels.
 
-A sample that cannot be learned from (see `BadSample`) ends the run with its file and index, or is replaced by the next good
-one and written to a list: `on_bad_sample="fail"` or `"skip"`. Text beyond `model_max_length` is cut, which is listed too;
+A bad sample (see `BadSample`) ends the run with its file and index, or is replaced by the next good
+one and listed: `on_bad_sample="fail"` or `"skip"`. Text beyond `model_max_length` is cut, which is listed too;
 an image is never cut.
 """
 
@@ -17,16 +17,16 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from llava_sp.common.files import counted
 from llava_sp.common.schema import expect, one_of, some
 from llava_sp.data.annotations import BadSample, Conversation, parse_record
-from llava_sp.data.images import load_image
 from llava_sp.data.mixture import Source
-from llava_sp.data.record_file import RecordFile
 from llava_sp.data.skipped import SampleReport
+from llava_sp.data.sources import open_records
 from llava_sp.model.conversation import get_template
 from llava_sp.model.processing_llava_sp import IGNORE_INDEX, LlavaSPProcessor
 
-MAX_SKIPS = 1000  # bad samples in a row before even `skip` gives up
+MAX_SKIPS = 1000  # bad samples in a row after which `skip` raises too
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class ConversationDataset(Dataset):
         self.model_max_length = model_max_length
         self.on_bad_sample = on_bad_sample
         self.sources = expect(list(sources), some(), "sources")
-        self.files = [RecordFile(source.annotations) for source in self.sources]
+        self.files = [open_records(source) for source in self.sources]
         self.report = SampleReport(skipped_path)
         self._table = _table(self.sources, [len(file) for file in self.files], seed)
 
@@ -82,7 +82,7 @@ class ConversationDataset(Dataset):
         return len(self._table)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < len(self):  # also what ends a loop over the samples
+        if not 0 <= index < len(self):  # also ends iteration
             raise IndexError(f"sample {index} of {len(self)}")
         tries = min(MAX_SKIPS, len(self))
         for offset in range(tries):
@@ -93,7 +93,9 @@ class ConversationDataset(Dataset):
                 if self.on_bad_sample == "fail":
                     raise BadSample(f"{self.where(place)}: {error}") from error
                 self.report.add("skipped", *self.origin(place), reason=str(error))
-        raise ValueError(f"{tries} bad samples in a row from {self.where(index)} on; {self.report.path} lists them")
+        raise ValueError(
+            f"{counted(tries, 'bad sample')} in a row from {self.where(index)} on; {self.report.path} lists them"
+        )
 
     def _sample(self, index: int) -> dict[str, torch.Tensor]:
         conversation = self.conversation(index)
@@ -129,7 +131,9 @@ class ConversationDataset(Dataset):
         marks, images = ids.count(placeholder) // per_image, len(conversation.images)
         if marks != images:
             mark = self.processor.image_token
-            raise BadSample(f"{marks} {mark} mark(s) in the text, but {images} image(s) in the record")
+            raise BadSample(
+                f"{counted(marks, f'{mark} mark')} in the text, but {counted(images, 'image')} in the record"
+            )
         limit = self.model_max_length
         needed = len(ids) - ids[::-1].index(placeholder) if marks else 0
         if needed > limit:
@@ -143,11 +147,11 @@ class ConversationDataset(Dataset):
 
     def load_images(self, index: int, conversation: Conversation) -> list[Image.Image]:
         """The decoded images of sample `index`, in the order of the marks. Raises `BadSample`."""
-        folder = self.sources[self._table[index][0]].images
-        return [load_image(folder, name) for name in conversation.images]
+        records = self.files[self._table[index][0]]
+        return [records.image(name) for name in conversation.images]
 
     def first_good(self, tries: int = 100) -> dict[str, torch.Tensor] | None:
-        """The first good sample that has an image, else the first good one; None if so many of each are bad."""
+        """The first good sample with an image, else the first good one; None if the first `tries` of each are bad."""
         with_image = np.array(self.modality_lengths) > 0
         for places in (np.flatnonzero(with_image), np.flatnonzero(~with_image)):
             for place in places[:tries]:
@@ -168,20 +172,20 @@ class ConversationDataset(Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        """Estimated tokens of each sample: words, as LLaVA counts them, and the image tokens.
+        """Estimated tokens of each sample: words, counted as in LLaVA, plus image tokens.
 
-        Tokenizing everything to know it exactly takes minutes at 665,000 records and changes only how similar the lengths in a
+        Tokenizing for exact lengths takes minutes at 665,000 records and changes only how similar the lengths in a
         batch are; `python -m llava_sp.data.check` gives the exact ones.
         """
         words = self._per_sample([file.words for file in self.files])
-        images = self._per_sample([file.images for file in self.files])
+        images = self._per_sample([file.image_counts for file in self.files])
         return np.maximum(words + images * self.processor.num_image_tokens, 1).tolist()
 
     @property
     def modality_lengths(self) -> list[int]:
         """LLaVA's: words, negative for a sample without images. For `ModalityLengthSampler`."""
         words = np.maximum(self._per_sample([file.words for file in self.files]), 1)
-        images = self._per_sample([file.images for file in self.files])
+        images = self._per_sample([file.image_counts for file in self.files])
         return np.where(images > 0, words, -words).tolist()
 
     def _per_sample(self, columns: list[np.ndarray]) -> np.ndarray:
@@ -189,19 +193,21 @@ class ConversationDataset(Dataset):
         return np.concatenate(columns)[starts[self._table[:, 0]] + self._table[:, 1]].astype(np.int64)
 
     def distinct(self) -> ConversationDataset:
-        """The same with each record once, whatever its weight."""
+        """The same dataset with each record once, regardless of its weight."""
         return self._with_table(np.unique(self._table, axis=0))
 
     def split(self, fraction: float, seed: int = 0) -> tuple[ConversationDataset, ConversationDataset]:
         """(training, validation): `fraction` of the records is kept for validation, each record on one side only.
 
         Raises:
-            ValueError: `fraction` leaves a side empty, as one that is not between 0 and 1 does.
+            ValueError: `fraction` is not between 0 and 1, or leaves one side empty.
         """
         records = self.distinct()._table
         kept = round(len(records) * fraction)
         if not 0 < kept < len(records):
-            raise ValueError(f"a validation fraction of {fraction} of {len(records)} record(s) leaves one side empty")
+            raise ValueError(
+                f"a validation fraction of {fraction} of {counted(len(records), 'record')} leaves one side empty"
+            )
         chosen = records[np.sort(np.random.default_rng(seed).permutation(len(records))[:kept])]
         validation = {tuple(row) for row in chosen.tolist()}
         held_out = np.array([tuple(row) in validation for row in self._table.tolist()])
@@ -227,5 +233,5 @@ def _table(sources: Sequence[Source], sizes: Sequence[int], seed: int) -> np.nda
         parts.append(np.stack([np.full(len(records), place), records], axis=1))
     table = np.concatenate(parts)
     if not len(table):
-        raise ValueError("the weights leave no samples at all")
+        raise ValueError("the weights leave no samples")
     return table

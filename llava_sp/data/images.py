@@ -1,4 +1,4 @@
-"""Opening the image files that records name: each way in which one can be bad has its own message.
+"""Opening the image files of records, with its own message for each kind of failure.
 
 Limits, checked before anything is decoded: `MAX_PIXELS` pixels, `MAX_SIDE` pixels a side (padding to a square multiplies
 a long image), sides in a ratio of at most `MAX_RATIO`.
@@ -22,7 +22,7 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB as RGB
 MAX_SIDE = 16_384
 MAX_RATIO = 200
 
-# What Pillow's decoders raise on broken files.
+# Raised by Pillow's decoders on broken files.
 _BROKEN = (
     OSError, SyntaxError, RuntimeError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error,
     Image.DecompressionBombError,
@@ -32,14 +32,14 @@ _BROKEN = (
 def image_path(folder: str | os.PathLike, name: str) -> Path:
     """Where the image `name` of a record is: always below `folder`.
 
-    A name may not be absolute nor hold `..`. Symbolic links in the folder are followed: they are its owner's layout
-    (LLaVA's `playground/data` and the hub's cache are made of them), a record cannot make one.
+    A name may not be absolute nor hold `..`. Symbolic links in the folder are followed: they are the owner's layout
+    (LLaVA's `playground/data` and the hub's cache are made of them), records cannot create them.
 
     Raises:
-        BadSample: the name leads out of the folder.
+        BadSample: the name is outside the folder.
     """
     if leads_outside(name):
-        raise BadSample(f"image {name!r} leads out of the image folder {folder}; name it relative to that, without ..")
+        raise BadSample(f"image {name!r} is outside the image folder {folder}; use a path relative to it, without ..")
     return Path(folder, name)
 
 
@@ -47,14 +47,14 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
     """The image `name` in `folder`, decoded, as RGB (converted as the original does; no EXIF rotation).
 
     Raises:
-        BadSample: the file is outside the folder, missing, empty, not an image, gigantic, or damaged.
+        BadSample: the file is outside the folder, missing, empty, not an image, too large, or damaged.
     """
     path = image_path(folder, name)
     return decode_image(path, f"image {path}")
 
 
 def decode_image(source: Path | bytes, what: str) -> Image.Image:
-    """An image file, or the bytes of one, as RGB. Raises `BadSample` as `load_image`, naming `what`."""
+    """An image file, or the bytes of one, as RGB. Raises `BadSample` like `load_image`, naming `what`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits below are stricter

@@ -1,4 +1,4 @@
-"""What is learned from: annotation files with their image folders, each with a weight.
+"""Training data: annotation files with their image folders, each with a weight.
 
 A mixture file is a YAML list; paths are relative to it, `~` and `$VARIABLES` are replaced:
 
@@ -36,8 +36,8 @@ class Source:
     Attributes:
         annotations: LLaVA JSON or JSONL.
         images: the folder that its image names are relative to; the annotations' own folder if not given.
-        weight: how often each record is seen in an epoch. 2 is twice; 0.5 is a half of the records, drawn by the
-            dataset's seed and the same in every epoch; 1.5 is all of them and such a half again.
+        weight: how often each record is seen in an epoch. 2 is twice; 0.5 is half of the records, drawn by the
+            dataset's seed and the same in every epoch; 1.5 is all of them plus such a half.
     """
 
     annotations: Path
@@ -46,9 +46,9 @@ class Source:
 
 
 def load_mixture(mixture: str | os.PathLike | Sequence[Source | Mapping[str, Any]]) -> list[Source]:
-    """The sources of a mixture: a YAML file, or a list of sources or of their keys (paths relative to here then).
+    """The sources of a mixture: a YAML file, or a list of sources or of their keys (paths as they are).
 
-    Whether annotations and images are there is not looked at. Raises `ValueError` for a file that is missing or not YAML,
+    Whether annotations and images exist is not checked. Raises `ValueError` for a file that is missing or not YAML,
     or whose content does not fit `ENTRY`.
     """
     entries: Any = mixture

@@ -1,4 +1,4 @@
-"""Show one training sample: the exact text with what is learned marked, and the image as the model sees it.
+"""Show one training sample: the exact text with its learned part marked, and the image as the model receives it.
 
     python -m llava_sp.data.preview --config configs/finetune_lora_7b_cropping.yaml --index 0 [--output preview] [--key value]
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llava_sp.common.command import command_parser, run_command
+from llava_sp.common.files import counted
 from llava_sp.data.annotations import BadSample
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ BRACKETS = ("[[", "]]")
 
 
 def marked_text(dataset: ConversationDataset, index: int, marks: tuple[str, str] = BRACKETS) -> str:
-    """The text of sample `index` as it is tokenized, each learned stretch between `marks`.
+    """The text of sample `index` as it is tokenized, each learned span between `marks`.
 
-    `<image>` stands for all its placeholders. Text beyond the length limit is replaced by a note. Raises `BadSample`.
+    An image's placeholders are shown as `<image>`. Text beyond the limit becomes a note. Raises `BadSample`.
     """
     conversation = dataset.conversation(index)
     kept = len(dataset.encode(conversation).input_ids)
@@ -52,7 +53,7 @@ def marked_text(dataset: ConversationDataset, index: int, marks: tuple[str, str]
     if inside:
         parts.append(marks[1])
     if kept < len(tokens):
-        parts.append(f"\n... cut here: {len(tokens) - kept} more tokens are beyond {dataset.model_max_length}")
+        parts.append(f"\n... cut here: {counted(len(tokens) - kept, 'token')} beyond {dataset.model_max_length}")
     return "".join(parts)
 
 

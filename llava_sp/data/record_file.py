@@ -1,7 +1,7 @@
 """LLaVA annotation files by index: a JSON list of records, or one record per line (JSONL).
 
-A file is read once to find where each record begins; records are then read from the file as they are needed. 665,000
-records cost some 15 MB here, instead of the gigabytes of Python objects that every data worker would copy.
+A file is read once to index where each record begins; records are then read from the file when needed. 665,000
+records take about 15 MB, instead of the gigabytes of Python objects that every data worker would copy.
 """
 
 from __future__ import annotations
@@ -14,23 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from llava_sp.common.files import parse_line
 from llava_sp.common.schema import expect
+from llava_sp.data.images import load_image
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 BLOCK = 1 << 22  # characters read at a time
 
 
 class RecordFile:
-    """The records of one annotation file, by index; `words` and `images` hold each one's size.
+    """The records of one annotation file, by index, and the folder of their images; see `sources.Records`.
 
     Raises:
         ValueError: the file is missing, empty, cut off, not JSON, or not a list of objects (file, line and column are named).
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike, image_folder: str | os.PathLike):
+        self.path, self.image_folder = Path(path), Path(image_folder)
         if not self.path.is_file():
             raise ValueError(f"there is no annotation file {self.path}")
         self._stamp = self._file_stamp()
@@ -39,21 +41,25 @@ class RecordFile:
             raise ValueError(f"{self.path} holds no records; give a JSON list of LLaVA records, or one record per line")
         starts, ends, words, images = np.array(rows, dtype=np.int64).T
         self._starts, self._ends = np.ascontiguousarray(starts), np.ascontiguousarray(ends)
-        self.words, self.images = words.astype(np.int32), images.astype(np.int32)
+        self.words, self.image_counts = words.astype(np.int32), images.astype(np.int32)
         self._handle: tuple[int, Any] | None = None  # (process id, open file): a forked worker opens its own
 
     def __len__(self) -> int:
         return len(self._starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Record `index` as it is in the file. `ValueError` if the file was changed since it was opened."""
+        """Record `index` as it is in the file. Raises `ValueError` if the file was changed since it was opened."""
         if self._handle is None or self._handle[0] != os.getpid():
             self._handle = (os.getpid(), self.path.open("rb"))
             if self._file_stamp() != self._stamp:
-                raise ValueError(f"{self.path} was changed while it was in use; start again")
+                raise ValueError(f"{self.path} was changed while it was in use; restart the command")
         file = self._handle[1]
         file.seek(int(self._starts[index]))
         return json.loads(file.read(int(self._ends[index] - self._starts[index])))
+
+    def image(self, name: str) -> Image.Image:
+        """The image that a record names. Raises `BadSample`."""
+        return load_image(self.image_folder, name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handle": None}
@@ -64,7 +70,7 @@ class RecordFile:
 
 
 def _size(record: dict[str, Any]) -> tuple[int, int]:
-    """Words of all turns, and images; a record that turns out to be bad later has whatever can be counted."""
+    """Words of all turns, and images; for a malformed record, what can be counted."""
     turns = record.get("conversations")
     texts = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     words = sum(len(text.split()) for text in texts if isinstance(text, str))
@@ -106,7 +112,7 @@ def _scan_list(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
 
 
 class _Text:
-    """A JSON file read block by block. `byte`, `line` and `column` are the place in the file of what comes next."""
+    """A JSON file read block by block. `byte`, `line` and `column` locate the next character."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -127,7 +133,7 @@ class _Text:
             self.file.close()
 
     def skip(self, end: int) -> None:
-        """Go on to `end` in `text`."""
+        """Advance to `end` in `text`."""
         done = self.text[self.place : end]
         self.place = end
         self.byte += len(done) if done.isascii() else len(done.encode())
@@ -154,7 +160,7 @@ class _Text:
         return found
 
     def value(self, index: int) -> tuple[int, Any]:
-        """`(first byte, value)` of the value that comes next, record `index`."""
+        """`(first byte, value)` of the next value, record `index`."""
         self.next_character()
         start = self.byte
         while True:

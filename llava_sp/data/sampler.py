@@ -1,4 +1,4 @@
-"""The order of training: batches of one modality and of similar length, a function of (seed, epoch) alone.
+"""The order of the training samples: batches of one modality and of similar length, a function of (seed, epoch) alone.
 
 As in LLaVA: samples with and without images are shuffled apart, cut into megabatches (one step of all processes), sorted
 by length inside, split so that the processes' loads are similar, and the megabatches are shuffled.
@@ -11,12 +11,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
+from llava_sp.common.files import counted
+
 
 class ModalityLengthSampler(Sampler[int]):
     """Indices in training order, for all processes together: batch k of `batch_size` goes to process k modulo `world_size`
     (what accelerate does with any sampler).
 
-    The order depends on nothing but the arguments and `set_epoch`; a resumed run skips what it has seen.
+    The order depends only on the arguments and `set_epoch`; a resumed run skips the samples it has used.
 
     Args:
         lengths: of each sample, negative if it has no image (`ConversationDataset.modality_lengths`).
@@ -31,7 +33,7 @@ class ModalityLengthSampler(Sampler[int]):
         zeros = int((self.lengths == 0).sum())
         if not len(self.lengths) or zeros:
             raise ValueError(
-                f"{len(self.lengths)} lengths, of them {zeros} zero; there must be some, all other than zero"
+                f"{counted(len(self.lengths), 'length')}, {zeros} of them zero; at least one is needed, and none zero"
             )
         self.batch_size, self.world_size = batch_size, world_size
         self.seed, self.epoch = seed, 0
@@ -52,7 +54,7 @@ class ModalityLengthSampler(Sampler[int]):
             whole += [modality[start : start + step] for start in range(0, full, step)]
             rest.append(modality[full:])
         order = [whole[place] for place in random.permutation(len(whole))]
-        left = np.concatenate(rest)  # fewer than two steps' worth, modalities mixed, last
+        left = np.concatenate(rest)  # less than two steps, modalities mixed, last
         order += [left[start : start + step] for start in range(0, len(left), step)]
         for megabatch in order:
             yield from self._balanced(megabatch)

@@ -10,7 +10,7 @@ from pathlib import Path
 class SampleReport:
     """Appends to `path`; without a path it only counts, in this process.
 
-    A line is written by one append, so that processes do not tear each other's lines, and a process writes each event once.
+    A line is written by one append, so that lines of several processes do not mix; a process writes each event once.
     Other processes, epochs and resumed runs may repeat it: `counts` counts distinct records.
     """
 

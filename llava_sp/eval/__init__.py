@@ -1,1 +1,1 @@
-"""Evaluation: `base` says what a benchmark is and how to add one; one file per benchmark (`vqav2`)."""
+"""Evaluation: `base` defines a benchmark and how to add one; one file per benchmark (`vqav2`)."""

@@ -1,10 +1,10 @@
-"""Every benchmark whose data are there, one after the other, and one table beside the published figures.
+"""Runs every benchmark whose data exist, one after the other, with one table beside the published figures.
 
     python -m llava_sp.eval --all --data ROOT --model M [--only NAME ...] [--output O]
     python -m llava_sp.eval --list
 
 ROOT holds a folder for each benchmark, under its own name or the one it has in LLaVA's playground/data/eval. Any argument of
-`python -m llava_sp.eval.NAME` can follow (--batch-size, --dtype, --limit, --judge, ...); it goes to the benchmarks that know
+`python -m llava_sp.eval.NAME` can follow (--batch-size, --dtype, --limit, --judge, ...), for the benchmarks that have
 it. Under `torchrun`, `accelerate launch` or `deepspeed --module` the questions are shared among the processes. The same
 command again continues where the last one stopped.
 
@@ -13,7 +13,7 @@ command again continues where the last one stopped.
     O/results.md       the table
     O/report.html      the table, bars by category, the worst answers with their images; needs no other file
 
-A benchmark whose files are not in order is left out with its reason in the table, and the exit status is 2.
+A benchmark whose files are invalid is skipped, with the reason in the table, and the exit status is 2.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a benchmark is. What all of them share is here, in `cli` (arguments) and in `run` (from questions to results); a
+"""The base class of benchmarks. Shared code is here, in `cli` (arguments) and in `run` (from questions to results); a
 benchmark itself is one small file:
 
     class ColourQA(Benchmark):
-        name = "colourqa"                       # also the folder that is looked for under ./playground/data/eval
+        name = "colourqa"                       # of the file, eval/colourqa.py, and of the folder in ./playground/data/eval
         title = "ColourQA accuracy"             # what the headline figure is
 
         def load(self, data):                   # official files in the folder `data` -> items, in their order
@@ -58,7 +58,7 @@ LLAVA_SP = "LLaVA-SP-7B"
 SOURCES: Mapping[str, str] = {
     LLAVA15: "LLaVA docs/MODEL_ZOO.md",
     LLAVA15_LORA: "LLaVA docs/MODEL_ZOO.md",
-    LLAVA_SP: "TrustCLIP, table 3 (which variant is not said)",
+    LLAVA_SP: "TrustCLIP, table 3 (variant not stated)",
 }
 
 
@@ -230,7 +230,7 @@ class Benchmark(ABC):
     def judge(  # noqa: B027 - most benchmarks need none
         self, items: Sequence[Item], answers: Sequence[str], output: Path | None
     ) -> None:
-        """Asks a judge what `score` will need; called once before it. See `llava_sp.eval.scoring.judge`."""
+        """Asks a judge for what `score` needs; called once before it. See `llava_sp.eval.scoring.judge`."""
 
     @abstractmethod
     def score(self, items: Sequence[Item], answers: Sequence[str]) -> Scores:
@@ -247,9 +247,9 @@ class Benchmark(ABC):
         return [f"{name:{width}}  {c.score:6.2f}  ({c.count} questions)" for name, c in scores.categories.items()]
 
     def submission(self, items: Sequence[Item], answers: Sequence[str], output: Path) -> Path | None:
-        """Writes the file that the evaluation server wants into folder `output`; None if there is no server."""
+        """Writes the file that the evaluation server expects into folder `output`; None if there is no server."""
         return None
 
     def validate(self, file: Path, data: Path) -> str:
-        """Checks a finished submission file: one line on what it holds. Raises ValueError with all that is wrong."""
+        """Checks a finished submission file: one line on what it holds. Raises ValueError with all errors."""
         raise ValueError(f"{self.name} has no submission files to validate")

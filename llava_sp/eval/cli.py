@@ -4,7 +4,7 @@
     --answers FILE --data D [--output O]     score an existing answers file (LLaVA's JSONL) without a model
     --validate FILE --data D                 check a finished submission file
 
-Of every score the protocol is part: whose prompts, generation settings and scoring rule. `--protocol` chooses; where there
+Every score has a protocol: whose prompts, generation settings and scoring rule. `--protocol` chooses; where there
 are several, `scored_as` in metrics.json holds the score of the same answers under each one's scoring rule.
 
 Under `torchrun`, `accelerate launch` or `deepspeed` the questions are shared among the processes. The same command again
@@ -15,7 +15,7 @@ continues where the last one stopped. What it writes:
     O/answers.jsonl    the answers in LLaVA's format; O/answers/ holds each process's own log, O/run.json the settings
     O/submission.json  for splits that a server scores
 
-Exit status: 0 done, 1 a file that does not validate, 2 something to put right (the message says what), 130 interrupted.
+Exit status: 0 done, 1 a file that does not validate, 2 an error that the user can correct, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def make_parser(benchmark: type[Benchmark]) -> argparse.ArgumentParser:
     add("--device", help="cuda, cuda:1, cpu, ... (default: this process's GPU if there is one)")
     add("--limit", type=int, help="only the first N questions; the score is then not comparable")
     add("--seed", type=int, default=0, help="for benchmarks that sample")
-    add("--language-model", help="language model of an adapter checkpoint, where it has moved")
-    add("--vision-tower", help="vision tower of an adapter checkpoint, where it has moved")
+    add("--language-model", help="language model of an adapter checkpoint, if it was moved")
+    add("--vision-tower", help="vision tower of an adapter checkpoint, if it was moved")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
     benchmark.add_arguments(parser)
     return parser
@@ -156,7 +156,7 @@ def _find_inputs(benchmark: type[Benchmark], args: argparse.Namespace, needs_mod
             else f"  data: no {data} (LLaVA's layout, with the official files); --data DIR names another"
         )
     if missing:
-        missing.insert(0, f"python -m llava_sp.eval.{benchmark.name} lacks its inputs:")
+        missing.insert(0, f"python -m llava_sp.eval.{benchmark.name} needs its inputs:")
         quick = f"To see it work on the embedded default, which trains and scores small models:\n  {QUICKSTART}"
         raise ValueError("\n".join([*missing, quick] if needs_model else missing))
     return model, data

@@ -98,7 +98,7 @@ def compare(a: Run, b: Run, resamples: int = RESAMPLES, seed: int = 0) -> Compar
     """Raises ValueError if the two did not score the same questions by the same rule."""
     problem = _difference(a, b)
     if problem:
-        raise ValueError(f"{a.folder} and {b.folder} do not compare: {problem}")
+        raise ValueError(f"{a.folder} and {b.folder} cannot be compared: {problem}")
     import numpy as np  # after the arguments are parsed
 
     differences = bootstrap(a.benchmark, a.items, b.items, resamples, seed)

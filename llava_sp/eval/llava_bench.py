@@ -5,7 +5,7 @@
 
 D holds LLaVA's files, in D itself or one folder below: questions.jsonl, context.jsonl (captions of each image, which the
 judge reads in place of it), answers_gpt4.jsonl (the reference answers), and images/. The prompt is the question alone.
-`llava_sp.eval.scoring.judge` tells how judges are asked and their replies kept.
+`llava_sp.eval.scoring.judge` describes how judges are asked and their replies kept.
 
 The judge gets context, question, both answers and a rule, at temperature 0.2, and is to begin its reply with two scores
 from 1 to 10, the reference's first. The score is relative: 100 * mean of the model's / mean of the reference's. Beside it
@@ -85,7 +85,7 @@ class LLaVABench(JudgedBenchmark):
     generation = Generation(max_new_tokens=1024)
     generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=4096)}
     published: Mapping[str, float] = {LLAVA15: 65.4, LLAVA15_LORA: 67.9, LLAVA_SP: 61.7}
-    published_on = "judged by gpt-4-0314 (retired; LLaVA-SP's judge is not said)"
+    published_on = "judged by gpt-4-0314 (retired; LLaVA-SP's judge is not stated)"
     rules: Mapping[str, tuple[str, str]] | None = None  # category -> role and rule, of --rules
     system = SYSTEM
 

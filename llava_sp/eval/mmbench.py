@@ -41,7 +41,7 @@ from typing import Any, ClassVar
 
 from PIL import Image, UnidentifiedImageError
 
-from llava_sp.common.files import examples
+from llava_sp.common.files import counted, examples
 from llava_sp.common.schema import Check
 from llava_sp.decoding import Generation
 from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, OPTION_LETTER, Benchmark, Item, Scores
@@ -226,7 +226,7 @@ def _check_rotations(rows: Iterable[Mapping[str, str]], file: Path) -> None:
     broken = [u for u, found in rotations.items() if found != set(range(max(len(found), options[u])))]
     if broken and any(found != {0} for found in rotations.values()):
         raise ValueError(
-            f"{file}: not one row for each rotation of the options: {len(broken)} questions ({examples(broken)}): an "
+            f"{file}: not one row for each rotation of the options: {counted(len(broken), 'question')} ({examples(broken)}): an "
             "interrupted download or copy?"
         )
 

@@ -72,7 +72,7 @@ PAIR = Check(
 class MME(Benchmark):
     name = "mme"
     submission_label = "for calculation.py"
-    unscored = "none is of a perception subtask, and the score is the sum over those"
+    unscored = "the score is the sum over perception subtasks, which have no questions here"
     title = "MME perception score"
     protocols = ("llava15", "lmms_eval", "vlmevalkit")
     generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=16)}

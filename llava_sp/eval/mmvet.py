@@ -4,7 +4,7 @@
     python -m llava_sp.eval.mmvet --answers FILE --data D --judgements grade.json
 
 D holds mm-vet.json and images/ of the official mm-vet.zip, in D itself or one folder below, and may hold LLaVA's question file
-llava-mm-vet.jsonl, which is then asked (both give the same prompts: the question alone). `llava_sp.eval.scoring.judge` tells how
+llava-mm-vet.jsonl, which is then asked (both give the same prompts: the question alone). See `llava_sp.eval.scoring.judge` for how
 judges are asked and their replies kept.
 
 O/submission.json, {"v1_0": answer, ...}, is what the official online grader takes; `--validate FILE` checks such a file, and
@@ -85,7 +85,7 @@ class MMVet(JudgedBenchmark):
     folders = ("mm-vet",)
     generation = Generation(max_new_tokens=1024)
     published: Mapping[str, float] = {LLAVA15: 31.1, LLAVA15_LORA: 30.2, LLAVA_SP: 33.8}
-    published_on = "judged by gpt-4 of 2023 (LLaVA-SP's judge is not said)"
+    published_on = "judged by gpt-4 of 2023 (LLaVA-SP's judge is not stated)"
     prompt_text = PROMPT
 
     @classmethod

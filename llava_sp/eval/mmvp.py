@@ -16,7 +16,7 @@ Protocols:
                  is parsed. Four labels of the official file are corrected (99, 100, 279, 280: swapped there); other data, with
                  another number of rows or another first question, keep their labels.
     vlmevalkit   the same prompt, at most 512 tokens; exact matching of letters and option texts (`llava_sp.eval.scoring.letters`)
-`llava_sp.eval.scoring.judge` tells how judges are asked and their replies kept. Without a judge `official` has no score; those of the
+See `llava_sp.eval.scoring.judge` for how judges are asked and their replies kept. Without a judge `official` has no score; those of the
 other protocols stand under their own names in `scored_as`.
 
 The judge's question is our own wording; `--grader-prompt FILE` takes other words, for example those of the official

@@ -38,6 +38,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from llava_sp.common.files import counted
 from llava_sp.common.schema import Check, one_of
 from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, SHORT_ANSWER, Benchmark, Category, Item, Scores
 from llava_sp.eval.cli import main
@@ -122,7 +123,9 @@ class POPE(Benchmark):
 
     def summary(self, scores: Scores) -> list[str]:
         unasked = scores.metrics["labels_not_asked"].items()
-        return super().summary(scores) + [f"{n} labels of {category} belong to no question" for category, n in unasked]
+        return super().summary(scores) + [
+            f"{counted(n, 'label')} of {category} without a question" for category, n in unasked
+        ]
 
 
 def _figures(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

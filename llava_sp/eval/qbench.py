@@ -64,7 +64,7 @@ class QBench(Benchmark):
         "lmms_eval": Generation(max_new_tokens=32),
     }
     folders = ("q-bench", "LLVisionQA-QBench")
-    unscored = "their authors alone can score them"
+    unscored = "only their authors can score them"
 
     def __init__(self, split: str | None = None, protocol: str | None = None, images: Path | None = None):
         super().__init__(split, protocol, images)
@@ -224,7 +224,7 @@ def _one_after_another(text: str, path: Path) -> list[Any]:
             value, end = json.JSONDecoder().raw_decode(text)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path}: record {len(values)} (counted from 0) is cut off or no JSON: {error.msg}"
+                f"{path}: record {len(values)} (counted from 0) is cut off or not JSON: {error.msg}"
             ) from None
         values.append(value)
         text = text[end:].lstrip()

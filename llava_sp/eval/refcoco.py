@@ -26,7 +26,7 @@ Protocols
                     with x1 < x2 and y1 < y2; compared as they are. (TRI-ML rounds the true boxes to two decimals when it
                     builds its index; here they stay as they are.) TRI-ML reports each data set, `datasets` in the metrics
 
-All generate greedily, on padded images: otherwise coordinates mean something else, so --image-aspect-ratio crop is refused and
+All generate greedily, on padded images: otherwise coordinates differ, so --image-aspect-ratio crop is an error and
 checkpoints that crop are asked to pad. For a square image the first and second rule agree.
 
 An answered box with its corners the wrong way round overlaps nothing. It can have minus the area of the true box: lmms-eval
@@ -127,7 +127,7 @@ class RefCOCO(Benchmark):
         found = {expression.split for expression in expressions}
         if None in found and (self.split is not None or len(found) > 1):
             lost = sum(expression.split is None for expression in expressions)
-            raise ValueError(f"{data}: {lost} of {len(expressions)} expressions do not say of which split they are")
+            raise ValueError(f"{data}: {lost} of {len(expressions)} expressions have no split")
         if None in found:
             return expressions
         wanted = self.split or next((split for split in SPLITS if split in found), None)

@@ -5,7 +5,7 @@
 D holds, under their official names (in D itself or one folder below), problems.json and pid_splits.json, and the
 images images/test/<problem>/image.png (or test/<problem>/image.png). LLaVA's question file llava_test_CQM-A.json is
 used if it is there; without it the same prompts are made from problems.json. (LLaVA's convert_sqa_to_llava.py makes
-another layout, with which no published figure was made: such a file is refused.)
+another layout, with which no published figure was made: such a file is not supported.)
 
 Published for LLaVA-1.5-7B: 66.8, the accuracy on the questions with an image (IMG); that is the headline here. All
 questions are asked, those without an image as text alone; a split (or a --limit) without any image has no score. LLaVA's
@@ -29,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from llava_sp.common.files import examples
+from llava_sp.common.files import counted, examples
 from llava_sp.common.schema import Check, expect, some
 from llava_sp.decoding import Generation
 from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, OPTION_LETTER, Benchmark, Item, Scores
@@ -57,7 +57,7 @@ class ScienceQA(Benchmark):
     title = "ScienceQA accuracy on questions with an image, in percent"
     splits = ("test", "val", "train", "minitest", "minival")
     protocols = ("llava15", "lmms_eval")
-    unscored = "no question has an image, and the score is over those that have one (metrics.json holds the rest)"
+    unscored = "the score is over questions with an image, but there is no such question (metrics.json holds the rest)"
     generation = Generation(max_new_tokens=1024)
     generations: ClassVar = {"lmms_eval": Generation(max_new_tokens=16)}
     published: Mapping[str, float] = {LLAVA15: 66.8, LLAVA15_LORA: 68.4, LLAVA_SP: 68.4}
@@ -72,7 +72,7 @@ class ScienceQA(Benchmark):
         absent = [i for i in ids if i not in problems]
         if absent:
             raise ValueError(
-                f"{file} lacks {len(absent)} problems of {self.split} ({examples(absent)}): another version?"
+                f"{file} lacks {counted(len(absent), 'problem')} of {self.split} ({examples(absent)}): another version?"
             )
         asked: dict[str, dict[str, Any]] = {}
         for llava in find(data, f"llava_{self.split}_CQM-A.json")[:1]:

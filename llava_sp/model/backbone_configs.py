@@ -1,4 +1,4 @@
-"""The configurations and tokenizers of backbones, wherever they are: alone, in a CLIP or SigLIP checkpoint, in a LLaVA-1.5 one."""
+"""The configurations and tokenizers of backbones: standalone, in a CLIP or SigLIP checkpoint, in a LLaVA-1.5 one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FULL_LLAVAS = ("llava", "llava_sp")  # transformers' own and ours: with a text_c
 
 @contextmanager
 def as_value_error(path: str | os.PathLike) -> Iterator[None]:
-    """Makes of what transformers raises for JSON files with invalid values a `ValueError` that names the folder."""
+    """Turns transformers' errors for JSON files with invalid values into a `ValueError` that names the folder."""
     try:
         yield
     except (StrictDataclassError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
@@ -49,7 +49,7 @@ def read_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
 def language_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
     """The configuration of a language model, or of the one within a full LLaVA (the original's, transformers', ours).
 
-    Raises `ValueError` for a model without words of its own, such as a whole CLIP.
+    Raises `ValueError` for a model without a vocabulary, such as a whole CLIP.
     """
     settings = read_settings(path, **hub_kwargs)
     if is_original(settings):
@@ -65,7 +65,7 @@ def language_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
 
 
 def _llama_settings() -> set[str]:
-    """The keys of a config.json that are a Llama's: of this transformers, and of 4, where rotary positions were two fields."""
+    """The Llama keys of a config.json: those of this transformers, and of 4, with two fields for rotary positions."""
     now = LlamaConfig().to_dict().keys() - {"model_type", "architectures", "auto_map", "transformers_version"}
     return {*now, "rope_theta", "rope_scaling"}
 
@@ -73,17 +73,17 @@ def _llama_settings() -> set[str]:
 def vision_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
     """The configuration of a vision tower, with `hidden_size`, `image_size` and `patch_size` for timm's too.
 
-    Raises `ValueError` for a timm model that is no ViT.
+    Raises `ValueError` for a timm model that is not a ViT.
     """
     config = read_config(path, **hub_kwargs)
     config = getattr(config, "vision_config", config)
-    if config.model_type == "timm_wrapper":  # only the network knows; built without weights
+    if config.model_type == "timm_wrapper":  # only the network has them; built without weights
         import timm
 
         with torch.device("meta"):
             network: Any = timm.create_model(config.architecture, num_classes=0, **(config.model_args or {}))
         if getattr(network, "patch_embed", None) is None:
-            raise ValueError(f"the vision tower {path}: {config.architecture} is no ViT with patches")
+            raise ValueError(f"the vision tower {path}: {config.architecture} is not a ViT with patches")
         config.hidden_size = network.embed_dim
         config.image_size, config.patch_size = list(network.patch_embed.img_size), list(network.patch_embed.patch_size)
     return config
@@ -93,12 +93,12 @@ def load_tokenizer(path: str | os.PathLike, **hub_kwargs) -> PreTrainedTokenizer
     """A language model's tokenizer, also from a folder of LLaVA's own code, whose model type transformers does not know.
 
     Raises:
-        ValueError: a file of it is missing, cut off, or not what it should be.
-        OSError: there is no such folder or hub model.
+        ValueError: one of its files is missing, cut off or invalid.
+        OSError: the folder or hub model does not exist.
     """
     try:
         settings = read_settings(path, **hub_kwargs)
-    except OSError:  # a folder of a tokenizer alone
+    except OSError:  # a folder with only a tokenizer
         settings = {}
     known = {"config": language_config(path, **hub_kwargs)} if is_original(settings) else {}
     try:
@@ -106,13 +106,15 @@ def load_tokenizer(path: str | os.PathLike, **hub_kwargs) -> PreTrainedTokenizer
     except (ValueError, LookupError, TypeError, AttributeError) as error:  # whatever transformers raises
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"the tokenizer of {path} cannot be read: a file of it is missing, cut off, or not what it should be ({reason})"
+            f"the tokenizer of {path} cannot be read: one of its files is missing, cut off or invalid ({reason})"
         ) from error
     if not has_words(tokenizer):
-        raise ValueError(f"the tokenizer of {path} has no words: tokenizer.json or tokenizer.model is missing or empty")
+        raise ValueError(
+            f"the tokenizer of {path} has no vocabulary: no tokenizer.json or tokenizer.model, or it is empty"
+        )
     return tokenizer
 
 
 def has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """False for what transformers makes, without an error, of a tokenizer's settings where its vocabulary is missing."""
+    """False for the empty tokenizer that transformers makes, without an error, where the vocabulary is missing."""
     return not tokenizer.get_vocab().keys() <= {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}

@@ -1,6 +1,6 @@
-"""What a LLaVA-SP model is: everything that changes parameters or tokens, saved as config.json beside the weights.
+"""The configuration of a LLaVA-SP model: all that changes parameters or tokens, saved as config.json with the weights.
 
-Token counts, the patch grid and the scales are derived here, once; nothing else in the project spells them out.
+Token counts, the patch grid and the scales are derived here and nowhere else.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ class LlavaSPConfig(LlavaConfig):
         spatial_scales: window side in patches of each spatial token, in the order of the tokens. `None` means six
             evenly spaced ones up to the whole grid (4, 8, ..., 24 on the paper's 24 x 24 grid).
         spatial_width: width of the extractor's vectors (512 in the paper); `None` is half the vision width.
-        spatial_fusion: whether the detail feature integrator (the paper's cross-attention) is on.
+        spatial_fusion: whether the detail feature integrator (the paper's cross-attention) is used.
         spatial_projection_bias: bias of the spatial tokens' linear layer; `None` follows the released weights: only
             cropping has one.
         fusion_kernel, fusion_stride: windows of the grid that the integrator attends to (16 and 2 in the paper);
@@ -34,7 +34,7 @@ class LlavaSPConfig(LlavaConfig):
     """
 
     model_type = "llava_sp"
-    if TYPE_CHECKING:  # what LlavaConfig has made of a dictionary or of None
+    if TYPE_CHECKING:  # what LlavaConfig makes of a dictionary or None
         text_config: PreTrainedConfig
         vision_config: PreTrainedConfig
 
@@ -74,7 +74,7 @@ class LlavaSPConfig(LlavaConfig):
         self.image_seq_length = self.num_image_tokens
 
     def _limits(self) -> Iterator[tuple[str, bool, str]]:
-        """(key, whether its value fits, what would be right)"""
+        """(key, whether its value is valid, the valid values)"""
         layers, depth = self.vision_feature_layer, getattr(self.vision_config, "num_hidden_layers", None)
         if depth:  # timm's towers do not record it
             fits = all(-depth - 1 <= layer <= depth for layer in ([layers] if isinstance(layers, int) else layers))
@@ -137,7 +137,7 @@ def _square_side(size: object, name: str) -> int:
 
 LlavaSPConfig.register_for_auto_class()
 
-# What a new model can be given, as fields by name: the projector's settings, and the layer(s) of the tower that it reads.
+# Settable fields of a new model, by name: the projector's settings, and the tower's layer(s) that it reads.
 # The other fields follow from the two backbones.
 PROJECTOR_SETTINGS = {
     f.name: f

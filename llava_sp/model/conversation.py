@@ -35,8 +35,8 @@ class Template:
         opening + system_text + first_user + QUESTION + after_user + before_answer + [answer_start + ANSWER + answer_end]
         + user + QUESTION + ...
 
-    and what is in brackets is learned. An empty answer renders as `before_answer` alone and teaches nothing: so does the
-    original. `images_only` keeps nothing of a question but its image marks (captioning, LLaVA's first stage).
+    where the part in brackets is learned. An empty answer renders as `before_answer` alone, nothing learned, as in the
+    original. `images_only` keeps only the image marks of a question (captioning, LLaVA's first stage).
     `own_chat_template` means that the tokenizer's own Jinja template renders the text.
     """
 
@@ -92,7 +92,7 @@ def normalize_turns(turns: list[Turn]) -> list[Turn]:
     """Checked turns: an optional system turn, then user and assistant in alternation, the user first.
 
     As in LLaVA, an assistant turn that opens the conversation is dropped, and the single image mark of a turn moves to
-    the front of it, followed by a newline. Several marks in one turn stay where they stand (the original merges them).
+    the front of it, followed by a newline. Several marks in one turn keep their positions (the original merges them).
 
     Raises:
         ValueError: no turns, a role that is unknown or out of order, content that is not text.
@@ -122,7 +122,7 @@ def render_segments(turns: list[Turn], template: Template, bos: str = "", eos: s
     """Segments of a conversation that went through `normalize_turns`; their texts joined are the whole text.
 
     Raises:
-        ValueError: an `images_only` template with anything but one image turn and one answer.
+        ValueError: an `images_only` template with other turns than one with an image and one answer.
     """
     assert not template.own_chat_template, "rendered by the tokenizer, see LlavaSPProcessor.render_conversation"
 
@@ -134,7 +134,7 @@ def render_segments(turns: list[Turn], template: Template, bos: str = "", eos: s
         system, turns = turns[0]["content"], turns[1:]
     if template.images_only and (len(turns) != 2 or IMAGE_MARK not in turns[0]["content"]):
         marks = [turn["content"].count(IMAGE_MARK) for turn in turns]
-        raise ValueError(f"the plain template takes a turn with {IMAGE_MARK} and a caption; marks per turn are {marks}")
+        raise ValueError(f"the plain template needs a turn with {IMAGE_MARK} and a caption; marks per turn are {marks}")
     segments = [(fill(template.opening), False)]
     if system and template.system_text:
         segments.append((template.system_text.replace("{system}", system), False))
@@ -152,8 +152,8 @@ def render_segments(turns: list[Turn], template: Template, bos: str = "", eos: s
     return [segment for segment in segments if segment[0]]
 
 
-# Makes of content given as a list of {"type": "image"} and {"type": "text"} items a text with image marks: one image goes
-# first, as LLaVA's evaluation puts it; several keep their places. Text stays as it is.
+# Turns content given as a list of {"type": "image"} and {"type": "text"} items into text with image marks: one goes
+# first, as in LLaVA's evaluation; several keep their positions. Text is unchanged.
 _FLATTEN = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -177,7 +177,7 @@ _FLATTEN = """\
 {%- set messages = flat.messages -%}
 """.replace("MARK", json.dumps(IMAGE_MARK + "\n"))
 
-# `@name@` stands for a Jinja expression made from the template's field of that name.
+# `@name@` is replaced by a Jinja expression made from the template's field of that name.
 _TURNS = """\
 {%- set system = @system@ -%}
 {%- if messages and messages[0].role == 'system' -%}
@@ -217,7 +217,7 @@ def jinja_template(template: Template, own: str | None = None) -> str:
     if template.own_chat_template:
         if not own:
             others = ", ".join(name for name, other in TEMPLATES.items() if not other.own_chat_template)
-            raise ValueError(f"'chatml' renders the tokenizer's own chat template, which it lacks; use one of {others}")
+            raise ValueError(f"'chatml' needs a tokenizer with a chat template of its own; use one of {others}")
         return _FLATTEN + own
     mark = json.dumps(IMAGE_MARK)
     question = f"({mark} * (message.content.split({mark}) | length - 1))" if template.images_only else "message.content"

@@ -1,4 +1,4 @@
-"""Image settings of a vision tower, and the steps before its image processor. All of it with Pillow: torchvision resizes
+"""Image settings of a vision tower, and the steps before its image processor. Pillow only: torchvision resizes
 differently, and the weights were trained on Pillow's pixels.
 """
 
@@ -43,7 +43,7 @@ def flatten_images(images) -> list[Image.Image]:
 
 
 def images_per_prompt(images, total: int) -> list[int] | int:
-    """How many images each prompt has, where they are given by prompt; otherwise `total`."""
+    """Images per prompt, if they are given by prompt; otherwise `total`."""
     if isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images):
         return [len(entry) if isinstance(entry, (list, tuple)) else int(entry is not None) for entry in images]
     return total

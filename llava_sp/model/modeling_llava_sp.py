@@ -53,7 +53,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         layers = self.config.vision_feature_layer
         selected = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
-        if selected[0].ndim == 4:  # timm towers give [images, C, G, G], class token already dropped
+        if selected[0].ndim == 4:  # timm towers return [images, C, G, G], class token already dropped
             selected = [layer.flatten(2).transpose(1, 2) for layer in selected]
         elif self.config.vision_feature_select_strategy == "default":
             selected = [layer[:, 1:] for layer in selected]
@@ -62,7 +62,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Image tokens of every image: `.pooler_output` is a list of [num_image_tokens, D]."""
         patches = self.get_patch_features(pixel_values)
-        tokens: Any = list(self.project(patches))  # transformers' LLaVA gives a list too
+        tokens: Any = list(self.project(patches))  # transformers' LLaVA returns a list too
         return BaseModelOutputWithPooling(last_hidden_state=patches, pooler_output=tokens)
 
     def project(self, patches: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
 
     def check_counts(self, placeholders: int, images: int) -> None:
         """Raises `ValueError` unless there are `num_image_tokens` placeholders for each image."""
-        expected = f"{images} images of {self.config.num_image_tokens} tokens"
+        expected = f"{images} x {self.config.num_image_tokens} image tokens"
         if placeholders != images * self.config.num_image_tokens:
             raise ValueError(f"input_ids hold {placeholders} image placeholders, but pixel_values hold {expected}")
 
@@ -90,7 +90,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         return embeds_BLD.masked_scatter(mask, tokens.to(embeds_BLD.device, embeds_BLD.dtype))
 
     def blank_image_edge(self) -> Tensor:
-        """Zero, computed through tower and projector: ties them into the graph of a batch without images.
+        """Zero, computed through tower and projector: adds them to the graph of a batch without images.
 
         Every process of a distributed run then runs the same modules and reduces the same gradients.
         """
@@ -205,7 +205,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         )
 
     def silence(self, logits: Tensor) -> Tensor:
-        """Make ids that are not words impossible, in place: placeholder, filler rows, padding (unless it ends answers)."""
+        """Mask, in place, ids that are not vocabulary: placeholder, filler rows, padding (unless it ends answers)."""
         lowest = torch.finfo(logits.dtype).min
         logits[..., self.config.image_token_id :] = lowest
         pad, ends = self.config.pad_token_id, self.generation_config.eos_token_id
@@ -214,9 +214,9 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         return logits
 
     def supervised_loss(self, hidden_BLD: Tensor, labels_BL: Tensor, num_items_in_batch=None) -> Tensor:
-        """Next-token cross-entropy over words; the [B, L, V] logits are never made.
+        """Next-token cross-entropy over the vocabulary; the [B, L, V] logits are never materialised.
 
-        What `silence` makes impossible takes no part, neither as target nor in the softmax.
+        Ids that `silence` masks are excluded, as targets and from the softmax.
         """
         targets_BL = labels_BL[:, 1:].to(hidden_BLD.device)
         learned_BL = (targets_BL != IGNORE_INDEX) & (targets_BL < self.config.image_token_id)
@@ -231,7 +231,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Several beams or answers per prompt: the images of a prompt are repeated as a group, [a, b] -> [a, b, a, b].
 
-        Newer transformers encode the images first and do this themselves; older ones would give [a, a, b, b].
+        Newer transformers encode the images first and do this themselves; older ones would return [a, a, b, b].
         """
         pixel_values = model_kwargs.pop("pixel_values", None)
         encoded = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
@@ -254,17 +254,17 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         """Open a full checkpoint as any transformers model, or one of the formats of `llava_sp.checkpoints`.
 
         An adapter checkpoint (LoRA and projector), ours or the original code's, is opened on the base models it records;
-        `language_model=` and `vision_tower=` (hub ids or paths) take their place. What a folder is shows in its content.
+        `language_model=` and `vision_tower=` (hub ids or paths) replace them. The folder's content gives its format.
 
         Raises:
-            FileNotFoundError: a folder that is not there.
-            ValueError: something in the checkpoint is missing or broken, or a keyword is about what the weights decide.
+            FileNotFoundError: the folder does not exist.
+            ValueError: a part of the checkpoint is missing or broken, or a keyword sets what the weights determine.
         """
         given = [name for name in kwargs if name in _OF_THE_WEIGHTS]
         if given:
             raise ValueError(
-                f"{pretrained_model_name_or_path}: {' and '.join(f'{name}=' for name in given)} cannot be chosen on opening, "
-                "the weights decide. from_backbones(...) makes a new model"
+                f"{pretrained_model_name_or_path}: {' and '.join(f'{name}=' for name in given)} cannot be set on opening, "
+                "the weights determine it. from_backbones(...) makes a new model"
             )
         kwargs = _with_dtype(kwargs)
         formats = other_formats()
@@ -276,15 +276,15 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
     def from_full(cls, path, *args, output_loading_info: bool = False, **kwargs):
         """transformers' own `from_pretrained`, of a full checkpoint. Raises `ValueError` where tensors are missing in it."""
         if (Path(path) / ADAPTER_FILE).is_file():
-            raise ImportError(f"{path} is an adapter checkpoint (LoRA and projector): pip install llava_sp opens it")
+            raise ImportError(f"{path} is an adapter checkpoint (LoRA and projector): pip install llava_sp to open it")
         quantization: Any = kwargs.get("quantization_config")
         if getattr(quantization, "llm_int8_skip_modules", FULL_PRECISION) is None:
-            quantization.llm_int8_skip_modules = FULL_PRECISION  # the language model is what is large
+            quantization.llm_int8_skip_modules = FULL_PRECISION  # only the language model is large
         opened: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model, info = opened
         missing = sorted(info["missing_keys"])
         if missing:
-            raise ValueError(f"{path} lacks {len(missing)} tensors, such as {', '.join(missing[:4])}")
+            raise ValueError(f"{path} lacks tensors ({len(missing)}), for example {', '.join(missing[:4])}")
         return (model, info) if output_loading_info else model
 
     @classmethod
@@ -305,11 +305,11 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             return super().save_pretrained(save_directory, *args, **kwargs)
         write = kwargs.pop("is_main_process", True)
         if args or kwargs:
-            raise ValueError(f"saving LoRA and projector takes no {', '.join(map(str, [*args, *kwargs]))}")
+            raise ValueError(f"saving LoRA and projector does not support {', '.join(map(str, [*args, *kwargs]))}")
         needed_formats().save_adapter(self, None, save_directory, write=write)
 
 
-# Keywords of `from_pretrained` that would make another model than that of the weights.
+# Keywords of `from_pretrained` that would make a model that does not match the weights.
 _OF_THE_WEIGHTS = {field.name for field in dataclasses.fields(LlavaSPConfig)} | {"seed"}
 _OF_THE_WEIGHTS -= {field.name for field in dataclasses.fields(PreTrainedConfig)}
 

@@ -1,4 +1,4 @@
-"""What opens other formats than transformers' own full checkpoint registers itself here; the model's files work without."""
+"""Where code that opens formats other than transformers' own registers itself; the model's files work without it."""
 
 from __future__ import annotations
 

@@ -91,17 +91,17 @@ class LlavaSPProcessor(LlavaProcessor):
         self._encoder = TextEncoder(tokenizer)
 
     def _needs(self, tokenizer, image_token: str) -> Iterator[tuple[str, object, bool, str]]:
-        """(what, its value, whether it fits, what would be right)"""
+        """(what, its value, whether it is valid, what is valid)"""
         number, ratio = self.num_image_tokens, self.image_aspect_ratio
         yield "num_image_tokens", number, isinstance(number, int) and number >= 1, "the config's num_image_tokens"
         yield "image_aspect_ratio", ratio, ratio in ASPECT_RATIOS, " or ".join(ASPECT_RATIOS)
         fast = getattr(tokenizer, "is_fast", False)
         yield "tokenizer", type(tokenizer).__name__, fast, "a fast tokenizer, which gives character offsets"
-        words = "one with words in its tokenizer.json or .model"
+        words = "one with a vocabulary in its tokenizer.json or .model"
         yield "tokenizer", tokenizer.name_or_path, has_words(tokenizer), words
         added = "one of its tokens: call add_special_tokens(tokenizer) first"
         yield "image_token", image_token, image_token in tokenizer.get_vocab(), added
-        yield "the tokenizer's eos_token", tokenizer.eos_token, tokenizer.eos_token is not None, "what ends an answer"
+        yield "the tokenizer's eos_token", tokenizer.eos_token, tokenizer.eos_token is not None, "the end of an answer"
         yield "the tokenizer's pad_token", tokenizer.pad_token, tokenizer.pad_token is not None, added
 
     @classmethod
@@ -136,14 +136,14 @@ class LlavaSPProcessor(LlavaProcessor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> LlavaSPProcessor:
-        """The processor saved beside a checkpoint, or the one that belongs to a checkpoint of other code.
+        """The processor saved beside a checkpoint, or one made for a checkpoint of other code.
 
-        Of the latter, `language_model=` and `vision_tower=` take the place of recorded paths, as for the model;
-        `image_aspect_ratio=` and `conversation_template=` that of what such checkpoints do not record.
+        For the latter, `language_model=` and `vision_tower=` replace recorded paths, as for the model;
+        `image_aspect_ratio=` and `conversation_template=` set what such checkpoints do not record.
 
         Raises:
-            FileNotFoundError: a folder that is not there.
-            ValueError: a file of it is broken.
+            FileNotFoundError: the folder does not exist.
+            ValueError: one of its files is broken.
         """
         formats = other_formats()
         if formats is not None:
@@ -169,7 +169,7 @@ class LlavaSPProcessor(LlavaProcessor):
             images: one image (PIL, array, path, URL), a list, or one list per prompt, in the order of the marks.
             text: a prompt or a list of prompts with one `<image>` per image.
             padding, max_length, padding_side, pad_to_multiple_of, add_special_tokens: as for tokenizers; padding is to
-                the longest prompt, on the left, unless said otherwise.
+                the longest prompt, on the left, by default.
             kwargs: anything else goes to the image processor.
 
         Returns:
@@ -201,12 +201,12 @@ class LlavaSPProcessor(LlavaProcessor):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _image_kwargs(self, kwargs: dict) -> dict:
-        """What the image processor knows; anything else that is switched on is an error."""
+        """The image processor's arguments; any other that is set is an error."""
         known = getattr(getattr(self.image_processor, "valid_kwargs", None), "__annotations__", kwargs)
         unknown = [key for key, value in kwargs.items() if key not in known and value not in (None, False)]
         if unknown:
-            takes = f"{', '.join(_TEXT_KEYS)} and what {type(self.image_processor).__name__} takes"
-            raise ValueError(f"LlavaSPProcessor does not know {', '.join(unknown)}; it takes {takes}")
+            takes = f"{', '.join(_TEXT_KEYS)} and the arguments of {type(self.image_processor).__name__}"
+            raise ValueError(f"LlavaSPProcessor does not support {', '.join(unknown)}; it takes {takes}")
         return {key: value for key, value in kwargs.items() if key in known}
 
     def _encode_prompts(
@@ -257,9 +257,9 @@ class LlavaSPProcessor(LlavaProcessor):
                 turns[:count], chat_template=jinja, tokenize=False, add_generation_prompt=prompt
             )
             if not text.startswith(done):
-                raise ValueError(f"the chat template rewrites earlier text at turn {count - 1}: it cannot train")
+                raise ValueError(f"the chat template rewrites earlier text at turn {count - 1}; training cannot use it")
             piece, done = text[len(done) :], text
-            if learned and self.tokenizer.eos_token in piece:  # what follows the end token is layout
+            if learned and self.tokenizer.eos_token in piece:  # text after the end token is formatting
                 answer, end, layout = piece.rpartition(self.tokenizer.eos_token)
                 segments.append((answer + end, True))
                 piece, learned = layout, False
@@ -286,10 +286,10 @@ class LlavaSPProcessor(LlavaProcessor):
         return [token.id for token in tokens], [token.label for token in tokens]
 
     def align_segments(self, segments: list[Segment], add_special_tokens: bool = True) -> list[Token]:
-        """The one way from text to ids: each token with its label and its place in the segments' joined text.
+        """All tokenization is done here: each token with its label and its position in the segments' joined text.
 
         The text between two image marks is tokenized as a text of its own, once, as the original does (so the piece "▁"
-        stands after every image). A token is learned if it holds a character of a learned segment.
+        comes after every image). A token is learned if it holds a character of a learned segment.
         """
         text = "".join(piece for piece, _ in segments)
         learned = bytearray().join(bytes([flag]) * len(piece) for piece, flag in segments)

@@ -31,7 +31,7 @@ class WindowProjection(nn.Module):
 
 
 class SpatialFeatureExtractor(nn.Module):
-    """The paper's SFE: one vector per scale. A variant says what a scale sees; see `Cropping` and `Pooling`.
+    """The paper's SFE: one vector per scale. A variant defines the window of a scale; see `Cropping` and `Pooling`.
 
     To add a variant, subclass this, override `window` (or `forward`), and enter the class in `SPATIAL_VARIANTS`.
     The contract: `num_tokens`, and `forward(patches_BGGC) -> features_BSK`.
@@ -40,12 +40,12 @@ class SpatialFeatureExtractor(nn.Module):
     def __init__(self, config: LlavaSPConfig):
         super().__init__()
         scales, width = config.spatial_scales, config.spatial_width
-        assert scales and width, "the configuration has filled them in"
+        assert scales and width, "set by the configuration"
         self.scales, self.num_tokens = list(scales), len(scales)
         self.projections = nn.ModuleDict({str(s): WindowProjection(config.vision_width, width, s) for s in scales})
 
     def window(self, patches_BGGC: Tensor, scale: int) -> Tensor:
-        """What the token of this scale sees: [B, scale, scale, C]."""
+        """The window that the token of this scale sees: [B, scale, scale, C]."""
         raise TypeError(f"{type(self).__name__} must define window() or forward()")
 
     def forward(self, patches_BGGC: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class DetailFeatureIntegrator(nn.Module):
     def __init__(self, config: LlavaSPConfig):
         super().__init__()
         kernel, stride, width = config.fusion_kernel, config.fusion_stride, config.spatial_width
-        assert kernel and stride and width, "the configuration has filled them in"
+        assert kernel and stride and width, "set by the configuration"
         self.kernel, self.stride = kernel, stride
         self.context = WindowProjection(config.vision_width, width, self.kernel)
         self.query = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
@@ -86,7 +86,7 @@ class DetailFeatureIntegrator(nn.Module):
         self.value = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
 
     def forward(self, features_BSK: Tensor, patches_BGGC: Tensor) -> Tensor:
-        """-> what each spatial feature found, [B, S, K]; no residual, no output projection."""
+        """-> one attended vector per spatial feature, [B, S, K]; no residual, no output projection."""
         windows = patches_BGGC.unfold(1, self.kernel, self.stride).unfold(2, self.kernel, self.stride)
         context_BPK = self.context(windows.permute(0, 1, 2, 4, 5, 3).flatten(1, 2))
         return F.scaled_dot_product_attention(self.query(features_BSK), self.key(context_BPK), self.value(context_BPK))
@@ -101,11 +101,11 @@ class SpatialBranch(nn.Module):
             known = ", ".join(["none", *SPATIAL_VARIANTS])
             raise ValueError(f"spatial_variant is {config.spatial_variant!r}; it must be one of: {known}")
         if config.spatial_width is None:
-            raise ValueError(f'spatial_variant was "none" and is {config.spatial_variant!r}: make a new configuration')
+            raise ValueError(f'spatial_variant was "none", now {config.spatial_variant!r}: make a new configuration')
         self.extractor = SPATIAL_VARIANTS[config.spatial_variant](config)
         if self.extractor.num_tokens != config.num_spatial_tokens:
             found, wanted = self.extractor.num_tokens, config.num_spatial_tokens
-            raise ValueError(f"{type(self.extractor).__name__}.num_tokens is {found}; spatial_scales ask for {wanted}")
+            raise ValueError(f"{type(self.extractor).__name__}.num_tokens is {found}; spatial_scales need {wanted}")
         self.integrator = DetailFeatureIntegrator(config) if config.spatial_fusion else None
         in_width = config.spatial_width * (2 if config.spatial_fusion else 1)
         self.act = nn.GELU()
@@ -140,7 +140,7 @@ class SpatialProjector(LlavaMultiModalProjector):
         return torch.cat([self.spatial(patches_BGGC), tokens_BND], dim=1)
 
     def reset_parameters(self) -> None:
-        """New weights, as `reset_parameters` draws them for each layer."""
+        """New weights for each layer, see `reset_parameters`."""
         for module in self.modules():
             reset_parameters(module)
 

@@ -1,4 +1,4 @@
-"""From text to ids, the original's own: the added tokens, and SentencePiece's rule for spaces in a fast tokenizer."""
+"""Tokenization as in the original: the added tokens, and SentencePiece's rule for spaces in a fast tokenizer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def add_special_tokens(tokenizer, base_rows: int = 0) -> tuple[int, int, int]:
         base_rows: rows of the base model's embedding.
 
     Returns:
-        `(image_token_id, pad_token_id, rows)`; `rows` are the embedding rows to have: a multiple of 64, or `base_rows` if
-        those suffice. For Vicuna: 32000, 32001, 32064.
+        `(image_token_id, pad_token_id, rows)`; `rows` is the embedding's new size: a multiple of 64, or `base_rows` if
+        that suffices. For Vicuna: 32000, 32001, 32064.
     """
     if IMAGE_MARK not in tokenizer.get_vocab():
         tokenizer.add_tokens([transformers.AddedToken(IMAGE_MARK, special=True, normalized=False)], special_tokens=True)
@@ -33,12 +33,12 @@ def add_special_tokens(tokenizer, base_rows: int = 0) -> tuple[int, int, int]:
 
 
 class TextEncoder:
-    """Texts without image marks -> ids with their places, as the original's slow tokenizer splits them.
+    """Texts without image marks -> ids with their positions, as the original's slow tokenizer splits them.
 
-    SentencePiece puts its word-start piece before a text even where that begins with a space ("▁▁", "and"); the fast
+    SentencePiece puts its word-start piece before a text even if that begins with a space ("▁▁", "and"); the fast
     tokenizer built from the same file leaves it out there ("▁and"). The original tokenizes with the former, and every text
-    after an image that does not start on a new line is such a text. Of the `legacy` kind also every text after a
-    special token. There the space is doubled.
+    after an image that does not start on a new line is such a text. With a `legacy` tokenizer, so is every text after a
+    special token. There the space is doubled here.
 
     Attributes:
         prefix: the ids that the tokenizer puts before a text (the beginning-of-sequence token, or nothing).

@@ -28,8 +28,8 @@ class Chains:
     """Runs named chains of commands: in order within a chain, at most `jobs` at once, the one that waited longest first.
 
     Args:
-        jobs: how many commands run at once; each gets an even share of the processor's cores, unless OMP_NUM_THREADS says
-            otherwise, because small models gain little from threads and lose much where threads outnumber cores.
+        jobs: how many commands run at once; each gets an even share of the processor's cores, unless OMP_NUM_THREADS is
+            set, because small models gain little from threads and lose much where threads outnumber cores.
         heading: what to print in front of a command's title, such as the time so far.
     """
 

@@ -78,7 +78,7 @@ def _write(path: Path, content: object) -> None:
 
 
 def _pretrain(images: Images, settings: Settings) -> list[dict]:
-    """Stage 1: one image, one request, one caption. The mark stands before or after the request, as in LLaVA's file."""
+    """Stage 1: one image, one request, one caption. The mark comes before or after the request, as in LLaVA's file."""
     rng = np.random.default_rng([settings.seed, 10])
     records = []
     for i in range(settings.captions):

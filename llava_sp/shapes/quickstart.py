@@ -4,7 +4,7 @@
 
 Makes the shapes data, then for every variant runs the very commands that a real run uses (`python -m llava_sp.train` with
 configs/shapes/*.yaml, `python -m llava_sp.eval.vqav2`), prints one table and writes OUTPUT/report.html. The same command
-again reuses what is finished and goes on with what is not.
+again reuses finished steps and continues with the others.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def commands(run: Run, data: Path, args: argparse.Namespace) -> list[Command]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     args = parse(argv)
-    interrupted = "interrupted: the same command goes on from here"
+    interrupted = "interrupted: the same command continues from here"
     return run_command(lambda: run(args), traceback=args.traceback, on_interrupt=interrupted, clean_up_on_sigterm=True)
 
 

@@ -150,7 +150,7 @@ def train_tokenizer(texts: list[str], path: Path) -> PreTrainedTokenizerBase:
 def encode(tokenizer: PreTrainedTokenizerBase, segments: Segments) -> Sample:
     """The assistant's words and end token weigh 1 as targets, everything else 0.1, chords 0.
 
-    A turn after the first stands right behind "</s>", where Llama's tokenizer puts no space in front of "USER".
+    A turn after the first comes directly after "</s>", where Llama's tokenizer puts no space in front of "USER".
     """
     sample = Sample([BOS], [0.0], {})
     for text, is_answer in segments:

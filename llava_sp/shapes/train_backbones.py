@@ -125,7 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_arguments((flag, value, value >= least, f"at least {least}") for flag, value, least in given)
         train(args.output, [args.only] if args.only else list(BATCH), args.seed, args.max_steps, args.threads)
 
-    return run_command(action, traceback=args.traceback, on_interrupt="interrupted: the same command goes on from here")
+    return run_command(
+        action, traceback=args.traceback, on_interrupt="interrupted: the same command continues from here"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The shapes world: small scenes of coloured shapes and real handwritten digits, a function of a seed.
 
-A `Scene` is a graph (what stands where); `draw` turns it into a 96 x 96 image, `llava_sp/shapes/language.py` into
+A `Scene` is a graph (things and positions); `draw` turns it into a 96 x 96 image, `llava_sp/shapes/language.py` into
 captions, questions and answers, so that every answer can be derived again from the graph.
 
 Held out twice over: a scene belongs to the `train` or the `val` split by the hash of what it shows, so no scene of one
@@ -57,7 +57,7 @@ class Thing:
 
     @property
     def place(self) -> str:
-        """Where it stands, in words: "top left", ..., "center", ..., "bottom right"."""
+        """Its position, in words: "top left", ..., "center", ..., "bottom right"."""
         return PLACES[self.row][self.col]
 
     @property
@@ -118,7 +118,7 @@ class Scene:
         return [thing for thing in self.things if names[thing.name] == 1]
 
     def neighbours(self, of: Thing) -> dict[str, Thing]:
-        """What stands in the cells that touch the thing's own: side ("above" ...) -> thing."""
+        """The things in the cells that touch the thing's own: side ("above" ...) -> thing."""
         cells = {thing.cell: thing for thing in self.things}
         places = {side: (of.row + down, of.col + right) for side, (down, right) in SIDES.items()}
         return {side: cells[place] for side, place in places.items() if place in cells}

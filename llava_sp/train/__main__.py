@@ -1,11 +1,11 @@
-"""Train, from a configuration.
+"""Train from a configuration.
 
     python -m llava_sp.train --config configs/finetune_lora_7b_cropping.yaml --max_steps 10
     deepspeed scripts/finetune_lora.sh --max_steps 10
     torchrun --nproc-per-node 8 -m llava_sp.train --config ...
 
 Keys are the fields of llava_sp/config/arguments.py and of transformers.TrainingArguments, and the spatial_* and fusion_* of
-LlavaSPConfig; configs/ holds the shipped runs. The same command again goes on where the run was; a finished run says so.
+LlavaSPConfig; configs/ holds the shipped runs. The same command again resumes the run; a finished run is only reported.
 """
 
 from __future__ import annotations

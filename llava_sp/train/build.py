@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 def build_model(run: Run) -> LlavaSPForCausalLM:
     """Backbones, LoRA if the stage trains it, projector (fresh, a warm start's patch MLP, or stage 1's whole one); frozen as
-    the stage says."""
+    the stage requires."""
     arguments, args = run.model, run.train
     options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
     model = LlavaSPForCausalLM.from_backbones(
@@ -67,13 +67,13 @@ def add_lora(model: LlavaSPForCausalLM, arguments: ModelArguments, seed: int = 0
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[]):  # ZeRO-3 has drawn other numbers until here than one process has
+    with torch.random.fork_rng(devices=[]):  # ZeRO-3 has drawn other numbers before than a single process
         torch.manual_seed(seed)
         model.add_adapter(config)
 
 
 def prepare_stage(model: LlavaSPForCausalLM, args: TrainArguments) -> None:
-    """Freeze, keep the frozen tower out of training mode, give what trains full precision, and log the table."""
+    """Freeze, keep the frozen tower in evaluation mode, cast trained parameters to float32, and log the table."""
     apply_stage(model, args.stage)
     tower = model.model.vision_tower
     if not any(parameter.requires_grad for parameter in tower.parameters()):
@@ -87,6 +87,6 @@ def prepare_stage(model: LlavaSPForCausalLM, args: TrainArguments) -> None:
 
 
 def _keep_evaluating(module: nn.Module, _inputs: Any) -> None:
-    """A frozen tower has no dropout, whatever `model.train()` says."""
+    """A frozen tower has no dropout, even after `model.train()`."""
     if module.training:
         module.eval()

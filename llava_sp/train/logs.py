@@ -36,7 +36,7 @@ class Meter(TrainerCallback):
         self._busy, self._since = 0.0, time.perf_counter()
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        """Just before the scheduler moves on: the rates that this step used."""
+        """Called before the scheduler's step: the rates of this step."""
         self.rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -50,7 +50,7 @@ class Meter(TrainerCallback):
     on_evaluate = on_save
 
     def read(self, state) -> dict[str, float]:
-        """The figures, and a new start for the next ones."""
+        """The figures since the last reading, which are then reset."""
         steps, tokens = state.global_step - self._steps, state.num_input_tokens_seen - self._tokens
         busy = max(self._busy, 1e-9)
         figures = {f"learning_rate/{name}": rate for name, rate in self.rates.items() if "no decay" not in name}
@@ -153,7 +153,7 @@ def line(step: int, steps: int, logs: dict[str, Any]) -> str:
 
 
 class EndWithLauncher(TrainerCallback):
-    """Stops a process whose launcher was killed: it must not go on writing where the next attempt writes."""
+    """Stops a process whose launcher was killed: it must not keep writing to the folder of the next attempt."""
 
     def __init__(self):
         self.launchers = launchers()

@@ -1,4 +1,4 @@
-"""What a run needs and is missing, and what is in its way, in one message, before anything is loaded."""
+"""Checks before anything is loaded: missing inputs and conflicts of a run, in one message."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from llava_sp.common.files import is_missing_folder
 from llava_sp.common.schema import expect, one_of
 from llava_sp.config.arguments import DataArguments, ModelArguments, Run, TrainArguments
 from llava_sp.data.mixture import load_mixture
+from llava_sp.data.sources import missing
 from llava_sp.train.build import SCRATCH
 from llava_sp.train.run_folder import RunFolder
-from llava_sp.train.stages import STAGES
+from llava_sp.train.stages import FIRST_STAGES, STAGES
 
 MODEL_SOURCES = {
     "language_model": "a hub id such as lmsys/vicuna-7b-v1.5, or a folder with a causal language model",
@@ -34,7 +35,7 @@ VARIABLES = {
 
 
 def check_inputs(run: Run) -> None:
-    """Raise `ValueError` that names all that is missing or in the way, the key that sets it, and where it comes from."""
+    """Raises `ValueError` that names every missing or conflicting input, the key that sets it, and its source."""
     model, data, args = run.model, run.data, run.train
     expect({"stage": args.stage}, {"stage": one_of(*STAGES)}, "This run cannot start")
     problems = [*_warm_start(model, args), *_models(model), *_projector(model, args), *_data(data), *_output(run)]
@@ -52,7 +53,7 @@ def _warm_start(model: ModelArguments, args: TrainArguments) -> Iterator[str]:
     if start is None:
         return
     if is_missing_folder(start):
-        yield f"warm_start = {start}: it is not there; give a trained LLaVA-1.5 (folder, projector file or hub id), or null."
+        yield f"warm_start = {start} does not exist; give a trained LLaVA-1.5 (folder, file or hub id), or null."
     elif "lora" not in STAGES[args.stage] and holds_lora(start):
         yield (
             f"warm_start = {start} has LoRA, which the stage {args.stage} does not train: merge it first "
@@ -86,7 +87,7 @@ def _unreachable(name: str) -> str | None:
     except HFValidationError:
         return "this is neither a folder nor a model's name"
     except HfHubHTTPError as error:
-        return f"there is no such folder, and {constants.ENDPOINT} does not give a model of this name ({_short(error)})"
+        return f"there is no such folder, and {constants.ENDPOINT} has no readable model of this name ({_short(error)})"
     except HTTPError as error:
         return f"this model is not in the cache ({constants.HF_HUB_CACHE}), and {constants.ENDPOINT} cannot be reached ({error})"
     return None
@@ -101,9 +102,9 @@ def _projector(model: ModelArguments, args: TrainArguments) -> Iterator[str]:
     if path == SCRATCH:
         return
     if path is None:
-        if "lora" in STAGES[args.stage]:
+        if args.stage not in FIRST_STAGES:
             yield (
-                "projector_checkpoint is not set: the output folder of stage 1 (scripts/pretrain.sh), whose whole "
+                "projector_checkpoint is not set: give the output folder of stage 1 (scripts/pretrain.sh), whose whole "
                 f"projector this stage starts from; '{SCRATCH}' starts from random weights."
             )
     elif not Path(path).is_dir():
@@ -114,7 +115,7 @@ def _projector(model: ModelArguments, args: TrainArguments) -> Iterator[str]:
     elif not (Path(path) / "llava_sp.json").is_file():
         steps = sorted(entry.name for entry in Path(path).glob("checkpoint-*"))
         hint = (
-            f"stage 1 has only got to {steps[-1]}; finish it" if steps else "give the output_dir of a finished stage 1"
+            f"stage 1 has only reached {steps[-1]}; finish it" if steps else "give the output_dir of a finished stage 1"
         )
         yield f"{_named('projector_checkpoint', path)}: this folder holds no finished projector (no llava_sp.json); {hint}."
 
@@ -126,16 +127,16 @@ def _data(data: DataArguments) -> Iterator[str]:
     elif data.mixture:
         yield from _mixture(Path(data.mixture))
     elif data.data_path is None:
-        yield "data_path is not set: a LLaVA JSON or JSONL file (or mixture, a YAML file that lists several)."
+        yield "data_path is not set: give a LLaVA JSON or JSONL file (or mixture, a YAML file that lists several)."
     else:
-        missing = []
+        problems = []
         if not Path(data.data_path).is_file():
-            missing.append(f"{_named('data_path', data.data_path)}: there is no such file.")
+            problems.append(f"{_named('data_path', data.data_path)}: there is no such file.")
         if data.image_folder is not None and not Path(data.image_folder).is_dir():
-            missing.append(f"{_named('image_folder', data.image_folder)}: there is no such folder.")
-        if missing:
-            missing[-1] += source
-        yield from missing
+            problems.append(f"{_named('image_folder', data.image_folder)}: there is no such folder.")
+        if problems:
+            problems[-1] += source
+        yield from problems
     if data.eval_data_path and not Path(data.eval_data_path).is_file():
         yield f"eval_data_path = {data.eval_data_path}: there is no such file."
     if data.eval_data_path and data.validation_fraction:
@@ -151,15 +152,13 @@ def _mixture(file: Path) -> Iterator[str]:
         yield f"mixture = {file}: {error}."
         return
     for source in sources:
-        if not source.annotations.is_file():
-            yield f"mixture = {file}: annotations: {source.annotations} is not there."
-        if not source.images.is_dir():
-            yield f"mixture = {file}: images: {source.images} is not there."
+        for key, path in missing(source):
+            yield f"mixture = {file}: {key}: {path} does not exist."
 
 
 def _output(run: Run) -> Iterator[str]:
     folder = run.train.output_dir
     if folder in (None, "trainer_output"):
-        yield "output_dir is not set: the folder that this run writes to."
+        yield "output_dir is not set: give the folder that this run writes to."
     else:
         yield from RunFolder(folder).conflicts(run.settings, run.train.world_size)

@@ -1,4 +1,4 @@
-"""How the processes of a run start; which of them this is, and how they end, is in `common.processes`."""
+"""How the processes of a run start; for their ranks and how they end, see `common.processes`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 
 def be_the_only_process() -> None:
-    """Describe a plain `python` as a launcher's only process; before the arguments are made, which find their devices.
+    """Describe a plain `python` as a launcher's only process; before the arguments, which detect the devices, are made.
 
     DeepSpeed needs it, and so do several visible GPUs: Trainer would split each batch among them (nn.DataParallel), which
     does not know which image belongs to which sample.

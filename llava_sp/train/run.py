@@ -54,7 +54,7 @@ def train(config: str | Path | None, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _train_in(folder: RunFolder, run: Run, callbacks: list[TrainerCallback]) -> dict[str, Any]:
-    """The run itself: what is cheap to check comes first, then the weights, training, and the proof."""
+    """The run itself: cheap checks first, then the weights, training, and the proof."""
     args, is_main = run.train, Processes.from_environment().is_main
     if folder.is_finished:
         logger.info("%s is a finished run; nothing to do. Another output_dir starts a new one.", folder.path)
@@ -63,7 +63,7 @@ def _train_in(folder: RunFolder, run: Run, callbacks: list[TrainerCallback]) -> 
     facts = _facts(args)
     if is_main:
         folder.open(run.settings, facts)
-    args.distributed_state.wait_for_everyone()  # an earlier attempt may have been writing until now
+    args.distributed_state.wait_for_everyone()  # an earlier attempt may still have been writing
     checkpoint = folder.newest_checkpoint()
 
     processor = build_processor(run)
@@ -110,11 +110,11 @@ def _train_in(folder: RunFolder, run: Run, callbacks: list[TrainerCallback]) -> 
 
 @contextlib.contextmanager
 def _data_errors() -> Iterator[None]:
-    """While training, a bad sample and a failed write are what the user can put right; any other error keeps its traceback."""
+    """While training, a bad sample or a failed write is the user's to correct; any other error keeps its traceback."""
     try:
         yield
     except BadSample as error:
-        reason = str(error).strip().splitlines()[-1]  # a loader's worker puts its whole traceback before it
+        reason = str(error).strip().splitlines()[-1]  # a loader's worker prepends its whole traceback
         raise FailedHere(f"{reason}\non_bad_sample: skip leaves such samples out") from error
     except FailedHere:
         raise
@@ -123,7 +123,7 @@ def _data_errors() -> Iterator[None]:
 
 
 def _facts(args: TrainArguments) -> dict[str, Any]:
-    """What the settings of a run do not hold, for run.yaml and the checkpoints' manifests."""
+    """Facts about a run besides its settings, for run.yaml and the checkpoints' manifests."""
     return {
         "started": provenance.now(),
         "command": provenance.command(),
@@ -146,6 +146,6 @@ def _log_plan(
         f"process x {args.world_size} processes x {args.gradient_accumulation_steps} accumulated."
     )
     if checkpoint:
-        logger.info("Going on from %s (step %s).", checkpoint, log_position(checkpoint))
+        logger.info("Resuming from %s (step %s).", checkpoint, log_position(checkpoint))
     else:
         logger.info("Starting in %s.", args.output_dir)

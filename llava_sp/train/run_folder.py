@@ -1,4 +1,4 @@
-"""The folder of a run: which run it holds, where it can go on from, and that only one process writes to it.
+"""The folder of a run: which run it holds, where it can resume from, and a lock so that only one process writes to it.
 
 OUT/run.yaml          settings and provenance; can be given to --config
 OUT/log.jsonl         one line per log
@@ -40,7 +40,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 REPLACED = re.compile(r"\.(checkpoint-\d+)\.replaced")
 WRITE_ERRORS = (OSError, SafetensorError)
 RECORDED = {f"{RESERVED_KEY}?": {"processes?": int}}  # the schema of run.yaml, beside settings that are only compared
-OTHER_RUN = "Give the same settings to go on with that run, or choose another output_dir."
+OTHER_RUN = "Give the same settings to resume that run, or choose another output_dir."
 
 # Keys that change what is written, shown or how fast, but not what is learned.
 HARMLESS = (
@@ -64,7 +64,7 @@ class RunFolder:
         self._lock: Any = None
 
     def conflicts(self, settings: Mapping[str, Any], processes: int) -> Iterator[str]:
-        """Why a run with these settings cannot write here: the folder holds another run, or something that is not a run.
+        """Why a run with these settings cannot write here: the folder holds another run, or files that are not a run's.
 
         A run that left neither checkpoint nor model (its data could not be read, for example) does not own the folder.
         """
@@ -102,9 +102,9 @@ class RunFolder:
         return max(found)[1] if found else None
 
     def open(self, settings: Mapping[str, Any], provenance: Mapping[str, Any], patience: float = 60.0) -> None:
-        """Lock the folder for this process, clear what a killed save left, and write run.yaml.
+        """Lock the folder for this process, remove what a killed save left, and write run.yaml.
 
-        Another process that is still ending gets `patience` seconds for it. Raises `ValueError` if it stays, or if nothing
+        Waits `patience` seconds for another process to end. Raises `ValueError` if it does not, or if nothing
         can be written here.
         """
         with self.writing("the folder of the run"):
@@ -148,7 +148,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def writing(self, name: str, errors: tuple[type[Exception], ...] = WRITE_ERRORS) -> Iterator[None]:
-        """Around writing `name`: a full disk, missing rights and the like become a `FailedHere` that says what is left."""
+        """Around writing `name`: a full disk, missing rights and the like become a `FailedHere` naming what is left."""
         try:
             yield
         except errors as error:
@@ -159,11 +159,11 @@ class RunFolder:
         return (
             f"({shutil.disk_usage(there).free / 2**30:.2f} GiB free there): {error}\nThe newest complete checkpoint is "
             f"{self.newest_checkpoint() or 'none yet'}; nothing was lost but the steps since. "
-            "Make room (save_total_limit, output_dir) and give the same command again."
+            "Make room (save_total_limit, output_dir) and run the same command again."
         )
 
     def publish(self, staged: Path) -> Path:
-        """Give a completely written checkpoint its name; it is on the disk before it has one.
+        """Give a completely written checkpoint its name; it is synced before it is renamed.
 
         One of that name (written by an earlier attempt at the same step) is deleted only when the new one is in place.
         """
@@ -194,7 +194,7 @@ class RunFolder:
 
 
 def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Lines that name the keys in which two runs differ, leaving out those that do not matter."""
+    """Lines that name the keys in which two runs differ, except those that do not matter."""
     keys = [key for key in {**recorded, **now} if key not in HARMLESS and not key.startswith(HARMLESS_PREFIXES)]
     unset = "(default)"
     return [

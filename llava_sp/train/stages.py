@@ -1,4 +1,4 @@
-"""Who trains, said once: a stage names the parts of the model that train and the key of each one's learning rate.
+"""What trains, defined once: a stage names the parts of the model that train and the key of each one's learning rate.
 
 Freezing, the optimizer's groups, what a checkpoint must hold and the log's table all follow from `STAGES`.
 """
@@ -18,6 +18,9 @@ STAGES: dict[str, dict[str, str]] = {
     "pretrain": {"patch_mlp": "learning_rate", "spatial": "learning_rate"},
     "finetune_lora": {"lora": "learning_rate", "patch_mlp": "projector_lr", "spatial": "projector_lr"},
 }
+FIRST_STAGES = (
+    "pretrain",
+)  # their projector is fresh unless the run says otherwise; the others' comes from a stage before
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Group:
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to, by its place in the module tree."""
+    """The part that a parameter belongs to, by its path in the module tree."""
     path = name.split(".")
     if "vision_tower" in path:
         return "vision_tower"
@@ -53,7 +56,7 @@ def by_part(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def apply_stage(model: nn.Module, stage: str) -> None:
-    """Set `requires_grad` of every parameter as the stage says. Raises ValueError for an unknown or empty stage."""
+    """Set `requires_grad` of every parameter for the stage. Raises ValueError for an unknown or empty stage."""
     if stage not in STAGES:
         raise ValueError(f"stage = {stage!r} is unknown; there are {', '.join(STAGES)}")
     unsaved = ", ".join(part for part in STAGES[stage] if part not in SAVED_PARTS)
@@ -64,7 +67,7 @@ def apply_stage(model: nn.Module, stage: str) -> None:
         for parameter in parameters.values():
             parameter.requires_grad_(part in STAGES[stage])
     if "lora" in STAGES[stage] and not parts["lora"]:
-        raise ValueError(f"stage = {stage!r} trains LoRA, but the model has none: add the adapter first")
+        raise ValueError(f"stage = {stage!r} trains LoRA, but the model has no LoRA: add the adapter first")
 
 
 def trained_names(model: nn.Module) -> set[str]:
@@ -91,12 +94,12 @@ def optimizer_groups(model: nn.Module, stage: str, rates: Mapping[str, float], w
 
 
 def dimensions(parameter: nn.Parameter) -> int:
-    """Number of dimensions, of the whole parameter where ZeRO-3 holds only a share of it."""
+    """Number of dimensions, of the whole parameter, of which ZeRO-3 holds only a share."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def count(parameter: nn.Parameter) -> int:
-    """Number of values, of the whole parameter where ZeRO-3 holds only a share of it."""
+    """Number of values, of the whole parameter, of which ZeRO-3 holds only a share."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 

@@ -1,6 +1,6 @@
 """transformers' Trainer with LLaVA-SP's optimizer groups, data order and checkpoints; all else is Trainer's own.
 
-A checkpoint holds LoRA and projector (as any adapter checkpoint: it can be opened, evaluated), the optimizer's and the
+A checkpoint holds LoRA and projector (like any adapter checkpoint, it can be opened), the optimizer's and the
 scheduler's state, the random number generators and the trainer's state. It is written in a staging folder and renamed.
 """
 
@@ -108,7 +108,7 @@ class LlavaSPTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.update(self.meter.read(self.state))
-        super().log(logs)  # without start_time: the meter has the speed
+        super().log(logs)  # without start_time: the meter logs the speed
 
     # ---- checkpoints
 
@@ -138,7 +138,7 @@ class LlavaSPTrainer(Trainer):
             with self.folder.writing(name, (*WRITE_ERRORS, RuntimeError)):  # torch.save's error is a RuntimeError
                 self._write_and_publish(name, model, trial)
         except FailedHere:
-            if self.args.should_save:  # the others' files go with it; they may still be writing theirs
+            if self.args.should_save:  # the other ranks' files are in it; they may still be writing them
                 shutil.rmtree(self._staging, ignore_errors=True)
             raise
         finally:

@@ -1,4 +1,4 @@
-"""The proof at the end of a run: what was written, loaded back, gives the logits that the trained model gave."""
+"""The proof at the end of a run: the written weights, loaded back, give the logits of the trained model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def verify_saved(trainer: LlavaSPTrainer, path: str | Path, sample: dict[str, Te
     """Zero what was trained, load it from `path`, and compare the logits of one sample.
 
     Where zeroing leaves the logits as they were (a sample of text alone, LoRA after its first step) or there is no
-    sample, they would prove nothing: the tensors themselves are compared then, bit for bit.
+    sample, logits would prove nothing: then the tensors themselves are compared, bit for bit.
 
     Every process must call this. Returns the figures for `finished.json`. Raises RuntimeError if something differs.
     """
@@ -35,7 +35,7 @@ def verify_saved(trainer: LlavaSPTrainer, path: str | Path, sample: dict[str, Te
     after = logits_of(trainer, sample)
 
     moved, error = relative_change(before, emptied), relative_change(before, after)
-    failure = f"the weights written to {path} do not give the trained model back (the checkpoints there are untouched)"
+    failure = f"the weights written to {path} do not reproduce the trained model (the checkpoints there are untouched)"
     if not error <= TOLERANCE:
         raise RuntimeError(f"{failure}: logits differ by {error:.2e} of their largest value; {TOLERANCE:g} is allowed")
     result = {"relative_logit_error": error, "relative_change_when_forgotten": moved}
@@ -44,12 +44,12 @@ def verify_saved(trainer: LlavaSPTrainer, path: str | Path, sample: dict[str, Te
     loaded = digests(model)
     changed = [name for name in kept if loaded[name] != kept[name]]
     if changed:
-        raise RuntimeError(f"{failure}: {len(changed)} of {len(kept)} tensors differ, such as {changed[0]}")
+        raise RuntimeError(f"{failure}: {len(changed)} of {len(kept)} tensors differ, for example {changed[0]}")
     return {**result, "tensors_compared": len(kept)}
 
 
 def in_words(proof: dict[str, float]) -> str:
-    """The outcome in words."""
+    """The outcome as text."""
     if "tensors_compared" in proof:
         return f"loaded back, its {proof['tensors_compared']} trained tensors are the same bit for bit"
     return f"loaded back, it gives the same logits (relative difference {proof['relative_logit_error']:.1e})"
@@ -75,7 +75,7 @@ def digests(model: nn.Module) -> dict[str, str]:
 
 
 def logits_of(trainer: LlavaSPTrainer, sample: dict[str, Tensor] | None) -> Tensor | None:
-    """Logits [L, words] of one sample at all positions, in float32, without those of ids that are not words."""
+    """Logits [L, words] of one sample at all positions, in float32, without those of ids outside the vocabulary."""
     if sample is None:
         return None
     model = trainer.model_wrapped

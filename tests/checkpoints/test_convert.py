@@ -131,7 +131,7 @@ def test_transformers_llava_both_ways(golden, tmp_path, llava_hf, images):
 def test_the_original_needs_its_slow_tokenizer(golden, tmp_path, llava_hf):
     shutil.copytree(llava_hf, tmp_path / "hf")
     (tmp_path / "hf/tokenizer.model").unlink(missing_ok=True)
-    with pytest.raises(ValueError, match="hf has no tokenizer.model, as the original needs: give --language-model"):
+    with pytest.raises(ValueError, match="hf has no tokenizer.model, which the original needs: give --language-model"):
         convert(tmp_path / "hf", tmp_path / "original", target="original", vision_tower=golden / "clip")
     assert not (tmp_path / "original").exists()
 
@@ -192,10 +192,10 @@ def test_what_an_adapter_cannot_keep_is_not_lost_silently(golden, tmp_path, monk
         added = {prefix + name.removeprefix("vision_model."): 1.5 * tensor for name, tensor in tower.items()}
     added = {f"base_model.model.model.{key}": tensor for key, tensor in added.items()}
     torch.save(torch.load(file, weights_only=True) | added, file)
-    named = rf"non_lora_trainables.bin holds base_model.model.model.{part}.weight .*, which has no place"
+    named = rf"non_lora_trainables.bin holds base_model.model.model.{part}.weight .*, which is unexpected"
     refusals = {"open": named, "convert": named, "warm start": named}
     if part == "vision_tower":
-        refusals = {"convert": "holds a trained vision tower", "warm start": "holds a vision tower of its own"}
+        refusals = {"convert": "holds a trained vision tower", "warm start": "has its own vision tower"}
         model = LlavaSPForCausalLM.from_pretrained(folder, **bases(golden))
         for name, tensor in model.model.vision_tower.state_dict().items():
             assert torch.equal(tensor, 1.5 * tower[name]), name

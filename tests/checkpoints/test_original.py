@@ -122,9 +122,7 @@ def test_a_hub_id_that_cannot_be_reached_is_said_to_be_so(golden):
     """Whatever else is passed: nothing is known of its format."""
     for opens in (LlavaSPForCausalLM, LlavaSPProcessor):
         for given in ({}, bases(golden), {**bases(golden), "local_files_only": True}):
-            with pytest.raises(
-                OSError, match="there is no folder someone/llava-sp-lora, and no model of that name can be"
-            ):
+            with pytest.raises(OSError, match="there is no folder someone/llava-sp-lora, and no model of that name"):
                 opens.from_pretrained("someone/llava-sp-lora", **given)
 
 
@@ -180,7 +178,9 @@ def test_first_stage_projector(golden, variant):
         assert len(projector) == len(originals)
         for key, tensor in originals.items():
             assert torch.equal(projector[our_name(key)], tensor), key
-    with pytest.raises(ValueError, match=r"mm_projector.bin lacks model.conv_8.*\n(.*\n)*.*its model.bin holds all"):
+    with pytest.raises(
+        ValueError, match=r"mm_projector.bin lacks model.conv_8.*\n(.*\n)*.*its model.bin has all tensors"
+    ):
         LlavaSPForCausalLM.from_pretrained(folder / "checkpoint-1000", **bases(golden))
 
 
@@ -199,7 +199,7 @@ def test_llava_15_full(golden, none, images, tmp_path, tower, beside, safetensor
     for name, tensor in state(none).items():
         assert torch.equal(state(model)[name], tensor), name
     assert torch.equal(logits(model, processor, images), logits(none, processor, images))
-    with pytest.raises(ValueError, match="full checkpoint.*drop language_model="):
+    with pytest.raises(ValueError, match="full checkpoint.*language_model= is not supported"):
         LlavaSPForCausalLM.from_pretrained(tmp_path / "m", language_model=golden / "base")
 
 
@@ -281,7 +281,7 @@ def test_llava_hf(golden, none, images, llava_hf):
         logits(model, processor, images)[..., :1000], logits(llava, processor, images)[..., :1000], rtol=0, atol=1e-5
     )
     assert LlavaSPProcessor.from_pretrained(llava_hf, image_aspect_ratio="crop").image_aspect_ratio == "crop"
-    with pytest.raises(ValueError, match="drop vision_tower="):
+    with pytest.raises(ValueError, match="vision_tower= is not supported"):
         LlavaSPForCausalLM.from_pretrained(llava_hf, vision_tower=golden / "clip")
 
 
@@ -339,7 +339,7 @@ def test_a_full_checkpoint_of_ours_keeps_its_own_tower_as_a_warm_start(golden, t
     weight = next(p for name, p in model.named_parameters() if name.endswith("patch_embedding.weight"))
     weight.data *= 2
     ours = write_ours(tmp_path / "ours", model)
-    with pytest.raises(ValueError, match="ours holds a vision tower of its own .*patch_embedding.weight differs"):
+    with pytest.raises(ValueError, match="ours has its own vision tower .*patch_embedding.weight differs"):
         LlavaSPForCausalLM.from_backbones(vision_tower=golden / "clip", warm_start=ours, spatial_width=3)
     started = LlavaSPForCausalLM.from_backbones(vision_tower=ours, warm_start=ours, spatial_width=3)
     for name, tensor in state(model).items():
@@ -376,7 +376,7 @@ def test_a_warm_start_whose_own_tower_is_rounded(golden, none, llava_hf, tmp_pat
     tensors[key][3, 3] *= 1.03
     save_file(tensors, start / "model.safetensors", metadata={"format": "pt"})
     for dtype in ("auto", torch.bfloat16, torch.float32):
-        with pytest.raises(ValueError, match="a vision tower of its own .*fc1.weight differs"):
+        with pytest.raises(ValueError, match="its own vision tower .*fc1.weight differs"):
             LlavaSPForCausalLM.from_backbones(**given, dtype=dtype)
 
 

@@ -218,7 +218,7 @@ def test_the_files_of_an_index(shards):
 
 def test_a_missing_shard_is_named_with_a_key(shards):
     (shards / "m-2.safetensors").unlink()
-    with pytest.raises(ValueError, match="index.json names m-2.safetensors, which is not there; b is in it"):
+    with pytest.raises(ValueError, match="index.json names m-2.safetensors, which does not exist; b is in it"):
         weight_files(shards)
 
 

@@ -16,7 +16,7 @@ def test_a_folder_appears_at_the_end(tmp_path):
     with new_folder(target, needed=0) as stage:
         (stage / "x").write_text("text")
         assert not target.exists()
-        with pytest.raises(ValueError, match="target.part is there"), new_folder(target, needed=0):
+        with pytest.raises(ValueError, match="target.part exists"), new_folder(target, needed=0):
             pass
     assert (target / "x").read_text() == "text" and os.listdir(tmp_path) == ["deep"]
 
@@ -31,7 +31,7 @@ def test_a_failure_leaves_nothing(tmp_path):
 def test_too_little_room_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**32, 2**31, 2**30))
-    room = pytest.raises(OSError, match="target takes 2.0 GiB, but .* has 1.0 GiB free")
+    room = pytest.raises(OSError, match="target needs 2.0 GiB, but .* has 1.0 GiB free")
     with room, new_folder(tmp_path / "target", needed=2**31):
         raise AssertionError("the folder was made")
 

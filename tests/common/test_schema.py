@@ -48,7 +48,7 @@ def test_values_that_fit(value, spec):
         (-1, POSITIVE, "file is -1; expected a number above 0"),
         ({"x": "1"}, {str: int}, "file: x is '1'; expected a whole number"),
         ({"b": 1}, {"a": int, "c": int}, "file has no a, c; it has b"),
-        ({"a": 1, "z": 2}, only({"a": int}), "expected an object with a alone"),
+        ({"a": 1, "z": 2}, only({"a": int}), "expected an object with only a"),
         ({"a": [{"b": 5}]}, {"a": some({"b": str})}, "file: a[0].b is 5; expected text"),
         ({"a": {"b": "7"}}, {"a": ({"b?": int}, None)}, "file: a.b is '7'; expected a whole number"),
         ([3], ({"b?": int}, None), "file is [3]; expected an object or null"),

@@ -38,9 +38,9 @@ def write(tmp_path, text: str | bytes):
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_records(tmp_path, monkeypatch, form, block):
     monkeypatch.setattr(record_file, "BLOCK", block)
-    file = RecordFile(write(tmp_path, FORMS[form]))
+    file = RecordFile(write(tmp_path, FORMS[form]), tmp_path)
     assert [file[index] for index in (2, 0, 1)] == [RECORDS[index] for index in (2, 0, 1)]
-    assert file.words.tolist() == [5, 7, 0] and file.images.tolist() == [1, 0, 2]
+    assert file.words.tolist() == [5, 7, 0] and file.image_counts.tolist() == [1, 0, 2]
     assert len(file) == 3
     copy = pickle.loads(pickle.dumps(file))
     assert copy[1] == RECORDS[1]
@@ -71,17 +71,17 @@ def test_every_form_gives_the_records(tmp_path, monkeypatch, form, block):
 )
 def test_broken_files(tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
-        RecordFile(write(tmp_path, text))
+        RecordFile(write(tmp_path, text), tmp_path)
 
 
 def test_missing_file(tmp_path):
     with pytest.raises(ValueError, match="there is no annotation file .*nothing.json"):
-        RecordFile(tmp_path / "nothing.json")
+        RecordFile(tmp_path / "nothing.json", tmp_path)
 
 
 def test_a_file_that_changes_is_noticed(tmp_path):
     path = write(tmp_path, FORMS["compact"])
-    file = RecordFile(path)
+    file = RecordFile(path, tmp_path)
     path.write_text(FORMS["indented"])
     os.utime(path, ns=(1, 1))
     with pytest.raises(ValueError, match="was changed while it was in use"):

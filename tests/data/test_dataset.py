@@ -50,13 +50,13 @@ def test_samples(world, make_record):
 
 BAD = {
     "missing image": (("<image>\nWhat?", "x", "none.png"), "none.png cannot be opened"),
-    "image outside": (("<image>\nWhat?", "x", "../../x.jpg"), "leads out of the image folder"),
+    "image outside": (("<image>\nWhat?", "x", "../../x.jpg"), "outside the image folder"),
     "zero bytes": (("<image>\nWhat?", "x", "empty.png"), r"is empty \(0 bytes\)"),
     "text as image": (("<image>\nWhat?", "x", "text.jpg"), "is not an image"),
-    "mark without image": (("<image>\nWhat?", "x", None), r"1 <image> mark\(s\) in the text, but 0 image\(s\) in the record"),
-    "image without mark": (("What?", "x", "a.png"), r"0 <image> mark\(s\) in the text, but 1 image\(s\)"),
-    "two marks, one image": (("<image>\n<image>\nWhat?", "x", "a.png"), r"2 <image> mark\(s\) in the text, but 1 image\(s\)"),
-    "one mark, two images": (("<image>\nWhat?", "x", ["a.png", "b.png"]), r"1 <image> mark\(s\) in the text, but 2 image\(s\)"),
+    "mark without image": (("<image>\nWhat?", "x", None), r"1 <image> mark in the text, but 0 images in the record"),
+    "image without mark": (("What?", "x", "a.png"), r"0 <image> marks in the text, but 1 image"),
+    "two marks, one image": (("<image>\n<image>\nWhat?", "x", "a.png"), r"2 <image> marks in the text, but 1 image"),
+    "one mark, two images": (("<image>\nWhat?", "x", ["a.png", "b.png"]), r"1 <image> mark in the text, but 2 images"),
     "empty answer": (("What?", "", None), "nothing to learn: the conversation holds no answer"),
     "image cut": (("1 2 3 4 5 6 7 8 9 10 11 12 <image> <image>", "x", ["a.png", "b.png"]), r"its last image ends at token \d+, but model_max_length is 60"),
     "answer cut": (("word " * 60, "x", None), r"nothing to learn: the conversation, cut from \d+ to 60 tokens, holds no answer"),

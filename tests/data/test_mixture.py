@@ -41,7 +41,7 @@ def test_paths_are_relative_to_the_file(files, monkeypatch):
         ("- a.json", r"mix.yaml: entry 0 \(counted from 0\) is 'a.json'; expected an object"),
         (
             "- {annotations: a.json, wieght: 2}",
-            "entry 0 .*'wieght': 2}; expected an object with annotations, images, weight alone",
+            "entry 0 .*'wieght': 2}; expected an object with only annotations, images, weight",
         ),
         ("- {images: x}", "entry 0 .* has no annotations; it has images"),
         ("- {annotations: a.json, weight: 0}", "weight is 0; expected a number above 0"),

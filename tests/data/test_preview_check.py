@@ -37,7 +37,7 @@ def test_preview_of_a_text_sample_and_of_a_cut_one(run_yaml, tmp_path, capsys):
         ["--config", str(run_yaml), "--index", "2", "--model_max_length", "60", "--output", str(tmp_path / "seen")]
     )
     out = capsys.readouterr().out
-    assert "[[ Once" in out and "... cut here: 8 more tokens are beyond 60" in out and "horse" not in out
+    assert "[[ Once" in out and "... cut here: 8 tokens beyond 60" in out and "horse" not in out
 
 
 def test_preview_of_another_template(run_yaml, tmp_path, capsys):

@@ -71,5 +71,5 @@ def test_bad_arguments():
         ModalityLengthSampler([1], 0)
     with pytest.raises(ValueError, match="0 lengths"):
         ModalityLengthSampler([], 1)
-    with pytest.raises(ValueError, match="of them 1 zero"):
+    with pytest.raises(ValueError, match="1 of them zero"):
         ModalityLengthSampler([3, 0], 1)

@@ -176,7 +176,7 @@ def test_fewer_questions_do_not_replace_more(model, data, tmp_path, capsys):
     ]
     assert main(arguments) == 0
     assert main([*arguments, "--limit", "2"]) == 2
-    assert "holds results of 6 questions, and those of 2 would replace them" in capsys.readouterr().err
+    assert "holds results of 6 questions, which those of 2 would replace" in capsys.readouterr().err
 
 
 def test_chinese_tables_in_the_english_folder(model, data, tmp_path, capsys):

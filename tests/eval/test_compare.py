@@ -97,17 +97,19 @@ def test_the_same_run_differs_by_nothing():
 
 def test_runs_that_do_not_compare():
     a = run_of([1, 2])
-    with pytest.raises(ValueError, match="a and b do not compare: protocol is llava15 in one, lmms_eval in the other"):
+    with pytest.raises(
+        ValueError, match="a and b cannot be compared: protocol is llava15 in one, lmms_eval in the other"
+    ):
         compare(a, run_of([1, 2], name="b", protocol="lmms_eval"))
     with pytest.raises(ValueError, match="judge is None in one, gpt-x in the other"):
         compare(a, run_of([1, 2], name="b", judge="gpt-x"))
     with pytest.raises(ValueError, match="benchmark is mean in one, vqav2 in the other"):
         compare(a, Run(Path("b"), VQAv2, 1.0, "llava15", None, a.items))
     other = Run(Path("b"), Mean, 1.5, "llava15", None, [record | {"question": "else?"} for record in a.items])
-    with pytest.raises(ValueError, match="a and b do not compare: .*the ids are the same, but not what was asked"):
+    with pytest.raises(ValueError, match="a and b cannot be compared: .*the ids are the same, but not what was asked"):
         compare(a, other)
     with pytest.raises(
-        ValueError, match=r"a and b do not compare: not the same questions: 2 and 3; 1 are in one only \(2\)"
+        ValueError, match=r"a and b cannot be compared: not the same questions: 2 and 3; 1 are in one only \(2\)"
     ):
         compare(a, run_of([1, 2, 3], name="b"))
 

@@ -72,7 +72,7 @@ def test_predictions_equal_llavas_and_validate(tmp_path, data, answers, recorded
         run(capsys, "--answers", answers, "--data", data, "--output", output, "--protocol", protocol)
         assert json.loads((output / PREDICTIONS).read_text()) == expected
     status, out, _ = run(capsys, "--validate", output / PREDICTIONS, "--data", data)
-    assert status == 0 and "answers all 40 balanced questions once (1 answers are empty)" in out
+    assert status == 0 and "answers all 40 balanced questions once (1 of them empty)" in out
 
 
 @pytest.mark.parametrize(

@@ -351,13 +351,13 @@ def test_recorded_replies_that_do_not_fit(tmp_path, data, capsys):
         return err
 
     err = refused(lines[:-3])
-    assert "changed.jsonl, run 0: 3 questions were not judged (38, 39, 40). --judge gpt-test with --output asks" in err
+    assert "changed.jsonl, run 0: not judged: 3 questions (38, 39, 40). --judge gpt-test with --output asks" in err
     other = [{**line, "request_sha256": "0" * 64} for line in lines[:2]]
     err = refused([*other, *lines[2:]])
-    assert "2 questions were judged by another prompt or setting, or not to the end (1, 2)" in err
+    assert "judged with another prompt or setting, or incompletely: 2 questions (1, 2)" in err
     assert "line 2: run is 'x'; expected a whole number" in refused([lines[0], {**lines[1], "run": "x"}])
     assert "line 1 has no reply" in refused([{key: value for key, value in lines[0].items() if key != "reply"}])
-    assert "40 questions have other answers than were judged (1, 2, 3, ...)" in refused(lines, text="something else")
+    assert "judged with another answer: 40 questions (1, 2, 3, ...)" in refused(lines, text="something else")
 
 
 def test_half_a_last_line_is_left_out(tmp_path, data, capsys):
@@ -382,7 +382,7 @@ def test_without_a_judge_the_command_for_later_is_said_and_works(tmp_path, data,
     output = tmp_path / "out"
     status, out, _ = run(capsys, data, "--output", output)
     assert status == 0 and metrics(output)["score"] is None and "official" not in metrics(output)["scored_as"]
-    assert "40 questions answered; no judge was asked for a score" in out
+    assert "40 questions answered; no judge was used" in out
     command = next(line for line in out.splitlines() if line.startswith("  python -m "))
     words = shlex.split(command)
     assert words[:3] == ["python", "-m", "llava_sp.eval.mmvp"] and words[-2:] == ["--judge", "MODEL"]

@@ -203,7 +203,7 @@ def test_other_rules_may_be_used(tmp_path, data, capsys):
     assert result["metrics"]["judge"]["prompt"].startswith(f"{file} (sha256 ")
     assert str(file) in result["provenance"]["data_files"]
     status, _, err = run(capsys, data, "--output", output)  # without the file, the replies are to other requests
-    assert status == 2 and "40 questions were judged by another prompt or setting" in err
+    assert status == 2 and "judged with another prompt or setting, or incompletely: 40 questions" in err
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,10 @@ def test_without_a_judge(tmp_path, data, capsys):
     status, out, _ = run(capsys, data, "--output", tmp_path / "out")
     result, lines = results_of(tmp_path / "out")
     assert status == 0 and result["score"] is None and "scored_as" not in {key for key, v in result.items() if v}
-    assert "no judge was asked for a score; the same command with --judge MODEL" in out and "score" not in lines[0]
+    assert (
+        "no judge was used, so there is no score; the same command with --judge MODEL" in out
+        and "score" not in lines[0]
+    )
 
 
 def line(**changes: object) -> str:

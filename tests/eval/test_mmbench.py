@@ -260,7 +260,7 @@ def test_table_for_the_server_equals_llavas(tmp_path, data, answers, recorded, c
     assert rows[0][:5] == (100, "Which thing stands out in picture 0?", "red barrel", "new thimble", "red anvil")
     assert rows[0][5:] == (None, "A", "A", "dev")
     status, out, _ = run(capsys, "--validate", output / "submission.xlsx", "--data", data)
-    assert status == 0 and "answers all 40 rows of mmbench dev once (1 answers are empty)" in out
+    assert status == 0 and "answers all 40 rows of mmbench dev once (1 of them empty)" in out
     assert not list(output.glob("*.tmp*"))
 
 
@@ -282,7 +282,7 @@ def test_every_answer_survives_as_text(tmp_path, capsys):
     per_item = [json.loads(line) for line in (output / "per_item.jsonl").open()]
     assert per_item[5]["text"] == "1" and "score" not in per_item[5] and per_item[5]["references"] == []
     status, out, _ = run(capsys, "--validate", output / "submission.xlsx", "--data", folder)
-    assert status == 0 and "answers all 12 rows of mmbench test once (1 answers are empty)" in out
+    assert status == 0 and "answers all 12 rows of mmbench test once (1 of them empty)" in out
 
 
 def test_a_table_without_an_answer_column(tmp_path, capsys):
@@ -422,7 +422,7 @@ def test_options_that_other_programs_made_numbers_of(tmp_path, capsys):
         book.active.append(row)
     book.save(tmp_path / "made.xlsx")
     status, out, _ = run(capsys, "--validate", tmp_path / "made.xlsx", "--data", folder)
-    assert status == 0 and "answers all 1 rows of mmbench dev once (1 answers are empty)" in out
+    assert status == 0 and "answers all 1 rows of mmbench dev once (1 of them empty)" in out
 
 
 @pytest.mark.parametrize(
@@ -458,12 +458,12 @@ def test_options_that_other_programs_made_numbers_of(tmp_path, capsys):
         (
             2,
             {"D": "fourth"},
-            "not one row for each rotation of the options: 1 questions (100): an interrupted download or copy?",
+            "not one row for each rotation of the options: 1 question (100): an interrupted download or copy?",
         ),
         (
             2,
             {"index": "5000100"},
-            "not one row for each rotation of the options: 1 questions (100): an interrupted download or copy?",
+            "not one row for each rotation of the options: 1 question (100): an interrupted download or copy?",
         ),
     ],
 )

@@ -227,7 +227,7 @@ def test_without_perception_there_is_no_score(tmp_path, data, capsys):
     status, out, _ = run(capsys, "--answers", answers, "--data", data, "--output", tmp_path / "out")
     result = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert status == 0 and result["score"] is None and result["metrics"]["cognition"] > 0
-    assert "16 questions answered; none is of a perception subtask" in out
+    assert "16 questions answered; the score is the sum over perception subtasks" in out
 
 
 def test_folder_itself_or_nested(tmp_path, data, capsys):

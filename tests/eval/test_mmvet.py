@@ -154,13 +154,13 @@ def test_pictures_stand_beside_the_official_file(data):
 def test_submission_equals_llavas_and_validates(tmp_path, data, recorded, capsys):
     output = tmp_path / "out"
     status, out, _ = run(capsys, data, "--output", output)
-    assert status == 0 and "40 questions answered; no judge was asked" in out and "to submit:" in out
+    assert status == 0 and "40 questions answered; no judge was used" in out and "to submit:" in out
     result, lines = results_of(output)
     assert result["score"] is None and result["metrics"] == {"judge": None} and "score" not in lines[0]
     submission = output / "submission.json"
     assert json.loads(submission.read_text()) == recorded["expected"]["llava_convert"]
     status, out, _ = run(capsys, data, "--validate", submission)
-    assert status == 0 and "answers all 40 questions once (0 answers are empty)" in out
+    assert status == 0 and "answers all 40 questions once (0 of them empty)" in out
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_own_judgements_are_read_again_with_every_attempt(tmp_path, data, record
     lines = [line for line in read_judgements(log) if (line["question_id"], line["attempt"]) != (6, 1)]
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))
     status, _, err = run(capsys, data, "--judgements", log)
-    assert status == 2 and "1 questions were judged by another prompt or setting, or not to the end (6)" in err
+    assert status == 2 and "judged with another prompt or setting, or incompletely: 1 question (6)" in err
     with JudgeServer(replies_of({"v1_6": ["0.4"]})) as server:  # going on asks for the second attempt only
         assert run(capsys, data, "--output", output, *server.arguments)[0] == 0
     assert len(server.requests) == 1 and user_text(server.requests[0]).endswith(AGAIN)

@@ -181,7 +181,7 @@ def test_unasked_labels_are_said(tmp_path, data, capsys):
     write_lines(file, [*read_lines(file), extra])
     answers = data / "answers" / "model.jsonl"
     status, out, _ = run(capsys, "--answers", answers, "--data", data, "--output", tmp_path / "out")
-    assert status == 0 and "1 labels of popular belong to no question" in out
+    assert status == 0 and "1 label of popular without a question" in out
 
 
 def test_labels_of_other_questions_are_refused(data, capsys):

@@ -157,7 +157,7 @@ def test_own_answers_file_is_read_too(data, answers, recorded):
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (lambda text: text[:-40], "record 39 (counted from 0) is cut off or no JSON"),
+        (lambda text: text[:-40], "record 39 (counted from 0) is cut off or not JSON"),
         (lambda text: "[" + text, "is not valid JSON"),
         (
             lambda text: text.replace('"response": "C"', '"response": 5', 1),
@@ -253,7 +253,7 @@ def test_writes_llavas_file_and_validates_it(tmp_path, data, answers, capsys):
     assert run(capsys, "--answers", answers, "--data", data, "--output", output)[0] == 0
     assert json.loads((output / ANSWERS).read_text()) == json.loads((data / ANSWERS).read_text())
     status, out, _ = run(capsys, "--validate", output / ANSWERS, "--data", data)
-    assert status == 0 and "answers all 40 questions of dev once (0 answers are empty)" in out
+    assert status == 0 and "answers all 40 questions of dev once (0 of them empty)" in out
     (output / ANSWERS).write_text(json.dumps(json.loads((output / ANSWERS).read_text())[1:]))
     status, _, err = run(capsys, "--validate", output / ANSWERS, "--data", data)
     assert status == 1 and "no answer: 1 (m_0.jpg: How does region 0 look?)" in err
@@ -266,7 +266,7 @@ def test_the_test_split_is_sent_away(tmp_path, data, answers, capsys):
     (data / "llvisionqa_test.json").write_text(json.dumps(questions))
     output = tmp_path / "out"
     status, out, _ = run(capsys, "--answers", answers, "--data", data, "--output", output, "--split", "test")
-    assert status == 0 and "40 questions answered; their authors alone can score them" in out
+    assert status == 0 and "40 questions answered; only their authors can score them" in out
     assert json.loads((output / "metrics.json").read_text())["score"] is None
     sent = json.loads((output / "llvisionqa_test_answers.json").read_text())
     assert sent[0] == {**questions[0], "response": "C"}

@@ -67,7 +67,7 @@ def test_splits_are_found_by_their_files(tmp_path):
 def test_a_submission_fits_the_first_split_that_it_answers():
     file = Path("s.json")
     assert verdict(file, ["a", ""], [("questions of val", "no"), ("questions of test", "")]) == (
-        "s.json answers all 2 questions of test once (1 answers are empty)"
+        "s.json answers all 2 questions of test once (1 of them empty)"
     )
     with pytest.raises(ValueError, match=r"s.json: no \(as questions of val\); nor that \(as questions of test\)"):
         verdict(file, [], [("questions of val", "no"), ("questions of test", "nor that")])

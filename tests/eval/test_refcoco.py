@@ -292,10 +292,10 @@ def test_splits_and_several_data_sets(tmp_path, capsys):
 
 
 def test_files_without_splits_have_none_to_choose(data, capsys):
-    assert "do not say of which split they are" in refused(capsys, data, "--split", "val")
+    assert "expressions have no split" in refused(capsys, data, "--split", "val")
     records = json.loads((data / ANNOTATIONS).read_text())
     write(data / ANNOTATIONS, [records[0] | {"split": "val"}, *records[1:]])
-    assert "39 of 40 expressions do not say of which split they are" in refused(capsys, data)
+    assert "39 of 40 expressions have no split" in refused(capsys, data)
 
 
 def test_pickles_are_never_opened(tmp_path):

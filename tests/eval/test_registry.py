@@ -17,6 +17,11 @@ def test_a_new_file_is_found(tmp_path):
     (tmp_path / "gqa.py").write_text('class GQA(Benchmark):\n    name = "gqa"\n')
     (tmp_path / "helper.py").write_text('name = "helper"\nclass A:\n    name = "other"\n')
     assert benchmark_names(tmp_path) == ["gqa", "zebra"]
+    (tmp_path / "colour_qa.py").write_text(
+        'class ColourQA(Benchmark):\n    name = "colourqa"\n    title = "accuracy"\n'
+    )
+    with pytest.raises(ValueError, match="colour_qa.py defines the benchmark 'colourqa'; name the file colourqa.py"):
+        benchmark_names(tmp_path)
 
 
 def test_unknown_name_lists_the_known():

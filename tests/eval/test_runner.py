@@ -283,7 +283,7 @@ def test_processes_killed_then_resumed_by_another_number(tmp_path):
 def test_a_rank_that_cannot_be(monkeypatch):
     monkeypatch.setenv("RANK", "5")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(ValueError, match="RANK is 5 in the environment; with WORLD_SIZE 1"):
+    with pytest.raises(ValueError, match="RANK is 5 in the environment"):
         Processes.from_environment()
 
 

@@ -156,7 +156,7 @@ def test_a_split_without_a_picture_has_no_score(tmp_path, data, answers, capsys)
     result = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert status == 0 and result["score"] is None and "scored_as" not in result
     assert result["metrics"]["image_accuracy"] is None and result["metrics"]["accuracy"] > 0
-    assert "20 questions answered; no question has an image, and the score is over those that have one" in out
+    assert "20 questions answered; the score is over questions with an image" in out
 
 
 def test_a_group_without_questions_is_left_out(tmp_path, data, answers, capsys):
@@ -209,7 +209,7 @@ def test_wrong_fields_are_named(data, answers, capsys, changes, message):
 def test_problems_of_the_split_must_be_there_once(data, answers, capsys):
     change(data / PROBLEMS, lambda p: p.pop("90003"))
     status, _, err = run(capsys, "--answers", answers, "--data", data)
-    assert status == 2 and "problems.json lacks 1 problems of test (90003)" in err
+    assert status == 2 and "problems.json lacks 1 problem of test (90003)" in err
     change(data / SPLITS, lambda s: s["test"].append("90000"))
     status, _, err = run(capsys, "--answers", answers, "--data", data)
     assert status == 2 and "more than one record with the same problem: 90000 " in err

@@ -117,7 +117,7 @@ def test_upload_equals_llavas_and_validates(tmp_path, data, answers, recorded, c
     submission = output / "submission.jsonl"
     assert read_lines(submission) == recorded["expected"]["llava_convert_seed"]["upload"]
     status, out, _ = run(capsys, "--validate", submission, "--data", data)
-    assert status == 0 and "answers all 48 questions of all once (2 answers are empty)" in out
+    assert status == 0 and "answers all 48 questions of all once (2 of them empty)" in out
 
 
 @pytest.mark.parametrize(

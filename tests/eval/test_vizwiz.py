@@ -146,7 +146,7 @@ def test_submission_equals_llavas_and_validates(tmp_path, data, answers, recorde
     result = json.loads((output / "metrics.json").read_text())
     assert result["score"] is None and "scored_as" not in result
     status, out, _ = run(capsys, "--validate", output / "submission.json", "--data", data)
-    assert status == 0 and "answers all 40 questions of test once (2 answers are empty)" in out
+    assert status == 0 and "answers all 40 questions of test once (2 of them empty)" in out
 
 
 def test_submission_is_in_the_order_of_the_question_file(tmp_path, only_test, answers, capsys):

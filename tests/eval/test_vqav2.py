@@ -137,7 +137,7 @@ def test_submission_equals_llavas_and_validates(tmp_path, data, answers, recorde
     assert submission == recorded["expected"]["llava_convert"]["upload"]
     assert json.loads((output / "metrics.json").read_text())["score"] is None
     status, out, _ = run(capsys, "--validate", output / "submission.json", "--data", data)
-    assert status == 0 and "answers all 40 questions of test once (2 answers are empty)" in out
+    assert status == 0 and "answers all 40 questions of test once (2 of them empty)" in out
 
 
 def test_test_dev_submission_covers_the_whole_test_set(tmp_path, data, answers, capsys):
@@ -150,7 +150,7 @@ def test_test_dev_submission_covers_the_whole_test_set(tmp_path, data, answers, 
     assert len(submission) == 40 and [line["answer"] for line in submission[10:]] == [""] * 30
     assert submission[0] == {"question_id": 900001000, "answer": "green"}
     status, out, _ = run(capsys, "--validate", output / "submission.json", "--data", data)
-    assert status == 0 and "(30 answers are empty)" in out
+    assert status == 0 and "(30 of them empty)" in out
 
 
 def test_questions_of_test_dev_that_the_whole_set_lacks(tmp_path, data, answers, capsys):

@@ -177,16 +177,16 @@ def test_counts_that_do_not_fit(model, processor, images):
 
 
 def test_keywords_that_do_not_fit_the_checkpoint(saved, golden, model, tmp_path):
-    with pytest.raises(ValueError, match="is a full checkpoint, with its own base: drop language_model="):
+    with pytest.raises(ValueError, match="is a full checkpoint, with its own base: language_model= is not supported"):
         LlavaSPForCausalLM.from_pretrained(saved, language_model=golden / "base")
     with pytest.raises(ValueError, match="language_model_revision= and vision_tower_revision="):
         LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", revision="v2")
     llava = LlavaSPForCausalLM.from_backbones(golden / "base", golden / "clip", spatial_variant="none")
     llava.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="spatial_variant= cannot be chosen on opening, the weights decide"):
+    with pytest.raises(ValueError, match="spatial_variant= cannot be set on opening"):
         LlavaSPForCausalLM.from_pretrained(tmp_path, spatial_variant="cropping")
     llava.config.spatial_variant = "cropping"
-    with pytest.raises(ValueError, match='spatial_variant was "none" and is .cropping.'):
+    with pytest.raises(ValueError, match='spatial_variant was "none", now .cropping.'):
         LlavaSPForCausalLM(llava.config)
 
 

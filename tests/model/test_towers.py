@@ -132,5 +132,5 @@ def test_words_after_the_placeholder_are_refused(golden, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(golden / "base")
     tokenizer.add_tokens(["<image>", "word"])
     tokenizer.save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match="<image> as id 1000 and 1 tokens after it, such as 'word'"):
+    with pytest.raises(ValueError, match="<image> as id 1000 and 1 token after it .such as 'word'"):
         LlavaSPForCausalLM.from_backbones(tmp_path / "base", golden / "clip")

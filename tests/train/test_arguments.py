@@ -145,13 +145,13 @@ def test_variables(tmp_path, monkeypatch):
             r"c\.yaml: vision_feature_layer is 'last'; expected a whole number or a list",
         ),
         ({"base": "absent.yaml"}, [], r"c\.yaml: base: there is no configuration file .*absent\.yaml"),
-        ({"base": "c.yaml"}, [], r"circle"),
+        ({"base": "c.yaml"}, [], r"circular"),
         ({"deepspeed": "absent.json"}, [], r"c\.yaml: deepspeed: .*absent\.json does not exist"),
         ({}, ["stray"], r"expected --key value, found 'stray'"),
         ({"global_batch_size": 4, "gradient_accumulation_steps": 2}, [], r"follows from global_batch_size"),
-        ({"global_batch_size": 10, "per_device_train_batch_size": 4}, [], r"10 is not a multiple .*= 2 would do"),
+        ({"global_batch_size": 10, "per_device_train_batch_size": 4}, [], r"10 is not a multiple .*= 2 is valid"),
         ({"fsdp": "full_shard"}, [], r"c\.yaml: fsdp = full_shard is not supported"),
-        ({"save_only_model": True}, [], r"save_only_model = True is not supported: a run could not go on"),
+        ({"save_only_model": True}, [], r"save_only_model = True is not supported"),
     ],
 )
 def test_mistakes_are_named(tmp_path, keys, words, message):
@@ -183,9 +183,9 @@ def test_the_global_batch_is_split(batch, processes, per_device, steps):
 
 
 def test_a_global_batch_that_cannot_be_split():
-    with pytest.raises(ValueError, match="per_device_train_batch_size = 12 would do"):
+    with pytest.raises(ValueError, match="per_device_train_batch_size = 12 is valid"):
         split_global_batch(24, 16, 1)
-    with pytest.raises(ValueError, match="choose a global_batch_size that 3 processes divide"):
+    with pytest.raises(ValueError, match="choose a global_batch_size that is a multiple of 3"):
         split_global_batch(128, 16, 3)
 
 
@@ -220,15 +220,15 @@ def test_missing_parts_of_a_mixture(tmp_path):
     with pytest.raises(ValueError) as caught:
         check_inputs(load_config(path))
     message = str(caught.value)
-    assert f"annotations: {tmp_path}/a.json is not there" in message
-    assert f"images: {tmp_path}/b is not there" in message
+    assert f"annotations: {tmp_path}/a.json does not exist" in message
+    assert f"images: {tmp_path}/b does not exist" in message
     assert "c.json" not in message and "vision_tower is not set" in message and "no config.json" in message
 
 
 def test_projector_of_an_unfinished_first_stage(tmp_path):
     (tmp_path / "stage1" / "checkpoint-7").mkdir(parents=True)
     path = write(tmp_path, stage="finetune_lora", projector_checkpoint=str(tmp_path / "stage1"))
-    with pytest.raises(ValueError, match="stage 1 has only got to checkpoint-7"):
+    with pytest.raises(ValueError, match="stage 1 has only reached checkpoint-7"):
         check_inputs(load_config(path))
-    with pytest.raises(ValueError, match="projector_checkpoint is not set: the output folder of stage 1"):
+    with pytest.raises(ValueError, match="projector_checkpoint is not set: give the output folder of stage 1"):
         check_inputs(load_config(path, ["--projector_checkpoint", "null"]))

@@ -49,7 +49,7 @@ def hub(monkeypatch):
     ("error", "words"),
     [
         (Refused("Connection refused"), ("cannot be reached (Connection refused)", "not in the cache")),
-        (Unknown("404 Client Error"), ("does not give a model of this name (404 Client Error)", "no such folder")),
+        (Unknown("404 Client Error"), ("has no readable model of this name (404 Client Error)", "no such folder")),
     ],
 )
 def test_a_hub_model_that_cannot_be_had(tmp_path, hub, error, words):
@@ -83,7 +83,7 @@ def test_a_hub_model_that_is_there(tmp_path, hub):
         ("- a.json", "entry 0 (counted from 0) is 'a.json'; expected an object with annotations"),
         ("- annotations: 5", "annotations is 5; expected a path"),
         ("- {annotations: a.json, images: [b]}", "images is ['b']; expected a path"),
-        ("- {annotations: a.json, wight: 2}", "'wight': 2}; expected an object with annotations, images, weight alone"),
+        ("- {annotations: a.json, wight: 2}", "'wight': 2}; expected an object with only annotations, images, weight"),
         ("- {annotations: a.json, weight: no}", "weight is False"),
         ("\x00", "is not valid YAML"),
     ],

@@ -79,7 +79,7 @@ def test_a_tensor_that_does_not_come_back_is_noticed(tmp_path, text_alone, monke
 
     load = verify.load_adapter
     monkeypatch.setattr(verify, "load_adapter", spoilt)
-    with pytest.raises(RuntimeError, match=r"1 of \d+ tensors differ, such as .*linear_2\.weight"):
+    with pytest.raises(RuntimeError, match=r"1 of \d+ tensors differ, for example .*linear_2\.weight"):
         run_here(tmp_path, **text_alone)
 
 

@@ -71,7 +71,7 @@ def test_resumes_after_sigkill_of_one_of_two(one, tmp_path, stage):
     next(worker for worker in workers if "--local_rank=1" in worker.cmdline()).kill()
     assert process.wait(120) != 0
     text = finish(start(command, tmp_path), tmp_path)
-    assert "Going on from" in text and "gives the same logits" in text
+    assert "Resuming from" in text and "gives the same logits" in text
     compare(log(tmp_path / "out"), one)
 
 

@@ -73,7 +73,7 @@ def test_resumes_after_sigkill(whole, tmp_path, caplog):
     (tmp_path / "out" / ".saving" / "checkpoint-9").mkdir(parents=True, exist_ok=True)  # as if killed while saving
     caplog.set_level("INFO", "llava_sp")
     train(path, [])
-    assert "Going on from" in caplog.text
+    assert "Resuming from" in caplog.text
     records = log(tmp_path / "out")
     assert [record["step"] for record in records if "loss" in record] == [1, 2, 3, 4, 5, 6]
     assert losses(records) == pytest.approx(losses(log(whole / "out")), rel=SAME)
@@ -153,7 +153,7 @@ def test_wrong_weights_on_disk_are_noticed(tmp_path, monkeypatch):
 
     load = verify.load_adapter
     monkeypatch.setattr(verify, "load_adapter", spoilt)
-    with pytest.raises(RuntimeError, match="do not give the trained model back"):
+    with pytest.raises(RuntimeError, match="do not reproduce the trained model"):
         run_here(tmp_path, max_steps=1)
     assert not (tmp_path / "out" / "finished.json").exists()
 

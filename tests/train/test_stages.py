@@ -101,7 +101,7 @@ def test_mistakes(golden, monkeypatch):
     model = tiny(golden)
     with pytest.raises(ValueError, match="stage = 'third' is unknown"):
         stages.apply_stage(model, "third")
-    with pytest.raises(ValueError, match="the model has none"):
+    with pytest.raises(ValueError, match="the model has no LoRA"):
         stages.apply_stage(model, "finetune_lora")
     monkeypatch.setitem(stages.STAGES, "tower", {"vision_tower": "learning_rate"})
     with pytest.raises(ValueError, match="trains vision_tower, but a checkpoint holds"):

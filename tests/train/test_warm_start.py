@@ -75,6 +75,6 @@ def test_what_does_not_go_together(tmp_path, monkeypatch):
     monkeypatch.setattr("llava_sp.train.run.build_model", lambda *_: pytest.fail("a model was built"))
     with pytest.raises(ValueError, match="has LoRA, which the stage pretrain does not train: merge it first"):
         run_here(tmp_path / "2", "pretrain", warm_start=start)
-    with pytest.raises(ValueError, match="warm_start = .*nowhere: it is not there"):
+    with pytest.raises(ValueError, match="warm_start = .*nowhere does not exist"):
         run_here(tmp_path / "3", warm_start=str(tmp_path / "nowhere"))
     shutil.rmtree(tmp_path)

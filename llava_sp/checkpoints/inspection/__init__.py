@@ -1,1 +1,1 @@
-"""What the inspect command reports: `report` finds it, `text` writes it for reading."""
+"""The report of the inspect command: `report` collects it, `text` formats it."""

@@ -1,4 +1,4 @@
-"""What a folder of weights is, what is in it, and whether it would load, from headers, settings and tokenizers."""
+"""Format and content of a checkpoint folder and whether it would load, from headers, settings and tokenizers."""
 
 from __future__ import annotations
 
@@ -63,11 +63,11 @@ class Backbone:
     """Where a language model or a vision tower comes from.
 
     Attributes:
-        recorded: hub id or path, as the checkpoint has it; None where it has none.
+        recorded: hub id or path, as the checkpoint records it, or None.
         status: "within" the checkpoint, "there" (a folder on this machine), "cached" (the hub's cache), "hub" (would be
-            downloaded), "missing" (a path that is not there, or nothing recorded).
+            downloaded), "missing" (a path that does not exist, or nothing recorded).
         folder: where its files are, for "within", "there" and "cached".
-        problem: why what is there cannot be used.
+        problem: why it cannot be used.
     """
 
     recorded: str | None
@@ -78,11 +78,11 @@ class Backbone:
 
 
 def inspect(path: str | os.PathLike) -> dict[str, Any]:
-    """What is at `path`, as the command prints with `--json`.
+    """The report on `path`, as the command prints it with `--json`.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        UnknownFormat: it is not a checkpoint that `LlavaSPForCausalLM.from_pretrained` knows.
+        FileNotFoundError: `path` does not exist.
+        UnknownFormat: it is not a checkpoint that `LlavaSPForCausalLM.from_pretrained` supports.
     """
     report: dict[str, Any] = {"path": str(path), **dict.fromkeys(_KEYS), **{name: [] for name in _LISTS}}
     report |= {"values": UNREAD, "loads": False}
@@ -118,7 +118,7 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
 def _problems(
     found: Checkpoint, language: Backbone, tower: Backbone
 ) -> tuple[LlavaSPConfig | None, Comparison, list[str]]:
-    """The configuration that opening would make, what of it the tensors are not, and all that opening refuses."""
+    """The configuration that opening would use, the tensors that differ from it, and every error of opening."""
     problems = [
         f"its {what}: {backbone.problem}"
         for what, backbone in (("language model", language), ("vision tower", tower))
@@ -135,7 +135,7 @@ def _problems(
     return config, comparison, problems + comparison.lines()
 
 
-# ---- what the checkpoint is made from
+# ---- the backbones
 
 
 def _language(found: Checkpoint) -> Backbone:
@@ -147,14 +147,14 @@ def _language(found: Checkpoint) -> Backbone:
 
 def _tower(found: Checkpoint) -> Backbone:
     fingerprint = found.config.get("vision_tower_fingerprint")
-    if found.format in ("llava_sp", "llava_hf"):
+    if found.holds_vision_tower:
         recorded = found.vision_tower if found.format == "llava_sp" else None
         return Backbone(recorded, "within", found.folder, fingerprint=fingerprint)
     return _place(found, found.vision_tower, fingerprint)
 
 
 def _place(found: Checkpoint, recorded: str | None, fingerprint: str | None) -> Backbone:
-    """Where opening would look: as it is, relative to the checkpoint, on the hub."""
+    """Where opening would look: the path itself, relative to the checkpoint, on the hub."""
     if not isinstance(recorded, str):
         return Backbone(None, "missing")
     folder = base_folder(found.folder, recorded)
@@ -170,7 +170,7 @@ def _place(found: Checkpoint, recorded: str | None, fingerprint: str | None) -> 
 
 
 def _weights_problem(folder: Path) -> str | None:
-    """Of its files and their headers; whether it holds all of its model shows on opening."""
+    """A problem of its files or their headers; whether the model is complete is checked on opening."""
     try:
         read_generation_config(folder)
         for file in weight_files(folder):
@@ -181,7 +181,7 @@ def _weights_problem(folder: Path) -> str | None:
 
 
 def _cached(name: str) -> Path | None:
-    """The folder of a hub model in the cache, if configuration and weights are all there; never asks the hub."""
+    """The folder of a hub model in the cache, if configuration and weights are complete; never queries the hub."""
     try:
         config = try_to_load_from_cache(name, "config.json")
     except HFValidationError:
@@ -190,20 +190,20 @@ def _cached(name: str) -> Path | None:
         return None
     try:
         weight_files(Path(config).parent)
-    except ValueError:  # a configuration alone, or some of the shards
+    except ValueError:  # only a configuration, or only some shards
         return None
     return Path(config).parent
 
 
-# ---- what its configuration asks for
+# ---- the expected model
 
 
 def _config(found: Checkpoint, language: Backbone, tower: Backbone) -> LlavaSPConfig | None:
-    """The configuration of the model that opening would make; None where too little is known of its backbones."""
+    """The configuration of the model that opening would build; None if too little is known of its backbones."""
     if found.format == "llava_sp":
         return recorded_config(found)
     text, vision = _text_config(found, language), _vision_config(found, tower)
-    if found.format == "llava_sp_adapter":  # its own has the shapes, but those of its bases are read on opening
+    if found.format == "llava_sp_adapter":  # it has the shapes, but opening reads those of its bases
         return recorded_config(found)
     if text is None or vision is None:
         return None
@@ -213,7 +213,7 @@ def _config(found: Checkpoint, language: Backbone, tower: Backbone) -> LlavaSPCo
 
 
 def _text_config(found: Checkpoint, language: Backbone) -> PreTrainedConfig | None:
-    """The language model's, of the base if it is there, else as the checkpoint copied it, else of its width alone."""
+    """The language model's: of the base if available, else the checkpoint's copy, else with only its width."""
     if language.folder is not None and language.problem is None:
         return language_config(language.folder)
     if is_original(found.config) and "hidden_size" in found.config:
@@ -240,7 +240,7 @@ def _side(found: Checkpoint, name: str, dim: int) -> int | None:
 
 
 def _processor_problems(found: Checkpoint, language: Backbone, tower: Backbone) -> list[str]:
-    """Tokenizers and image settings, by making of them what opening does, as far as they are on this machine."""
+    """Problems of tokenizers and image settings, built as on opening, as far as they are on this machine."""
     bases = {"language_model": language.folder, "vision_tower": tower.folder}
     try:
         if found.format not in OURS and has_tokenizer(found):
@@ -252,7 +252,7 @@ def _processor_problems(found: Checkpoint, language: Backbone, tower: Backbone) 
         if found.format in OURS and _has_processor(found):
             LlavaSPProcessor.from_saved(found.folder)
         elif found.format not in OURS and None not in bases.values():
-            own = {"language_model": found.holds_language_model, "vision_tower": found.format == "llava_hf"}
+            own = {"language_model": found.holds_language_model, "vision_tower": found.holds_vision_tower}
             given: dict[str, Any] = {keyword: folder for keyword, folder in bases.items() if not own[keyword]}
             make_processor(LlavaSPProcessor, found, **given, local_files_only=True)
     except (ValueError, OSError) as error:
@@ -264,7 +264,7 @@ def _has_processor(found: Checkpoint) -> bool:
     return (found.folder / "processor_config.json").is_file()
 
 
-# ---- what is reported
+# ---- the report
 
 
 def _spatial(found: Checkpoint, config: LlavaSPConfig | None) -> dict[str, Any]:
@@ -279,10 +279,10 @@ def _spatial(found: Checkpoint, config: LlavaSPConfig | None) -> dict[str, Any]:
 
 
 def _template(found: Checkpoint) -> dict[str, Any]:
-    """What our processor's files record; other code records no template, and LLaVA-1.5's is meant."""
+    """The template in our processor's files; other code records none, where LLaVA-1.5's is used."""
     settings: dict[str, Any] = {}
     if found.format in OURS and _has_processor(found):
-        with contextlib.suppress(ValueError, OSError):  # is a problem of its own
+        with contextlib.suppress(ValueError, OSError):  # reported as a separate problem
             settings = read_json(found.folder / "processor_config.json", dict)
     ratio = settings.get("image_aspect_ratio") or found.config.get("image_aspect_ratio")
     return {"recorded": settings.get("conversation_template"), "image_aspect_ratio": ratio}
@@ -337,7 +337,7 @@ def _calls(path: str | os.PathLike, found: Checkpoint, given: list[str], bases: 
 
 
 def _bases_to_name(found: Checkpoint, bases: tuple[Backbone, Backbone]) -> list[str]:
-    """Keywords for the backbones that a full checkpoint of ours came from, where these are not to be found any more."""
+    """Keywords for the backbones of a full checkpoint of ours, if these can no longer be found."""
     if found.format != "llava_sp":
         return []  # the opened model records the ones it was opened on
     lost = [_place(found, backbone.recorded, None).status == "missing" for backbone in bases]

@@ -1,4 +1,4 @@
-"""The report of a checkpoint as an aligned block for reading."""
+"""The report of a checkpoint as aligned text."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from llava_sp.checkpoints.inspection.report import PARTS, PLACEHOLDERS
 from llava_sp.checkpoints.opening.fit import Comparison, hints
 from llava_sp.checkpoints.reading.formats import FORMATS, OURS
 
-_SHOWN = 6  # lines of a kind of problem in the text; all are in the JSON
+_SHOWN = 6  # lines per kind of problem in the text; the JSON has all
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report as an aligned block for reading."""
+    """The report as aligned text."""
     rows = [] if report["format"] is None else _about(report)
     if report["loads"]:
         needs = " and ".join(f"{keyword}=" for keyword in report["needs"])
@@ -26,7 +26,7 @@ def text(report: dict[str, Any]) -> str:
 
 
 def _about(report: dict[str, Any]) -> list[tuple[str, str]]:
-    rows = [("format", f"{FORMATS[report['format']]} ({report['format']})"), *_spatial_rows(report["spatial"])]
+    rows = [("format", f"{FORMATS[report['format']].title} ({report['format']})"), *_spatial_rows(report["spatial"])]
     rows += [("base", _backbone_text(report["language_model"], "language_model"))]
     rows += [("tower", _backbone_text(report["vision_tower"], "vision_tower"))]
     rows += [("template", _template_text(report["conversation_template"], report["format"]))]
@@ -46,7 +46,7 @@ def _about(report: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _reasons(report: dict[str, Any]) -> list[str]:
-    """Why it does not load; tensors, which the rows above name, are counted only."""
+    """Why it does not load; tensors, which the rows above name, are only counted."""
     lists = Comparison(*(report.get(name, []) for name in vars(Comparison())))
     reasons = [problem for problem in report["problems"] if problem not in lists.lines()]
     counts = [f"{len(entries)} {name.replace('_', ' ')}" for name, entries in vars(lists).items() if entries]
@@ -67,7 +67,7 @@ def _entry_text(entry: dict[str, Any]) -> str:
 
 def _spatial_rows(spatial: dict[str, Any]) -> list[tuple[str, str]]:
     grid, variant = spatial.get("grid_size"), spatial.get("spatial_variant")
-    side = "a grid that is not known" if grid is None else f"a {grid} x {grid} grid"
+    side = "an unknown grid" if grid is None else f"a {grid} x {grid} grid"
     if variant == "none":
         return [("variant", "none: LLaVA-1.5, without spatial tokens"), ("layout", f"the patches of {side}")]
     fusion = "with" if spatial.get("spatial_fusion") else "without"
@@ -91,8 +91,8 @@ def _backbone_text(backbone: dict[str, Any], keyword: str) -> str:
     where = {
         "there": "there" if str(backbone["folder"]) == recorded else f"there, in {backbone['folder']}",
         "cached": "in the hub's cache",
-        "hub": "on the hub, not on this machine",
-        "missing": f"not there; pass {keyword}=",
+        "hub": "on the hub, not in the cache",
+        "missing": f"not found; pass {keyword}=",
     }
     fingerprint = f" (fingerprint {backbone['fingerprint']})" if backbone["fingerprint"] else ""
     return f"{recorded}{fingerprint}: {where[status]}"
@@ -104,8 +104,8 @@ def _template_text(template: dict[str, Any], kind: str) -> str:
     if recorded is not None:
         return recorded + images
     if kind in OURS:
-        return "not recorded: no processor files beside the weights; vicuna_v1 unless you say otherwise"
-    return f"not recorded by this format; vicuna_v1 is meant{images}"
+        return "not recorded: no processor files beside the weights; vicuna_v1 by default"
+    return f"not recorded by this format; vicuna_v1 is used{images}"
 
 
 def _part_text(part: dict[str, Any], lora: dict[str, Any] | None) -> str:

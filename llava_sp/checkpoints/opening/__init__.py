@@ -1,4 +1,4 @@
-"""From what was found to a model, and back to disk. Importing this lets the model open every format."""
+"""From a recognised checkpoint to a model, and back to disk. Importing this lets the model open every format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llava_sp.model import opening
 
 __all__ = ["from_backbones", "open_model", "open_processor", "save_adapter"]
 
-# A format of `FORMATS` -> f(model class, what was found, **keywords), which gives the model.
+# A format of `FORMATS` -> f(model class, Checkpoint, **keywords), which returns the model.
 _OPENERS = {
     "llava_sp": open_full,
     "llava_sp_adapter": open_adapter,
@@ -25,17 +25,17 @@ _OPENERS = {
     "original_projector": open_original,
     "llava_hf": open_llava_hf,
 }
-_ELSEWHERE = ("state_dict", "subfolder", "variant", "gguf_file")  # the weights are not the folder's
+_ELSEWHERE = ("state_dict", "subfolder", "variant", "gguf_file")  # the weights are not those of the folder
 
 
 def open_model(cls, checkpoint: str | os.PathLike | Checkpoint, *args, output_loading_info: bool = False, **kwargs):
     """The model of a checkpoint; `LlavaSPForCausalLM.from_pretrained` calls this.
 
     Args:
-        checkpoint: a folder, the file of a first stage's projector, a hub id, or what `recognise` found there.
+        checkpoint: a folder, the file of a first stage's projector, a hub id, or the result of `recognise`.
         args, output_loading_info: as for transformers' `from_pretrained`, for our full checkpoints only.
 
-    Raises as `LlavaSPForCausalLM.from_pretrained`.
+    Raises like `LlavaSPForCausalLM.from_pretrained`.
     """
     if any(kwargs.get(name) for name in _ELSEWHERE):
         return cls.from_full(checkpoint, *args, output_loading_info=output_loading_info, **kwargs)
@@ -43,7 +43,7 @@ def open_model(cls, checkpoint: str | os.PathLike | Checkpoint, *args, output_lo
     if found.format == "llava_sp":
         return open_full(cls, found, *args, output_loading_info=output_loading_info, **kwargs)
     if output_loading_info or args:
-        raise ValueError(f"{found.folder} is not a full checkpoint of LLaVA-SP: there is no output_loading_info for it")
+        raise ValueError(f"{found.folder} is not a full checkpoint of LLaVA-SP: output_loading_info is not supported")
     return _OPENERS[found.format](cls, found, **kwargs)
 
 

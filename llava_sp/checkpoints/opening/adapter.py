@@ -1,13 +1,13 @@
-"""Adapter checkpoints: LoRA and projector, without base weights or embeddings, in a folder that says what it is.
+"""Adapter checkpoints: LoRA and projector, without base weights or embeddings, in a folder with a manifest.
 
     config.json                 LlavaSPConfig, with the base models and the fingerprints of their weights
     projector.safetensors       patch MLP and spatial branch; its presence makes the folder an adapter checkpoint
     lora/adapter_config.json    PEFT's own format; absent after the first stage
     lora/adapter_model.safetensors
     generation_config.json and the processor's files
-    llava_sp.json               format, contents, sizes and hashes; written last, so a save that was cut off has none
+    llava_sp.json               format, contents, sizes and hashes; written last, so an interrupted save has none
 
-Every file is written beside its place and renamed, so no file is ever half there.
+Every file is written beside its target and renamed, so no file is ever partial.
 """
 
 from __future__ import annotations
@@ -62,23 +62,21 @@ def save_adapter(
     """Write LoRA and projector, their configuration and (if given) the processor to `path`.
 
     Args:
-        run: what the manifest keeps about the run that made the weights (stage, step, ...).
+        run: the manifest's record of the run that made the weights (stage, step, ...).
         state_dict: as from `trainable_state_dict`; by default taken from the model now.
-        write: false on processes that only help gathering (all but the main one).
+        write: false on processes that only take part in gathering (all but the main one).
 
     Raises:
         ValueError: a tensor is empty or not finite; nothing is written then.
-        OSError: the disk is full or `path` cannot be written; what stood there before is not a checkpoint any more
-            only if its files had been replaced already, and then has no manifest.
+        OSError: the disk is full or `path` cannot be written; a previous checkpoint there is invalid
+            only if some of its files were replaced already, and then has no manifest.
     """
     state = trainable_state_dict(model) if state_dict is None else state_dict
     if not write:
         return
     broken = [name for name, tensor in state.items() if not (tensor.numel() and torch.isfinite(tensor).all())]
     if broken or not state:
-        such = (
-            f"{len(broken)} tensors are empty or hold NaN or infinity, such as {broken[0]}" if state else "no projector"
-        )
+        such = f"tensors empty or not finite: {len(broken)}, for example {broken[0]}" if state else "no projector"
         raise ValueError(f"{path} is not saved: {such}")
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -123,13 +121,13 @@ def open_adapter(
     """Open an adapter checkpoint on its base models.
 
     Args:
-        config: in place of the recorded one, which it must agree with.
-        language_model, vision_tower: in place of the recorded ones, for instance on another machine.
+        config: instead of the recorded one, with which it must agree.
+        language_model, vision_tower: instead of the recorded ones, for instance on another machine.
         check_base: compare the base weights' fingerprints with the recorded ones.
 
     Raises:
-        ValueError: a base model is not where the checkpoint says, its weights are not those that the adapter was trained
-            on, or tensors do not fit. The message says what would be right.
+        ValueError: a base model is not at its recorded path, its weights are not those that the adapter was trained
+            on, or tensors do not fit. The message names what is expected.
     """
     load_kwargs = base_kwargs(load_kwargs)
     config = recorded_config(found, config)
@@ -160,7 +158,7 @@ def load_projector(model: Any, path: str | os.PathLike) -> None:
 
     Raises:
         ValueError: the projector is of another variant, width or grid (the message lists the differing settings and
-            tensors), or the save was cut off.
+            tensors), or the save was interrupted.
     """
     found = recognise(path)
     fill(model, found, (PROJECTOR,), config_differences(found, model.config))
@@ -174,7 +172,7 @@ def check_bases(found: Checkpoint, config: LlavaSPConfig) -> None:
             place = getattr(config, f"{keyword}_name_or_path")
             raise ValueError(
                 f"{found.folder} was trained on a {keyword.replace('_', ' ')} with the fingerprint {was}, but {place} has {now}: "
-                f"these are other weights. Pass {keyword}=<the right one>, or check_base=False to go on with these"
+                f"these are other weights. Pass {keyword}=<the right one>, or check_base=False to use these"
             )
 
 

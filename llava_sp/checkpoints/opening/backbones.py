@@ -1,7 +1,7 @@
 """A LLaVA-SP model from its two backbones: a language model and a vision tower, by hub id or local folder.
 
-Formats are whatever `transformers` reads: safetensors or `.bin` shards, a SentencePiece or a JSON tokenizer, a whole CLIP
-or SigLIP checkpoint (its text half is left aside), any ViT of timm. Nothing is converted on disk.
+All formats of `transformers`: safetensors or `.bin` shards, a SentencePiece or a JSON tokenizer, a whole CLIP
+or SigLIP checkpoint (its text half is ignored), any ViT of timm. Nothing is converted on disk.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from llava_sp.checkpoints.reading.fingerprint import weights_fingerprint
 from llava_sp.checkpoints.reading.formats import read_generation_config, recognise
 from llava_sp.checkpoints.reading.places import fetch, hub_kwargs
 from llava_sp.checkpoints.reading.tensor_files import stored_tensors, weight_files
+from llava_sp.common.files import counted
 from llava_sp.model.backbone_configs import (
     FULL_LLAVAS,
     as_value_error,
@@ -45,7 +46,7 @@ from llava_sp.model.modeling_llava_sp import LlavaSPForCausalLM
 from llava_sp.model.processing_llava_sp import add_special_tokens
 from llava_sp.model.projector import SpatialProjector
 
-# Enough for a paragraph; only where neither the caller nor the checkpoint says otherwise.
+# Enough for a paragraph; the default if neither the caller nor the checkpoint sets it.
 DEFAULT_MAX_NEW_TOKENS = 512
 
 
@@ -61,24 +62,24 @@ def from_backbones(
     vision_tower_revision: str | None = None,
     **kwargs,
 ):
-    """Assemble a model with a fresh projector; see also `warm_start.from_backbones`.
+    """Assemble a model with a new projector; see also `warm_start.from_backbones`.
 
     Args:
         language_model, vision_tower: hub ids or local folders; also those within a full LLaVA.
-        config: the configuration of an existing checkpoint, which takes the place of the settings below.
+        config: the configuration of an existing checkpoint, which replaces the settings below.
         dtype: of all weights; `"auto"` is the language model's own.
-        seed: of the projector's fresh weights.
+        seed: of the projector's new weights.
         language_model_revision, vision_tower_revision: of hub models; what was loaded is recorded by its fingerprint.
         kwargs: `PROJECTOR_SETTINGS`, as of `LlavaSPConfig`; the rest is passed to both backbones' `from_pretrained`
-            (`device_map`, `attn_implementation`, `cache_dir`, ...), `quantization_config` to the language model alone.
+            (`device_map`, `attn_implementation`, `cache_dir`, ...), `quantization_config` only to the language model.
 
     Raises:
-        ValueError: a backbone lacks weights, the tower has no square grid, or a spatial argument does not fit.
-        OSError: a backbone is not there (transformers' message names the path).
+        ValueError: a backbone lacks weights, the tower has no square grid, or a spatial argument is invalid.
+        OSError: a backbone does not exist (transformers' message names the path).
     """
     settings = {name: kwargs.pop(name) for name in PROJECTOR_SETTINGS if name in kwargs}
     if "revision" in kwargs:
-        raise ValueError("revision= would mean both backbones; use language_model_revision= and vision_tower_revision=")
+        raise ValueError("revision= is ambiguous; use language_model_revision= and vision_tower_revision=")
     backbones = Backbones.find(language_model, vision_tower, language_model_revision, vision_tower_revision, **kwargs)
     return backbones.load(
         cls, config or backbones.config(**settings), dtype, seed, recorded=config is not None, **kwargs
@@ -87,12 +88,12 @@ def from_backbones(
 
 @dataclasses.dataclass(frozen=True)
 class Backbones:
-    """A language model and a vision tower of which nothing is loaded but the tokenizer.
+    """A language model and a vision tower, with only the tokenizer loaded.
 
     Attributes:
-        language, tower: folders or hub ids. language_hub, tower_hub: keywords that say how to get them from the hub.
+        language, tower: folders or hub ids. language_hub, tower_hub: keywords for getting them from the hub.
         tokenizer: the language model's, with image and padding token added; image_token_id, pad_token_id: their ids.
-        rows: the embedding rows to have.
+        rows: the number of embedding rows needed.
     """
 
     language: str
@@ -113,7 +114,7 @@ class Backbones:
         tower_revision: str | None = None,
         **kwargs,
     ) -> Backbones:
-        """Raises `ValueError` if one is not given, or the tokenizer has words after the placeholder."""
+        """Raises `ValueError` if one is not given, or the tokenizer has tokens after the placeholder."""
         if language_model is None or vision_tower is None:
             name = "language_model" if language_model is None else "vision_tower"
             raise ValueError(f"{name} is not set: a hub id or a folder")
@@ -125,7 +126,7 @@ class Backbones:
         return cls(str(language_model), str(vision_tower), language_hub, tower_hub, *vocabulary)
 
     def config(self, **settings) -> LlavaSPConfig:
-        """The configuration of a model on these, with the language model's own rows; `settings` are LlavaSPConfig's."""
+        """The configuration of a model on these, with the language model's rows; `settings` are LlavaSPConfig's."""
         text = language_config(self.language, **self.language_hub)
         return LlavaSPConfig(
             text_config=text,
@@ -145,7 +146,7 @@ class Backbones:
         recorded: bool = False,
         **kwargs,
     ):
-        """The model with a fresh projector. `recorded`: `config` is a checkpoint's, and stays as it is."""
+        """The model with a new projector. `recorded`: `config` is a checkpoint's, and is not changed."""
         dtype = _dtype(dtype)
         tower_kwargs = {name: value for name, value in kwargs.items() if name != "quantization_config"} | self.tower_hub
         tower: Any = load_vision_tower(self.tower, dtype=dtype, **tower_kwargs)
@@ -190,7 +191,7 @@ class Backbones:
 
 
 def from_llava_hf(cls: type[PreTrainedModel], backbones: Backbones, config: LlavaSPConfig, dtype, **load_kwargs):
-    """Transformers' LLaVA-1.5 as a model of ours without spatial tokens; its three parts are taken over as they are."""
+    """Transformers' LLaVA-1.5 as a model of ours without spatial tokens; its three parts are used unchanged."""
     llava = load_llava(backbones.language, dtype=_dtype(dtype), **load_kwargs)
     config.dtype = llava.dtype
     projector = SpatialProjector(config).to(llava.dtype)
@@ -199,7 +200,7 @@ def from_llava_hf(cls: type[PreTrainedModel], backbones: Backbones, config: Llav
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
-    """A type by its name; "auto" and types as they are. Raises ValueError for a name that is not one of a type."""
+    """A type by its name; "auto" and types unchanged. Raises ValueError for a name that is not a type's."""
     named = dtype if dtype == "auto" or not isinstance(dtype, str) else getattr(torch, dtype, None)
     if named != "auto" and not isinstance(named, torch.dtype):
         raise ValueError(f'dtype is {dtype!r}; use a torch.dtype, its name ("bfloat16"), or "auto"')
@@ -207,17 +208,17 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
 
 
 def read_vocabulary(path: str | os.PathLike, old_rows: int = 0, **hub_kwargs) -> tuple[Any, int, int, int]:
-    """A language model's tokenizer with image and padding token added, their ids, and the embedding rows to have.
+    """A language model's tokenizer with image and padding token added, their ids, and the embedding rows needed.
 
-    Raises `ValueError` where a word has an id after the placeholder's: ids from there on are never generated.
+    Raises `ValueError` if a token has an id after the placeholder's: ids from there on are never generated.
     """
     tokenizer = load_tokenizer(path, **hub_kwargs)
     image_token_id, pad_token_id, rows = add_special_tokens(tokenizer, old_rows)
     words = [word for word, i in tokenizer.get_vocab().items() if i > image_token_id and i != pad_token_id]
     if words:
         raise ValueError(
-            f"the tokenizer of {path} has <image> as id {image_token_id} and {len(words)} tokens after it, such as "
-            f"{words[0]!r}; the image placeholder must come after all words"
+            f"the tokenizer of {path} has <image> as id {image_token_id} and {counted(len(words), 'token')} after it "
+            f"(such as {words[0]!r}); the image placeholder must come after all tokens"
         )
     return tokenizer, image_token_id, pad_token_id, rows
 
@@ -243,7 +244,7 @@ def load_llava(path: str | os.PathLike, **kwargs) -> LlavaForConditionalGenerati
 
 
 def _language_half(llava: LlavaForConditionalGeneration) -> PreTrainedModel:
-    """The language model of transformers' LLaVA as a model of its own; nothing is copied."""
+    """The language model of transformers' LLaVA as a separate model; nothing is copied."""
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(llava.config.text_config, dtype=llava.dtype)
     setattr(language, language.base_model_prefix, llava.model.language_model)
@@ -276,7 +277,7 @@ def fresh_projector(config: LlavaSPConfig, dtype: torch.dtype, seed: int) -> Spa
 
 @torch.no_grad()
 def grow_vocabulary(language: PreTrainedModel, rows: int) -> None:
-    """Bring embeddings and head to `rows` rows; each new row is the mean of the old ones, so the same every time."""
+    """Resize embeddings and head to `rows` rows; each new row is the mean of the old ones, so it is deterministic."""
     old_rows = language.get_input_embeddings().num_embeddings
     if rows == old_rows:
         return
@@ -289,9 +290,9 @@ def grow_vocabulary(language: PreTrainedModel, rows: int) -> None:
 
 
 def _load_complete(auto_class, path: str | os.PathLike, zeros_allowed: bool = True, **kwargs) -> Any:
-    """`from_pretrained`, but what the folder does not hold whole is an error, not random numbers or NaN.
+    """`from_pretrained`, but raises for incomplete weights instead of leaving random numbers or NaN.
 
-    A matrix of zeros may be meant in a backbone, not in a LLaVA that was trained.
+    A matrix of zeros may be intended in a backbone, not in a trained LLaVA.
 
     Raises:
         ValueError: a file is cut off, missing or holds code; a tensor is missing, of another shape, or cannot be trained
@@ -302,8 +303,8 @@ def _load_complete(auto_class, path: str | os.PathLike, zeros_allowed: bool = Tr
         read_generation_config(Path(path))
         stored = [tensor for file in weight_files(Path(path)) for tensor in stored_tensors(file)]
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # else a CLIP's text half is reported, key by key, as unexpected
-    try:  # a wrong shape is then in `info`, with its name
+    logging.set_verbosity_error()  # else the keys of a CLIP's text half are reported as unexpected
+    try:  # `info` then names a wrong shape
         model, info = auto_class.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
@@ -319,7 +320,7 @@ def _load_complete(auto_class, path: str | os.PathLike, zeros_allowed: bool = Tr
 
 @contextmanager
 def zero3_set_aside() -> Iterator[None]:
-    """Keeps transformers from splitting (and gathering, and initialising) the parts of a model that is to stay empty."""
+    """Keeps transformers from splitting (and gathering, and initialising) the parts of a model that must stay empty."""
     current = integration._hf_deepspeed_config_weak_ref and integration._hf_deepspeed_config_weak_ref()
     integration.unset_hf_deepspeed_config()
     try:
@@ -335,5 +336,5 @@ def _has_class_token(tower: PreTrainedModel) -> bool:
 
 
 def _recorded(path: str) -> str:
-    """What a checkpoint remembers: an absolute path for a local folder, the id for a hub model."""
+    """The recorded path: absolute for a local folder, the id for a hub model."""
     return str(Path(path).resolve()) if Path(path).is_dir() else path

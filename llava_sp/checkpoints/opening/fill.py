@@ -1,4 +1,4 @@
-"""Putting a checkpoint's tensors into a model: names, shapes and values checked, also where ZeRO-3 has split the model."""
+"""Copying a checkpoint's tensors into a model, with names, shapes and values checked, also under ZeRO-3."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _POOLED_NORM = f"{TOWER}post_layernorm"
 
 
 def gathered(parameters: list[nn.Parameter], modify: bool = False):
-    """A context in which parameters split by ZeRO-3 are whole; else nothing."""
+    """A context in which parameters split by ZeRO-3 are gathered; else a null context."""
     if not any(hasattr(parameter, "ds_id") for parameter in parameters):
         return nullcontext()
     import deepspeed
@@ -28,7 +28,7 @@ def gathered(parameters: list[nn.Parameter], modify: bool = False):
 
 
 def without_pooled_norm(needed: Mapping[str, T], held: Iterable[str]) -> dict[str, T]:
-    """`needed` but for a norm of the tower that is not held: the original leaves it out, as only CLIP's pooled output uses it."""
+    """`needed` without a tower norm that is not held: the original omits it, as only CLIP's pooled output uses it."""
     held = set(held)
     return {name: value for name, value in needed.items() if name in held or not name.startswith(_POOLED_NORM)}
 
@@ -36,13 +36,13 @@ def without_pooled_norm(needed: Mapping[str, T], held: Iterable[str]) -> dict[st
 def fill(
     model: nn.Module, found: Checkpoint, parts: tuple[str, ...] = (PROJECTOR, LORA), differences: Iterable[str] = ()
 ) -> None:
-    """Put these parts of a checkpoint into the model; by default projector, LoRA and, if an original holds one, the tower.
+    """Copy these parts of a checkpoint into the model; by default projector, LoRA and an original's tower.
 
-    Raises `ValueError`, with nothing changed, for what does not fit or cannot be trained weights; see `copy_strictly`.
+    Raises `ValueError`, with nothing changed, if they do not fit or cannot be trained weights; see `copy_strictly`.
     """
     if found.is_original and found.part(TOWER):
         parts = (*parts, TOWER)
-    ours = found.format == "llava_sp_adapter"  # where a matrix of zeros may be meant
+    ours = found.format == "llava_sp_adapter"  # where a matrix of zeros may be intended
     stored = {name: tensor for name, tensor in found.tensors.items() if _within(name, parts)}
     tensors = {with_adapter_name(name): tensor for name, tensor in read_checked(stored, zeros_allowed=ours).items()}
     own = {tower_name(name): p for name, p in model.named_parameters() if _within(tower_name(name), parts)}
@@ -50,7 +50,7 @@ def fill(
 
 
 def _within(name: str, parts: tuple[str, ...]) -> bool:
-    """LoRA is a part of its own, wherever in the model it is."""
+    """LoRA is a separate part, wherever in the model it is."""
     return LORA in parts if LORA in name else name.startswith(parts)
 
 
@@ -82,7 +82,7 @@ def copy_strictly(
 
 
 def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    """A model as it is opened: nothing trains, LoRA is in the model's own type, dropout is off."""
+    """A model as opened: nothing trains, LoRA is in the model's own type, dropout is off."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
         if LORA in name:
@@ -91,17 +91,17 @@ def freeze(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def check_model(model: nn.Module, path: object, stored: Iterable[StoredTensor], zeros_allowed: bool = True) -> None:
-    """Raises `ValueError` for weights that cannot have been trained; some 4 GiB a second and core are looked at.
+    """Raises `ValueError` for weights that cannot have been trained; checks about 4 GiB per second and core.
 
     Args:
-        path, stored: where the model was read from and what is there, to name key and file.
-        zeros_allowed: a matrix of zeros may be meant in a backbone and in what is ours.
+        path, stored: where the model was read from and its tensors there, to name key and file.
+        zeros_allowed: a matrix of zeros may be intended in a backbone and in our formats.
     """
     stored = list(stored)
     check_values(
         (_described(name, path, stored), parameter.detach(), zeros_allowed)
         for name, parameter in model.named_parameters()
-        if not parameter.is_meta and not hasattr(parameter, "ds_id")  # kept on the disk; split by ZeRO-3
+        if not parameter.is_meta and not hasattr(parameter, "ds_id")  # offloaded to disk; split by ZeRO-3
     )
 
 

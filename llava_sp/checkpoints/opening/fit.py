@@ -1,4 +1,4 @@
-"""What a checkpoint holds against what its configuration asks for, by names and shapes, before it is opened."""
+"""A checkpoint's tensors compared with its configuration's, by names and shapes, before it is opened."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from llava_sp.model.modeling_llava_sp import LlavaSPForCausalLM
 
 @dataclass
 class Comparison:
-    """What a checkpoint holds against what its configuration asks for; keys are those of its files."""
+    """The differences between a checkpoint's tensors and its configuration's; keys are those of its files."""
 
     missing: list[dict[str, Any]] = field(default_factory=list)
     unexpected: list[dict[str, Any]] = field(default_factory=list)
@@ -41,16 +41,16 @@ class Comparison:
     def lines(self) -> list[str]:
         return [
             *(f"{one['file']} lacks {one['key']}" for one in self.missing),
-            *(f"{one['file']} holds {one['key']} {one['shape']}, which has no place" for one in self.unexpected),
+            *(f"{one['file']} holds {one['key']} {one['shape']}, which is unexpected" for one in self.unexpected),
             *(f"{one['key']} in {one['file']} is {one['shape']}, not {one['expected']}" for one in self.wrong_shape),
             *(f"{one['key']} in {one['file']} is empty, {one['shape']}" for one in self.empty),
         ]
 
 
 def check_fits(found: Checkpoint, config: LlavaSPConfig | None) -> None:
-    """Raises `ValueError` with every tensor, and its file, that a checkpoint lacks, has too many, or in another shape.
+    """Raises `ValueError` with every tensor, and its file, that is missing, unexpected or of another shape.
 
-    Where the same thing is there twice, as `.bin` and as safetensors, both must agree to the bit.
+    Weights stored twice, as `.bin` and as safetensors, must agree bit for bit.
     """
     for file, copy in found.copies.items():
         held, copied = read_tensors(file), read_tensors(copy)
@@ -62,20 +62,20 @@ def check_fits(found: Checkpoint, config: LlavaSPConfig | None) -> None:
     if lines:
         more = [f"and {len(lines) - 8} more"] if len(lines) > 8 else []
         lines = [*lines[:8], *more, *hints(found.format, result)]
-        raise ValueError(f"{found.folder} is not the model that it describes:\n  " + "\n  ".join(lines))
+        raise ValueError(f"{found.folder} does not match its configuration:\n  " + "\n  ".join(lines))
 
 
 def hints(kind: str | None, result: Comparison) -> list[str]:
     if kind == "original_projector" and result.missing:
-        return ["an intermediate checkpoint of the original's first stage is like that; its model.bin holds all"]
+        return ["an intermediate checkpoint of the original's first stage is incomplete; its model.bin has all tensors"]
     return []
 
 
 def compare(found: Checkpoint, config: LlavaSPConfig | None) -> Comparison:
-    """Names and shapes against those of `config`'s model; None leaves the layout of the projector to go by.
+    """Names and shapes against those of `config`'s model; with None, only the projector's layout is checked.
 
     Raises:
-        ValueError: no such model can be made.
+        ValueError: no such model can be built.
     """
     needed, known = ({}, set(found.tensors)) if config is None else _wanted(found, config)
     result = Comparison(unexpected=[_entry(found, tensor) for tensor in found.unknown])
@@ -93,7 +93,7 @@ def compare(found: Checkpoint, config: LlavaSPConfig | None) -> Comparison:
 
 
 def _wanted(found: Checkpoint, config: LlavaSPConfig) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """`(name -> shape of what the checkpoint has to bring, names that it may bring)`, under our names."""
+    """`(name -> shape of what the checkpoint must hold, names that it may hold)`, under our names."""
     text_is_known = config.text_config.num_hidden_layers > 0
     with zero3_set_aside(), torch.device("meta"), as_value_error(found.folder):
         model = LlavaSPForCausalLM(config)
@@ -105,9 +105,9 @@ def _wanted(found: Checkpoint, config: LlavaSPConfig) -> tuple[dict[str, tuple[i
         (brought if text_is_known else any_shape).append(LORA)
     if found.holds_language_model:
         brought += [LANGUAGE, HEAD]
-    if found.format in ("llava_sp", "llava_hf"):
+    if found.holds_vision_tower:
         brought.append(TOWER)
-    elif found.part(TOWER):  # of the original, a tower that was trained; only its own folder has its shapes
+    elif found.part(TOWER):  # an original's trained tower; only its own folder has its shapes
         (brought if getattr(config.vision_config, "num_hidden_layers", 1) else any_shape).append(TOWER)
     shapes = {_plain(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
     needed = {name: shape for name, shape in shapes.items() if _part(name).startswith(tuple(brought))}
@@ -147,7 +147,7 @@ def _their_key(found: Checkpoint, name: str) -> str:
 
 
 def _their_file(found: Checkpoint, name: str) -> str:
-    """The file that holds its like; the folder, where several do."""
+    """The file with its sibling tensors; the folder if there are several such files."""
     part = found.part("", lora=True) if LORA in name else found.part(PROJECTOR if name.startswith(PROJECTOR) else "")
     files = {tensor.file for tensor in part.values()}
     return str(files.pop().relative_to(found.folder)) if len(files) == 1 else str(found.folder)

@@ -1,7 +1,7 @@
-"""Opening what other code wrote: the original's LoRA folders, full models and first-stage projectors, transformers' LLaVA.
+"""Opening checkpoints of other code: the original's LoRA, full models and first-stage projectors, transformers' LLaVA.
 
-Each opens on its backbones as our own adapter checkpoints do, tensor for tensor: nothing is left at random, nothing is
-left out, and a tensor that cannot be right is named with its file.
+Each opens on its backbones as our own adapter checkpoints do, tensor for tensor: nothing stays random, nothing is
+omitted, and an invalid tensor is named with its file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llava_sp.model.backbone_configs import is_original, language_config, load_t
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from llava_sp.model.processing_llava_sp import add_special_tokens
 
-# A language model's settings that change what it computes and no shape, with their keys in the original's config.json.
+# Language model settings that change its computation but no shape, with their keys in the original's config.json.
 _LANGUAGE_SETTINGS = {
     "hidden_act": ("hidden_act",),
     "rms_norm_eps": ("rms_norm_eps",),
@@ -44,13 +44,13 @@ def open_original(
     """Open a checkpoint of the original code.
 
     Args:
-        language_model, vision_tower: in place of the recorded ones, which are often paths on their authors' machines.
+        language_model, vision_tower: instead of the recorded ones, which are often paths on their authors' machines.
         dtype: of all weights; `"auto"` is the one that the checkpoint records, else the language model's own.
         load_kwargs: for the backbones, see `from_backbones`.
 
     Raises:
         ValueError: a tensor is missing, left over, of another shape, or cannot be trained weights (with key and file);
-            a backbone is not where the checkpoint says.
+            a backbone is not at its recorded path.
     """
     load_kwargs = base_kwargs(load_kwargs)
     backbones = Backbones.find(*bases_of(found, language_model, vision_tower, **hub_kwargs(load_kwargs)), **load_kwargs)
@@ -77,19 +77,19 @@ def open_llava_hf(cls, found: Checkpoint, *, language_model=None, vision_tower=N
 def bases_of(
     found: Checkpoint, language_model: str | os.PathLike | None, vision_tower: str | os.PathLike | None, **hub_kwargs
 ) -> tuple[str, str]:
-    """Where language model and tower are: as given, else as recorded. Raises `ValueError` for what is not there."""
-    own = {"language_model": found.holds_language_model, "vision_tower": found.format in ("llava_sp", "llava_hf")}
+    """Where language model and tower are: as given, else as recorded. Raises `ValueError` if one does not exist."""
+    own = {"language_model": found.holds_language_model, "vision_tower": found.holds_vision_tower}
     given = {"language_model": language_model, "vision_tower": vision_tower}
     for keyword, value in given.items():
         if value is not None and own[keyword]:
-            raise ValueError(f"{found.folder} is a full checkpoint, with its own base: drop {keyword}=")
+            raise ValueError(f"{found.folder} is a full checkpoint, with its own base: {keyword}= is not supported")
     recorded = {keyword: found.folder if own[keyword] else getattr(found, keyword) for keyword in given}
     language, tower = (find_base(found.folder, k, value, recorded[k], **hub_kwargs) for k, value in given.items())
     return language, tower
 
 
 def foreign_config(found: Checkpoint, backbones: Backbones) -> LlavaSPConfig:
-    """What a checkpoint of other code is on these backbones. Raises `ValueError` if they do not belong together."""
+    """The configuration of a checkpoint of other code on these backbones. Raises `ValueError` if they do not match."""
     config = backbones.config(vision_feature_layer=found.feature_layer, **found.spatial)
     check_language_model(found, config.text_config, (config.image_token_id, config.pad_token_id))
     return config
@@ -121,7 +121,7 @@ def check_language_model(found: Checkpoint, text: PreTrainedConfig, token_ids: t
 
 
 def _plain_rope(value: Any) -> Any:
-    """A setting; that of the positions without the type's older name."""
+    """A setting; for rotary positions, without the type's older name."""
     return {key: one for key, one in value.items() if key != "type"} if isinstance(value, dict) else value
 
 

@@ -1,4 +1,4 @@
-"""Opening our full checkpoints: transformers' own way, of a folder that is known to hold the whole model."""
+"""Opening our full checkpoints: by transformers, after checking that the folder holds the whole model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llava_sp.checkpoints.reading.formats import Checkpoint
 from llava_sp.model.backbone_configs import as_value_error
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 
-# What must agree for one model's projector to fit into another.
+# Must agree for one model's projector to fit into another.
 _SHAPE_FIELDS = (
     "spatial_variant",
     "spatial_scales",
@@ -28,7 +28,7 @@ _SHAPE_FIELDS = (
 
 
 def open_full(cls, found: Checkpoint, *args, config=None, output_loading_info: bool = False, **kwargs):
-    """Open a full checkpoint of ours, or say what is missing, left over, of another shape, or cannot be trained weights."""
+    """Open a full checkpoint of ours; raises for tensors missing, unexpected, of another shape, or untrained."""
     bases_of(found, kwargs.pop("language_model", None), kwargs.pop("vision_tower", None))
     of_all_models = {field.name for field in dataclasses.fields(PreTrainedConfig)} - {"dtype"}
     settings = {name: kwargs.pop(name) for name in of_all_models & kwargs.keys()}
@@ -43,9 +43,9 @@ def open_full(cls, found: Checkpoint, *args, config=None, output_loading_info: b
 
 
 def recorded_config(found: Checkpoint, given: LlavaSPConfig | None = None, **settings) -> LlavaSPConfig:
-    """config.json of a checkpoint of ours, or `given`. Raises `ValueError` for values in it, or where they contradict."""
+    """config.json of a checkpoint of ours, or `given`. Raises `ValueError` for invalid values or contradictions."""
     differences = [] if given is None else config_differences(found, given)
-    if differences:  # the Auto classes make a configuration of the keywords
+    if differences:  # the Auto classes turn the keywords into a configuration
         raise ValueError(f"{found.folder}: the configuration is not that of the weights: {'; '.join(differences)}")
     if given is not None:
         return given
@@ -54,7 +54,7 @@ def recorded_config(found: Checkpoint, given: LlavaSPConfig | None = None, **set
 
 
 def config_differences(found: Checkpoint, config: LlavaSPConfig) -> list[str]:
-    """What a checkpoint's projector was made for and a model of `config` is not, in words."""
+    """The differences between the configuration of a checkpoint's projector and `config`, as text."""
     saved = recorded_config(found)
     return [
         f"{field} is {getattr(saved, field)!r} there and {getattr(config, field)!r} here"

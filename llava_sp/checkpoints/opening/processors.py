@@ -1,4 +1,4 @@
-"""The processor of a checkpoint in any format: the one saved beside it, or one made of what it records and of its bases."""
+"""The processor of a checkpoint in any format: the one saved beside it, or one built from its records and its bases."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def open_processor(
     """The processor of a checkpoint; `LlavaSPProcessor.from_pretrained` calls this.
 
     Args:
-        checkpoint: a folder, a hub id, or what `recognise` found there.
-        language_model, vision_tower: in place of the recorded ones, where the processor is made of theirs.
+        checkpoint: a folder, a hub id, or the result of `recognise`.
+        language_model, vision_tower: instead of the recorded ones, if the processor is built from them.
 
-    Raises as `LlavaSPProcessor.from_pretrained`.
+    Raises like `LlavaSPProcessor.from_pretrained`.
     """
     if not isinstance(checkpoint, Checkpoint):
         if is_saved(checkpoint, **kwargs):
@@ -40,7 +40,7 @@ def open_processor(
 
 
 def is_saved(path: str | os.PathLike, **kwargs) -> bool:
-    """Whether a folder or hub model holds a processor of ours, or nothing but a processor."""
+    """Whether a folder or hub model holds a processor of ours, or only a processor."""
     file = None if Path(path).is_file() else fetch_config(path, "processor_config.json", **kwargs)
     if file is None:
         return False

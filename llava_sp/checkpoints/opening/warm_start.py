@@ -1,4 +1,4 @@
-"""Starting from a trained LLaVA-1.5: its patch MLP, and its LoRA or whole language model; the spatial branch is fresh."""
+"""Starting from a trained LLaVA-1.5: its patch MLP, and its LoRA or whole language model; the spatial branch is new."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def from_backbones(
     Args:
         language_model, vision_tower: hub ids or local folders; also those within a full LLaVA.
         warm_start: a trained LLaVA-1.5 (any format, or its projector alone) whose patch MLP and LoRA are kept; a full
-            one's language model takes the place of `language_model`. The spatial branch is fresh.
+            one's language model replaces `language_model`. The spatial branch is new.
         check_base: compare the bases' fingerprints with those that LoRA of ours records.
-        settings: those of `backbones.from_backbones`, whose errors these are too.
+        settings: those of `backbones.from_backbones`, whose errors are raised too.
     """
     start = None if warm_start is None else recognise(fetch(warm_start, **hub_kwargs(base_kwargs(settings))))
     model = backbones.from_backbones(cls, language_model_within(start, language_model), vision_tower, **settings)
@@ -50,9 +50,9 @@ def from_backbones(
 def language_model_within(
     start: str | os.PathLike | Checkpoint | None, otherwise: str | os.PathLike | None
 ) -> str | os.PathLike:
-    """The language model that a run with this warm start has: the one within it, or `otherwise` if it holds none.
+    """The language model that a run with this warm start has: the one within it, else `otherwise`.
 
-    Raises `ValueError` where there is neither, or a full checkpoint's spatial tokens would be lost.
+    Raises `ValueError` if neither is given, or a full checkpoint's spatial tokens would be lost.
     """
     found = start if isinstance(start, Checkpoint) or start is None else recognise(fetch(start))
     if found is not None and found.format == "llava_sp" and found.spatial.get("spatial_variant") != "none":
@@ -63,19 +63,19 @@ def language_model_within(
     if found is not None and found.holds_language_model:
         return str(found.folder)
     if otherwise is None:
-        raise ValueError("language_model is not set, and there is no warm_start that holds one")
+        raise ValueError("language_model is not set, and no warm_start contains one")
     return otherwise
 
 
 def holds_lora(path: str | os.PathLike) -> bool:
-    """Whether a warm start from this checkpoint would bring LoRA."""
+    """Whether a warm start from this checkpoint includes LoRA."""
     return recognise(fetch(path)).lora is not None
 
 
 def start_from(
     model: LlavaSPForCausalLM, start: str | os.PathLike | Checkpoint, *, check_base: bool = True
 ) -> list[str]:
-    """Put the patch MLP and the LoRA of a checkpoint into the model; returns the names of these parts.
+    """Copy the patch MLP and the LoRA of a checkpoint into the model; returns the names of these parts.
 
     A model without LoRA gets the checkpoint's own.
 
@@ -102,7 +102,7 @@ def start_from(
 
 
 def _check_tower(model: nn.Module, found: Checkpoint) -> None:
-    """Raises `ValueError` where the checkpoint's own tower is not the one that the model has: only full ones keep a tower."""
+    """Raises `ValueError` if the checkpoint's own tower differs from the model's: only full checkpoints have one."""
     parameters = {tower_name(name): parameter for name, parameter in model.named_parameters()}
     for name, tensor in read_checked(found.part(TOWER)).items():
         own = parameters.get(name)
@@ -112,23 +112,23 @@ def _check_tower(model: nn.Module, found: Checkpoint) -> None:
             same = own.shape == tensor.shape and _same_but_for_rounding(own.detach().cpu(), tensor)
         if not same:
             raise ValueError(
-                f"warm_start: {found.folder} holds a vision tower of its own ({name} differs), which would be lost; pass "
+                f"warm_start: {found.folder} has its own vision tower ({name} differs), which would be lost; pass "
                 "vision_tower=<that folder> if it is transformers' LLaVA or ours, else the tower it was trained from"
             )
 
 
 def _same_but_for_rounding(one: Tensor, other: Tensor) -> bool:
-    """Whether both may be the same numbers, rounded to types that need not be the same."""
+    """Whether both may be the same numbers, rounded to possibly different types."""
     types = [torch.finfo(_held_precision(tensor)) for tensor in (one, other)]
     step = max(info.eps for info in types)
-    smallest = max(info.smallest_normal * info.eps for info in types)  # below it float16 has nothing
+    smallest = max(info.smallest_normal * info.eps for info in types)  # float16 has no smaller numbers
     one, other = one.float(), other.float()
     allowed = step * torch.maximum(one.abs(), other.abs()) + smallest
     return bool(((one - other).abs() <= allowed).all())
 
 
 def _held_precision(tensor: Tensor) -> torch.dtype:
-    """The coarsest type that holds a tensor: of weights that were rounded once and then widened, the one before."""
+    """The coarsest type that holds a tensor exactly: for weights rounded once and then widened, the narrower one."""
     for dtype in (torch.bfloat16, torch.float16):
         if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
             return dtype

@@ -1,1 +1,1 @@
-"""What is in a folder of weights, with nothing opened."""
+"""Recognising a checkpoint folder without loading its tensors."""

@@ -1,4 +1,4 @@
-"""Hashes that stand for weights, read without loading the tensors."""
+"""Hashes that identify weights, computed without loading the tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def weights_fingerprint(path: str | os.PathLike, **hub_kwargs) -> str:
 
 
 def checkpoint_hash(checkpoint: str | os.PathLike | Checkpoint) -> str:
-    """16 hex digits that stand for the weights in a checkpoint of any format, for provenance."""
+    """16 hex digits that identify the weights of a checkpoint of any format, for provenance."""
     if isinstance(checkpoint, Checkpoint):
         found = checkpoint
     else:

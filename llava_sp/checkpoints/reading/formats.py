@@ -1,4 +1,4 @@
-"""What a folder of weights is, by its content: every format's tensors under our own names, nothing read but headers.
+"""Recognises a checkpoint's format by its content: every format's tensors under our names, reading only headers.
 
     llava_sp              our full checkpoint (transformers' own layout)
     llava_sp_adapter      our adapter checkpoint, see `opening.adapter`
@@ -7,7 +7,7 @@
     original_projector    what the first stage leaves: model.bin (LLaVA-SP), mm_projector.bin (LLaVA-1.5)
     llava_hf              transformers' LLaVA-1.5 (llava-hf on the hub)
 
-The original's configuration does not say which variant its weights are; their names and shapes do.
+The original's configuration does not record the variant of its weights; their names and shapes determine it.
 """
 
 from __future__ import annotations
@@ -55,13 +55,24 @@ from llava_sp.common.files import read_json
 from llava_sp.common.schema import Check, expect, one_of
 from llava_sp.model.modeling_llava_sp import ADAPTER_FILE
 
+
+@dataclass(frozen=True)
+class Format:
+    """What a format is called, and which backbones its folders hold themselves."""
+
+    title: str
+    holds_language_model: bool = False
+    holds_vision_tower: bool = False  # a whole one; the original's may hold a trained one beside its base's
+
+
+# `recognise` decides among them, `opening._OPENERS` opens them.
 FORMATS = {
-    "llava_sp": "LLaVA-SP, full checkpoint",
-    "llava_sp_adapter": "LLaVA-SP, adapter checkpoint (projector, and LoRA after the second stage)",
-    "original_lora": "original LLaVA code, LoRA folder",
-    "original_full": "original LLaVA code, full checkpoint",
-    "original_projector": "original LLaVA code, projector of the first stage",
-    "llava_hf": "transformers' LLaVA, full checkpoint",
+    "llava_sp": Format("LLaVA-SP, full checkpoint", True, True),
+    "llava_sp_adapter": Format("LLaVA-SP, adapter checkpoint (projector, and LoRA after the second stage)"),
+    "original_lora": Format("original LLaVA code, LoRA folder"),
+    "original_full": Format("original LLaVA code, full checkpoint", holds_language_model=True),
+    "original_projector": Format("original LLaVA code, projector of the first stage"),
+    "llava_hf": Format("transformers' LLaVA, full checkpoint", True, True),
 }
 OURS = ("llava_sp", "llava_sp_adapter")
 LORA_FOLDER = "lora"
@@ -74,7 +85,7 @@ _TYPE = Check(
     lambda name: not name or isinstance(getattr(torch, str(name).removeprefix("torch."), None), torch.dtype),
     "float16 or the like",
 )
-# What config.json may hold of the settings that are read, and of those that change what a model does with an image.
+# The schema of the settings in config.json that are read, and of those that change how a model processes an image.
 _CONFIG = {"language_model_name_or_path?": _PLACE, "vision_tower_name_or_path?": _PLACE}
 _ORIGINAL_CONFIG = {
     "_name_or_path?": _PLACE,
@@ -99,7 +110,7 @@ _LLAVA_HF_CONFIG = {
 
 
 class UnknownFormat(ValueError):
-    """What is there is not one of `FORMATS`."""
+    """The folder is not in one of `FORMATS`."""
 
 
 @dataclass
@@ -108,13 +119,13 @@ class Checkpoint:
 
     Attributes:
         folder: where it is. format: a key of `FORMATS`. config: its config.json, {} if there is none.
-        tensors: our parameter name -> where the tensor is; LoRA's without an adapter's name in it.
-        unknown: tensors that have no place in what is opened.
-        missing: our names of tensors that the layout needs and no file holds.
+        tensors: our parameter name -> where the tensor is; LoRA's without the adapter's name.
+        unknown: tensors that the opened model does not have.
+        missing: our names of tensors that the layout needs and that no file holds.
         lora: PEFT's adapter_config.json, or None. manifest: that of an adapter checkpoint of ours, or None.
-        spatial: keywords of `LlavaSPConfig` that the projector's tensors call for.
-        language_model, vision_tower: what it records about its origin.
-        copies: a file of these tensors -> another one beside it that has to hold the same.
+        spatial: keywords of `LlavaSPConfig` that the projector's tensors imply.
+        language_model, vision_tower: the recorded backbones.
+        copies: a file of these tensors -> another one beside it that must hold the same.
     """
 
     folder: Path
@@ -145,7 +156,11 @@ class Checkpoint:
 
     @property
     def holds_language_model(self) -> bool:
-        return self.format in ("llava_sp", "original_full", "llava_hf")
+        return FORMATS[self.format].holds_language_model
+
+    @property
+    def holds_vision_tower(self) -> bool:
+        return FORMATS[self.format].holds_vision_tower
 
     @property
     def is_original(self) -> bool:
@@ -153,7 +168,7 @@ class Checkpoint:
 
     @property
     def feature_layer(self) -> Any:
-        """The tower's layer(s) that are read, for what other code wrote."""
+        """The tower's layer(s) that are read, for checkpoints of other code."""
         return self.config.get("mm_vision_select_layer" if self.is_original else "vision_feature_layer", -2)
 
     @property
@@ -162,13 +177,13 @@ class Checkpoint:
         return (self.config.get("torch_dtype") or self.config.get("dtype") or "auto").removeprefix("torch.")
 
     def lora_config(self) -> LoraConfig:
-        """PEFT's settings of the checkpoint's LoRA; those that the original saved are held to the language model."""
+        """PEFT's settings of the checkpoint's LoRA; those of the original are restricted to the language model."""
         if self.is_original:
             return original_lora_config(self.lora or {})
         return LoraConfig.from_pretrained(str(self.lora_file.parent))
 
     def add(self, tensors: list[StoredTensor], named: Callable[[str], str | None]) -> None:
-        """Enter tensors under our names. Raises `ValueError` for two that belong in one place."""
+        """Enter tensors under our names. Raises `ValueError` for two with the same name."""
         for tensor in tensors:
             name = named(tensor.key)
             if name is None:
@@ -183,11 +198,11 @@ class Checkpoint:
 
 
 def recognise(path: str | os.PathLike) -> Checkpoint:
-    """What is at `path`, a folder or the file of a first stage's projector.
+    """The checkpoint at `path`, a folder or the file of a first stage's projector.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        UnknownFormat: it is not one of `FORMATS`; the message says what was found.
+        FileNotFoundError: `path` does not exist.
+        UnknownFormat: it is not one of `FORMATS`; the message lists what was found.
         ValueError: a file in it is broken, missing, or contradicts the others.
     """
     path = Path(path)
@@ -238,7 +253,7 @@ def _full(folder: Path, config: dict) -> Checkpoint:
 
 
 def read_generation_config(folder: Path) -> dict[str, Any]:
-    """A file whose errors transformers reports without its name. Raises `ValueError` if it is not valid."""
+    """Raises `ValueError` naming the file if it is not valid; transformers' errors do not name it."""
     file = folder / "generation_config.json"
     return read_json(file, dict) if file.is_file() else {}
 
@@ -264,7 +279,7 @@ def _original(folder: Path, config: dict, kind: str, tensors: list[StoredTensor]
     found.vision_tower = config.get("mm_vision_tower") or config.get("vision_tower") or None
     found.add(tensors, our_name)
     found.spatial, found.missing = spatial_layout(found.part(PROJECTOR))
-    if not found.holds_language_model:  # trained beside LoRA; the base's own would take its place
+    if not found.holds_language_model:  # trained with LoRA; the base's own would replace it
         for name in (*found.part(LANGUAGE), *found.part(HEAD)):
             found.unknown.append(found.tensors.pop(name))
     return found
@@ -293,19 +308,19 @@ def _original_lora(folder: Path, config: dict) -> Checkpoint:
 
 
 def contradiction(file: Path, copy: Path, key: str) -> ValueError:
-    return ValueError(f"{file} and {copy} are not the same: {key} differs; remove the one that is not meant")
+    return ValueError(f"{file} and {copy} are not the same: {key} differs; remove the wrong one")
 
 
 def _original_projector(folder: Path, file: Path, config: dict) -> Checkpoint:
     tensors = stored_tensors(file)
     if not any(our_projector_name(unwrapped(tensor.key)) for tensor in tensors):
         keys = ", ".join(tensor.key for tensor in tensors) or "nothing"
-        raise UnknownFormat(f"{file} holds no projector but {keys[:200]}")
+        raise UnknownFormat(f"{file} holds no projector, only {keys[:200]}")
     return _original(folder, config, "original_projector", tensors)
 
 
 def _full_of_others(folder: Path, config: dict) -> Checkpoint:
-    """A full model of the original code or of transformers; the names of its tensors say which."""
+    """A full model of the original code or of transformers; the names of its tensors tell which."""
     tensors = folder_tensors(folder)
     if any("multi_modal_projector." in tensor.key for tensor in tensors):
         return _llava_hf(folder, config, tensors)
@@ -314,7 +329,7 @@ def _full_of_others(folder: Path, config: dict) -> Checkpoint:
     if not within and not beside:
         raise UnknownFormat(
             f"{folder} ({config.get('model_type', 'no model_type')}) holds a model without a projector: it is a backbone. "
-            "LlavaSPForCausalLM.from_backbones(language_model=..., vision_tower=...) makes a model of it"
+            "LlavaSPForCausalLM.from_backbones(language_model=..., vision_tower=...) makes a model from it"
         )
     found = _original(folder, config, "original_full", tensors if within else [*tensors, *beside])
     found.language_model = str(folder)

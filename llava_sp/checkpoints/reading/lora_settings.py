@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json: what may be in it, and PEFT's settings of the LoRA that a checkpoint holds."""
+"""PEFT's adapter_config.json: its schema, and PEFT's settings of a checkpoint's LoRA."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ OPENED = (
     "rank_pattern",
     "alpha_pattern",
 )
-# Settings that plain LoRA on linear layers has, or that change nothing once it is trained; further ones have to be unset.
+# Settings of plain LoRA on linear layers, or without effect once it is trained; any others must be unset.
 _PLAIN = (
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "inference_mode",
     "init_lora_weights", "loftq_config", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "r",
@@ -53,7 +53,7 @@ _INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")  # others chan
 
 
 def check_plain_lora(settings: dict[str, Any], file: Path, allowed: tuple[str, ...] = ()) -> None:
-    """Raises `ValueError` for a setting, but for those `allowed`, that makes something else than plain LoRA."""
+    """Raises `ValueError` for a setting, but for those `allowed`, that is not plain LoRA."""
     usual = LoraConfig().to_dict()
     for key, value in settings.items():
         unset = value in (None, False, [], {}, "none", usual.get(key))

@@ -1,7 +1,7 @@
-"""What we write beside weights about them.
+"""The manifests that we write beside weights.
 
-llava_sp.json says what an adapter checkpoint holds; it is written last, so that a save that was cut off has none.
-merged.json says what a full checkpoint was merged from.
+llava_sp.json lists the content of an adapter checkpoint; it is written last, so an interrupted save has none.
+merged.json records what a full checkpoint was merged from.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llava_sp.common.schema import Check
 MANIFEST = "llava_sp.json"
 MERGE_RECORD = "merged.json"
 MERGED = {"adapter": {"path": str, "hash": str}, "language_model": {"path": (str, None)}, "date": str}
-_BASE = Check(lambda value: len(value) == 2, "a place and a fingerprint", [(str, None)])
+_BASE = Check(lambda value: len(value) == 2, "a path and a fingerprint", [(str, None)])
 _MANIFEST = {
     "files": Check(bool, "the files with tensors", {str: {"bytes": int, "sha256": str}}),
     "language_model": _BASE,
@@ -28,15 +28,15 @@ def describe(folder: Path) -> dict[str, Any]:
     """The manifest of an adapter checkpoint.
 
     Raises:
-        ValueError: there is none, or a tensor file is not there or not as long as the manifest says.
+        ValueError: it is missing, or a tensor file is missing or not of the recorded length.
     """
     file = folder / MANIFEST
     if not file.is_file():
-        raise ValueError(f"{folder} has no {MANIFEST}: saving it was cut off; use an earlier one or train again")
+        raise ValueError(f"{folder} has no {MANIFEST}: saving was interrupted; use an earlier one or train again")
     manifest = read_json(file, _MANIFEST)
     for name, about in manifest["files"].items():
         tensors = folder / name
         size = tensors.stat().st_size if tensors.is_file() else None
         if size != about["bytes"]:
-            raise ValueError(f"{tensors} is {size} bytes long, but {MANIFEST} says {about['bytes']}: cut off")
+            raise ValueError(f"{tensors} is {size} bytes long, but {MANIFEST} records {about['bytes']}: cut off")
     return manifest

@@ -1,6 +1,6 @@
 """Names of tensors: the original's and transformers' LLaVA's keys against our parameter names, in one table read both ways.
 
-What the original's configuration does not record, such as the variant, shows in these names and in the shapes.
+What the original's configuration does not record, such as the variant, follows from these names and the shapes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ORIGINAL_GRID = 24
 
 _INTEGRATOR = ("query", "key", "value")
 _EXTRACTOR = "spatial.extractor.projections."
-_POOLED = "conv_{scale}.1.weight"  # behind its pooling, but for the scale of the whole grid, which has none
+_POOLED = "conv_{scale}.1.weight"  # after its pooling, except for the scale of the whole grid, without pooling
 # The original's key without wrappers, and our name within the projector.
 _PROJECTOR = (
     ("mm_projector.0.{leaf}", "linear_1.{leaf}"),
@@ -36,7 +36,7 @@ _PROJECTOR = (
     *((f"{part}_projector.{{rest}}", f"spatial.integrator.{part}.{{rest}}") for part in _INTEGRATOR),
 )
 _FIELDS = {"leaf": "weight|bias", "scale": r"\d+", "rest": ".+"}
-# The same of the other parts, by how the names begin.
+# The same for the other parts, by the prefix of the names.
 _PARTS = (
     ("vision_tower.vision_tower.", TOWER),
     ("vision_tower.", TOWER),
@@ -72,7 +72,7 @@ def our_projector_name(key: str) -> str | None:
 
 
 def original_projector_name(name: str, variant: str, grid: int = ORIGINAL_GRID) -> str:
-    """The inverse of `our_projector_name`; the variant decides where a convolution stands in its sequence."""
+    """The inverse of `our_projector_name`; the variant decides the index of a convolution in its sequence."""
     for theirs, ours in _PROJECTOR:
         match = _template(ours).fullmatch(name)
         if match is not None:
@@ -84,7 +84,7 @@ def original_projector_name(name: str, variant: str, grid: int = ORIGINAL_GRID) 
 
 
 def our_name(key: str) -> str | None:
-    """The original's key, wrapped or not -> the name in our model; None if it has no place there."""
+    """The original's key, wrapped or not -> the name in our model; None if it does not exist there."""
     key = unwrapped(key)
     projector = our_projector_name(key)
     if projector is not None:
@@ -102,7 +102,7 @@ def original_name(name: str, variant: str, grid: int = ORIGINAL_GRID) -> str:
 
 
 def llava_hf_name(key: str) -> str | None:
-    """A key of transformers' LLaVA -> the name in our model; None if it has no place there."""
+    """A key of transformers' LLaVA -> the name in our model; None if it does not exist there."""
     return _replaced(tower_name(key.removeprefix("model.")), _LLAVA_HF)
 
 

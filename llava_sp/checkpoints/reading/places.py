@@ -1,4 +1,4 @@
-"""Where a checkpoint and its base models are: a folder here, a place relative to the checkpoint, or the hub."""
+"""Locations of a checkpoint and its base models: a local folder, a path relative to the checkpoint, or the hub."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from llava_sp.common.files import is_missing_folder
 
 _HUB_KEYWORDS = ("revision", "cache_dir", "token", "local_files_only", "force_download")
-# The Auto classes' own keywords, and those that are about the checkpoint alone, not about its bases.
+# The Auto classes' own keywords, and those for the checkpoint only, not for its bases.
 _OF_THE_CHECKPOINT = ("adapter_kwargs", "trust_remote_code", "_from_auto", "_commit_hash", "revision", "force_download")
 
 
 def hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those keywords of a `from_pretrained` that say how to get a file from the hub."""
+    """Those keywords of a `from_pretrained` that concern downloads from the hub."""
     return {name: kwargs[name] for name in _HUB_KEYWORDS if name in kwargs}
 
 
@@ -27,7 +27,7 @@ def fetch(path: str | os.PathLike, **kwargs) -> Path:
     """The local folder (or file) of a checkpoint, downloaded if it is a hub id.
 
     Raises:
-        FileNotFoundError: `path` can only be a folder and there is none.
+        FileNotFoundError: `path` can only be a folder and does not exist.
         OSError: there is no such folder, and the hub has no such model or cannot be reached.
     """
     if Path(path).exists():
@@ -42,12 +42,12 @@ def fetch(path: str | os.PathLike, **kwargs) -> Path:
     except (OSError, ValueError) as error:  # also huggingface_hub's own
         reason = " ".join(str(error).split())
         raise OSError(
-            f"there is no folder {path}, and no model of that name can be had from the hub: {reason}"
+            f"there is no folder {path}, and no model of that name on the hub can be read: {reason}"
         ) from None
 
 
 def fetch_config(path: str | os.PathLike, name: str = "config.json", **kwargs) -> Path | None:
-    """One small file of a folder, or of a hub model (downloaded if need be); None if it cannot be had."""
+    """One small file of a folder, or of a hub model (downloaded if needed); None if not available."""
     if Path(path).exists() or is_missing_folder(path):
         return Path(path) / name if (Path(path) / name).is_file() else None
     from transformers.utils import cached_file
@@ -71,7 +71,7 @@ def base_folder(checkpoint: Path, name: str | os.PathLike) -> Path | None:
 def find_base(
     checkpoint: Path, keyword: str, given: str | os.PathLike | None, recorded: str | os.PathLike | None, **kwargs
 ) -> str:
-    """Where a base model is: the folder that is given or recorded, else a hub id that can be had.
+    """Where a base model is: the folder that is given or recorded, else an available hub id.
 
     Raises `ValueError` naming what was given or recorded, and what to pass as `keyword`.
     """
@@ -90,7 +90,7 @@ def find_base(
 
 
 def checkpoints_hint(folder: Path) -> str:
-    """What to say of a run's folder that has no model (yet): its newest intermediate checkpoint, if there is one."""
+    """The hint for a run's folder without a model (yet): its newest intermediate checkpoint, if any."""
     steps = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
     numbers = {path: int(step) for path, step in steps.items() if step.isdigit()}
     return (

@@ -1,4 +1,4 @@
-"""Files with tensors: their headers, their values, and whether training can have given these.
+"""Files with tensors: their headers, their values, and whether these can be trained weights.
 
 Weights come as safetensors, or as PyTorch's pickles (`.bin`, `.pt`), which may hold code: a pickle is only ever opened with
 `weights_only=True`.
@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llava_sp.common.files import read_json
+from llava_sp.common.files import counted, read_json
 from llava_sp.common.schema import Check, expect
 
 _DTYPES = {
@@ -44,13 +44,13 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a whole model, t
 # An index of shards: key -> name of the file that holds it.
 _INDEX = {"weight_map": Check(bool, "an object that names a file for each key", {str: str})}
 _TENSORS = Check(lambda held: all(isinstance(key, str) for key in held), "tensors under names", {str: Tensor})
-_UNREADABLE = (  # what torch's unpickler raises for bytes that are not a pickle
+_UNREADABLE = (  # raised by torch's unpickler for bytes that are not a pickle
     RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
     zipfile.BadZipFile,
 )  # fmt: skip
 _HUGE, _TINY = 1e4, 1e-30  # no trained weight is that large; most of a tensor is never that small
-_SAMPLE = 2**16  # values looked at for that
-_ENDS = 64  # values at either end of a tensor that its hash is made of
+_SAMPLE = 2**16  # values checked for that
+_ENDS = 64  # values at each end of a tensor that are hashed
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The files with weights in a model folder, safetensors first, as its index (if there is one) names them.
 
     Raises:
-        ValueError: there are none, the index is not valid, or it names a file that is not there.
+        ValueError: no weights, the index is not valid, or it names a file that does not exist.
     """
     index = shard_index(folder)
     if index is None:
@@ -82,12 +82,12 @@ def weight_files(folder: Path) -> list[Path]:
     shards = read_index(index)
     for key, name in shards.items():
         if not (folder / name).is_file():
-            raise ValueError(f"{index} names {name}, which is not there; {key} is in it")
+            raise ValueError(f"{index} names {name}, which does not exist; {key} is in it")
     return sorted({folder / name for name in shards.values()})
 
 
 def shard_index(folder: Path) -> Path | None:
-    """The file that says which shard holds what, or None: the weights are one file, or there are none."""
+    """The index file of the shards; None if the weights are a single file or missing."""
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return None
@@ -107,12 +107,12 @@ def folder_tensors(folder: Path) -> list[StoredTensor]:
     index = shard_index(folder)
     lacking = set() if index is None else read_index(index).keys() - {tensor.key for tensor in tensors}
     if lacking:
-        raise ValueError(f"{index} names {min(lacking)}, which no shard holds ({len(lacking)} such tensors)")
+        raise ValueError(f"{index} names {min(lacking)}, which no shard holds ({counted(len(lacking), 'such tensor')})")
     return tensors
 
 
 def stored_tensors(file: Path) -> list[StoredTensor]:
-    """What a file holds. Reads the header of safetensors; of a pickle, of any age, all but its tensors.
+    """The tensors of a file. Reads the header of safetensors; of a pickle, old or new, all but its tensors.
 
     Raises:
         ValueError: the file is cut off, is not a file of tensors, or (a pickle) holds code.
@@ -135,22 +135,22 @@ def read_tensors(file: Path, keys: list[str] | None = None) -> dict[str, Tensor]
 
 
 def value_problem(tensor: Tensor, zeros_allowed: bool = False) -> str | None:
-    """Why these cannot be trained weights, or None: empty, NaN or infinite, or memory that nobody initialised.
+    """Why these cannot be trained weights, or None: empty, NaN or infinite, or uninitialised memory.
 
-    `zeros_allowed`: a matrix of zeros may be meant (LoRA's B before training).
+    `zeros_allowed`: a matrix of zeros may be intended (LoRA's B before training).
     """
     if tensor.numel() == 0:
-        return "is empty (a part that ZeRO-3 had not gathered?)"
+        return "is empty (not gathered under ZeRO-3?)"
     if not tensor.is_floating_point():
         return None
-    if tensor.element_size() == 1:  # float8, of which torch computes nothing
+    if tensor.element_size() == 1:  # float8, which torch cannot compute with
         tensor = tensor.float()
-    largest = torch.stack(torch.aminmax(tensor)).abs().max().item()  # NaN if there is one; makes no copy of the tensor
+    largest = torch.stack(torch.aminmax(tensor)).abs().max().item()  # NaN if any value is NaN; does not copy the tensor
     if not math.isfinite(largest):
         count = int((~torch.isfinite(tensor)).sum())
         return f"holds NaN or infinity in {count:,} of its {tensor.numel():,} values"
     if largest > _HUGE:
-        return f"has values up to {largest:.1e}, which no training gives: memory that was never initialised"
+        return f"has values up to {largest:.1e}, which training cannot give: memory that was never initialised"
     if tensor.ndim > 1:
         if largest == 0:
             return None if zeros_allowed else "is zero everywhere: it was saved before it was initialised"
@@ -239,7 +239,7 @@ def _open_safetensors(file: Path) -> Iterator[Any]:
 
 
 def _open_pickle(file: Path, headers: bool = False) -> dict[str, Tensor]:
-    """A dict of tensors, mapped into memory where the format allows; else read, unless `headers` are all that is wanted."""
+    """A dict of tensors, mapped into memory where the format allows; else read, unless only `headers` are needed."""
     try:
         if zipfile.is_zipfile(file):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -263,7 +263,7 @@ def _open_pickle(file: Path, headers: bool = False) -> dict[str, Tensor]:
 
 
 def _without_values(file: Path) -> Any:
-    """What a pickle of torch before 1.6 holds, its tensors with room for values that are not read."""
+    """The content of a pickle of torch before 1.6, its tensors allocated but their values not read."""
     with open(file, "rb") as stream, torch.serialization.skip_data():
         content = torch.load(stream, map_location="cpu", weights_only=True)
         tensors = [t for t in content.values() if isinstance(t, Tensor)] if isinstance(content, dict) else []

@@ -1,4 +1,4 @@
-"""From any format that opens here to any that the same model can have; weights keep every bit."""
+"""Conversion between any supported formats that can hold the model; weights are copied bit for bit."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def convert(
     target: str | None = None,
     max_shard_size: str = "5GB",
 ) -> str:
-    """Write the checkpoint `source` to the new folder `to` in the format `target`; returns what was written, in words.
+    """Write the checkpoint `source` to the new folder `to` in the format `target`; returns what was written, as text.
 
     Raises:
         ValueError: the source cannot be opened, the format cannot hold this model, or `to` is not empty.
-        OSError: `to` cannot be written; nothing is left there then.
+        OSError: `to` cannot be written; nothing is left there.
     """
     place, destination = fetch(source), Path(to).resolve()
     found = recognise(place)
@@ -56,7 +56,7 @@ def convert(
 
 def _to_ours(found: Checkpoint, folder: Path, bases: dict[str, Any], max_shard_size: str) -> str:
     if found.part(TOWER) and not found.holds_language_model:
-        raise ValueError(f"{found.folder} holds a trained vision tower, as no adapter checkpoint can: merge it instead")
+        raise ValueError(f"{found.folder} holds a trained vision tower, unlike an adapter checkpoint: merge it instead")
     model = open_model(LlavaSPForCausalLM, found, **bases)
     processor = open_processor(LlavaSPProcessor, found, **bases)
     if found.holds_language_model:

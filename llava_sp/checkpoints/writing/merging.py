@@ -44,19 +44,19 @@ def merge(
     max_shard_size: str = "5GB",
     device: str = "cpu",
 ) -> dict:
-    """Write `adapter`, merged into its base models, to the new folder `to`. Returns what `merged.json` says.
+    """Write `adapter`, merged into its base models, to the new folder `to`. Returns the content of `merged.json`.
 
     Args:
         adapter: a folder or a hub id that `LlavaSPForCausalLM.from_pretrained` opens with LoRA attached.
-        language_model, vision_tower: in place of those that the adapter records.
+        language_model, vision_tower: instead of those that the adapter records.
         dtype: of the result; "auto" is the adapter's own.
-        max_shard_size: of one file with weights, such as "5GB".
+        max_shard_size: of one weight file, such as "5GB".
         device: where the model is while it is merged and compared.
 
     Raises:
-        ValueError: there is nothing to merge, or it is merged already; `to` is not empty or lies in a folder that is read;
+        ValueError: there is nothing to merge, or it is merged already; `to` is not empty or is inside a source folder;
             LoRA or the merged weights are not finite; the merged model does not pass the proof.
-        OSError: the disk is full, or `to` cannot be written. In all cases `to` is as it was, and nothing lies beside it.
+        OSError: the disk is full, or `to` cannot be written. `to` is then unchanged, and nothing is left beside it.
     """
     start = time.monotonic()
     if not re.fullmatch(r"\d+[KMGT]B", max_shard_size):
@@ -67,7 +67,9 @@ def merge(
     if found.holds_language_model and (source / MERGE_RECORD).is_file():
         raise ValueError(f"{source} is merged already, {_merged_from(source)}")
     if not found.lora:
-        raise ValueError(f"{source} ({FORMATS[found.format]}) has no LoRA apart from its weights: nothing to merge")
+        raise ValueError(
+            f"{source} ({FORMATS[found.format].title}) has no LoRA apart from its weights: nothing to merge"
+        )
     bases = {"language_model": language_model, "vision_tower": vision_tower}
     given: dict[str, Any] = {name: value for name, value in bases.items() if value is not None}
     if device != "cpu":
@@ -83,7 +85,7 @@ def merge(
         probes = merge_layers(model)
         model.save_pretrained(stage, max_shard_size=max_shard_size)
         processor.save_pretrained(stage)
-        del model  # before the merged one is opened: there is memory for one
+        del model  # before the merged one is opened: memory is for one
         gc.collect()
         record["proof"] = prove(stage, sample, before, probes, record["dtype"], device)
         files = {file.name: file.stat().st_size for file in sorted(stage.glob("*.safetensors"))}
@@ -97,7 +99,7 @@ def merge(
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """Every layer with LoRA by its name in the model. Raises ValueError where LoRA is on something else than a Linear."""
+    """Every layer with LoRA by its name in the model. Raises ValueError where LoRA is not on a Linear."""
     layers = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLinear):
@@ -109,7 +111,7 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
 
 @torch.inference_mode()
 def merge_layers(model: LlavaSPForCausalLM) -> dict[str, Probe]:
-    """Merge LoRA in place and take it off; returns what each layer answered before, for `prove`.
+    """Merge LoRA in place and remove it; returns each layer's output before, for `prove`.
 
     One layer at a time is in float32.
 
@@ -142,14 +144,14 @@ def _merged_from(folder: Path) -> str:
 
 
 def _check_new(target: Path, *sources: str | os.PathLike) -> None:
-    """Raises `ValueError` if `target` holds files, such as those of an earlier merge, or lies in a source."""
+    """Raises `ValueError` if `target` holds files, such as those of an earlier merge, or is inside a source."""
     if (target / MERGE_RECORD).is_file():
         raise ValueError(f"{target} holds a model merged {_merged_from(target)}: choose a new folder")
     check_new(target, *sources)
 
 
 def _describe(model: LlavaSPForCausalLM, found: Checkpoint) -> dict[str, Any]:
-    """What is merged: the record before there is a proof."""
+    """The record of the merge, without the proof."""
     layers = lora_layers(model).values()
     config = model.config
     lora: Any = next(iter(model.peft_config.values()))
@@ -187,7 +189,7 @@ def _processor(found: Checkpoint, model: LlavaSPForCausalLM) -> LlavaSPProcessor
 
 
 def give_back_freed_tensors() -> None:
-    """Have glibc return each freed tensor to the system, for this process from now on.
+    """Make glibc return each freed tensor to the system, for the rest of this process.
 
     It keeps freed blocks below 32 MiB in its heap, and the float32 temporaries leave holes there: at 4 GiB of weights,
     that was 1.1 GiB more at the peak, and all of the first model still resident while the second was opened.

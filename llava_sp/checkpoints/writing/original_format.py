@@ -1,4 +1,4 @@
-"""What the original code reads, of a checkpoint that its layers can hold."""
+"""Writing checkpoints for the original code, if its layers can hold them."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _FACTOR = Check(lambda value: value > 1, "a factor above 1", float)
 
 
 def to_original(found: Checkpoint, folder: Path, bases: dict[str, Any], max_shard_size: str) -> str:
-    """Write a checkpoint for the original code to `folder`; returns what was written, in words.
+    """Write a checkpoint for the original code to `folder`; returns what was written, as text.
 
     Raises:
-        ValueError: the original code cannot hold this model, or something that it needs is not there.
+        ValueError: the original code cannot hold this model, or a file that it needs is missing.
     """
     config = _our_config(found)
     held = {**config.to_dict(), "grid_size": config.grid_size}
@@ -49,7 +49,7 @@ def to_original(found: Checkpoint, folder: Path, bases: dict[str, Any], max_shar
     source = _find_tokenizer(found, config, bases)
     if source is None and found.holds_language_model:
         raise ValueError(
-            f"{found.folder} has no tokenizer.model, as the original needs: give --language-model with one"
+            f"{found.folder} has no tokenizer.model, which the original needs: give --language-model with one"
         )
     for name in _TOKENIZER:
         if source is not None and (source / name).is_file():
@@ -75,7 +75,7 @@ def to_original(found: Checkpoint, folder: Path, bases: dict[str, Any], max_shar
     lora = {PEFT + original_name(name, config.spatial_variant): tensor for name, tensor in lora.items()}
     torch.save({PEFT + key: tensor for key, tensor in projector.items()}, folder / "non_lora_trainables.bin")
     save_file(lora, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return "a LoRA folder for the original code (its name must hold 'llava' and 'lora' there)"
+    return "a LoRA folder for the original code (its name must contain 'llava' and 'lora' there)"
 
 
 def _our_config(found: Checkpoint) -> LlavaSPConfig:
@@ -88,7 +88,7 @@ def _our_config(found: Checkpoint) -> LlavaSPConfig:
 
 
 def _layers_of_the_original(config: LlavaSPConfig) -> dict[str, Any]:
-    """The schema of a configuration whose layers the original's code has, which fixes them, and its transformers 4.37."""
+    """The schema of a configuration whose layers the original's code, which fixes them, and transformers 4.37 have."""
     text, pooling = config.text_config, config.spatial_variant == "pooling"
     spec: dict[str, Any] = {
         "text_config": {
@@ -115,7 +115,7 @@ def _layers_of_the_original(config: LlavaSPConfig) -> dict[str, Any]:
 
 
 def _rope(found: Checkpoint, text: PreTrainedConfig) -> dict[str, Any]:
-    """How positions are rotated, in the two fields of transformers 4. Raises `ValueError` for a way that it does not have."""
+    """How positions are rotated, in the two fields of transformers 4. Raises `ValueError` for other kinds."""
     rope = {**(text.rope_parameters or {})}
     theta = rope.pop("rope_theta", 10000.0)
     kind = rope.pop("rope_type", rope.get("type", "default"))
@@ -128,9 +128,9 @@ def _rope(found: Checkpoint, text: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _lora_settings(found: Checkpoint, lora: dict[str, Any], base: str) -> dict[str, Any]:
-    """PEFT's adapter_config.json in the fields that PEFT of the original's time knows; it fails on any other.
+    """PEFT's adapter_config.json in the fields that PEFT 0.4 to 0.8 know; they fail on any other.
 
-    Raises `ValueError` for a setting that makes something else than plain LoRA.
+    Raises `ValueError` for a setting that is not plain LoRA.
     """
     check_plain_lora(lora, found.lora_file)
     leaves = sorted({name.split(LORA)[0].rpartition(".")[2] for name in found.part("", lora=True)})
@@ -149,7 +149,7 @@ def _lora_settings(found: Checkpoint, lora: dict[str, Any], base: str) -> dict[s
 
 
 def _settings(found: Checkpoint, config: LlavaSPConfig, bases: dict[str, Any]) -> dict[str, Any]:
-    """The original's config.json: the language model's fields and its own. Raises `ValueError` for what has no field."""
+    """The original's config.json: the language model's fields and its own. Raises `ValueError` for others."""
     tower = bases.get("vision_tower") or (None if found.format == "llava_hf" else found.vision_tower)
     if tower is None:
         raise ValueError(f"{found.folder} does not record a vision tower of the original's: give --vision-tower")
@@ -181,14 +181,14 @@ def _settings(found: Checkpoint, config: LlavaSPConfig, bases: dict[str, Any]) -
 
 
 def _aspect_ratio(found: Checkpoint) -> str:
-    """What the processor beside a checkpoint of ours records; "pad" is LLaVA-1.5's own. The original has no word for crop."""
+    """The value in the processor of a checkpoint of ours; "pad" is LLaVA-1.5's own. The original has no crop."""
     file = found.folder / "processor_config.json"
     kept = read_json(file, dict).get("image_aspect_ratio", "pad") if file.is_file() else "pad"
     return "pad" if kept == "pad" else "square"
 
 
 def _find_tokenizer(found: Checkpoint, config: LlavaSPConfig, bases: dict[str, Any]) -> Path | None:
-    """A folder with the original's slow tokenizer, if there is one here: a hub id is left to the reader."""
+    """A folder with the original's slow tokenizer, if it is local; a hub id is not downloaded."""
     for place in (bases.get("language_model"), found.folder, config.language_model_name_or_path):
         folder = None if place is None else base_folder(found.folder, place)
         if folder is not None and (folder / "tokenizer.model").is_file():

@@ -1,4 +1,4 @@
-"""The proof that a merged checkpoint is the unmerged model; `python -m llava_sp.checkpoints.merge --help` says what it is."""
+"""The proof that a merged checkpoint is the unmerged model; see `python -m llava_sp.checkpoints.merge --help`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SHARE_SLACK, _SHARE_DEVIATIONS, _SHARE_UNKNOWN = 0.01, 6, 0.5
 
 @dataclass
 class Probe:
-    """A layer's answer to a fixed vector before merging, [out_features] in float32: the base's, and what LoRA adds."""
+    """A layer's output for a fixed vector before merging, [out_features] in float32: the base's, and LoRA's part."""
 
     base: Tensor
     lora: Tensor
@@ -66,7 +66,7 @@ def text_logits(model: LlavaSPForCausalLM, sample) -> Tensor:
 
 @torch.inference_mode()
 def prove(stage: Path, sample, before: Tensor, probes: dict[str, Probe], dtype: str, device: str = "cpu") -> dict:
-    """Open the merged checkpoint as its user will and compare it with what the unmerged model answered.
+    """Open the merged checkpoint as a user will and compare it with the unmerged model's outputs.
 
     Args:
         stage: the merged checkpoint. before: `text_logits` of the unmerged model. probes: from `merge_layers`.
@@ -85,7 +85,7 @@ def prove(stage: Path, sample, before: Tensor, probes: dict[str, Probe], dtype: 
 
 
 def _compare_logits(before: Tensor, after: Tensor, dtype: str) -> dict:
-    words = before > torch.finfo(getattr(torch, dtype)).min  # the others are silenced, see LlavaSPForCausalLM.silence
+    words = before > torch.finfo(getattr(torch, dtype)).min  # the others are masked, see LlavaSPForCausalLM.silence
     difference = (after - before)[words].abs().max().item()
     relative = difference / before[words].abs().max().item()
     allowed = _LOGITS_FLOAT32 if dtype == "float32" else _LOGITS_STEPS * torch.finfo(getattr(torch, dtype)).eps
@@ -121,7 +121,7 @@ def _find_lora(merged: nn.Module, probes: dict[str, Probe]) -> dict:
         shares[name] = found.dot(probe.lora).item() / power
         if not abs(shares[name] - 1) <= allowed:
             raise ValueError(
-                f"{name}: {shares[name]:.3f} of LoRA is in the merged weight, where 1 is right and rounding explains "
+                f"{name}: {shares[name]:.3f} of LoRA is in the merged weight; 1 is expected, and rounding explains "
                 f"{allowed:.3f} more or less; nothing was written"
             )
     return {

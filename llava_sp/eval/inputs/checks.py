@@ -22,7 +22,7 @@ def find(data: Path, *names: str) -> list[Path]:
 
 
 def find_one(data: Path, *names: str, what: str) -> Path:
-    """The first file that `find` gives. Raises ValueError naming `what` it would be and all names looked for."""
+    """The first file that `find` returns. Raises ValueError naming `what` is missing and all names looked for."""
     found = find(data, *names)
     if not found:
         raise ValueError(f"{data} has no {what}: looked for {', '.join(names)}")
@@ -30,7 +30,7 @@ def find_one(data: Path, *names: str, what: str) -> Path:
 
 
 def find_split(data: Path, names: Mapping[str, Sequence[str]], split: str | None, what: str) -> tuple[str, Path]:
-    """The wanted split, or the first of which `data` holds a file, and that file. Raises ValueError as `find_one`."""
+    """The requested split, or the first with a file in `data`, and that file. Raises ValueError like `find_one`."""
     wanted = {name: names[name] for name in (names if split is None else [split])}
     for name, files in wanted.items():
         if found := find(data, *files):
@@ -40,12 +40,12 @@ def find_split(data: Path, names: Mapping[str, Sequence[str]], split: str | None
 
 
 def first_folder(places: Sequence[Path]) -> Path:
-    """The first of these that is a folder; the first of all where there is no such folder (a later error names it)."""
+    """The first of these that is a folder, else the first one (a later error names it)."""
     return next((place for place in places if place.is_dir()), places[0])
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
-    """The file `name` below `folder`. Raises ValueError if the name leads out of it."""
+    """The file `name` below `folder`. Raises ValueError if the name is outside of it."""
     if leads_outside(name):
         raise ValueError(f"{where}: image {name!r} is outside {folder}")
     return folder / name
@@ -66,7 +66,7 @@ def by_id(records: Iterable[Row], file: Path, key: str = "question_id") -> dict[
 
 
 def numbered(ids: Iterable[Any]) -> Iterator[str]:
-    """The ids as text, told apart where they repeat: "7", "7#2", "7#3"."""
+    """The ids as text, made unique where they repeat: "7", "7#2", "7#3"."""
     seen: Counter[str] = Counter()
     for i in map(str, ids):
         seen[i] += 1
@@ -100,18 +100,18 @@ def compare_ids(found: Iterable[int | str], wanted: Iterable[int | str], noun: s
 
 
 def verdict(file: Path, answers: Sequence[object], tries: Iterable[tuple[str, str]]) -> str:
-    """What `validate` says of a submission.
+    """The result of `validate` for a submission.
 
     Args:
         tries: ("questions of test", what is wrong if the file answers these, or ""), for each split it may answer.
 
     Raises:
-        ValueError: there is something wrong in each case.
+        ValueError: the file fits none of them.
     """
     problems = []
     for what, trouble in tries:
         if not trouble:
             empty = sum(not answer for answer in answers)
-            return f"{file} answers all {len(answers)} {what} once ({empty} answers are empty)"
+            return f"{file} answers all {len(answers)} {what} once ({empty} of them empty)"
         problems.append(f"{trouble} (as {what})")
     raise ValueError(f"{file}: " + "; ".join(problems))

@@ -1,7 +1,7 @@
 """The model as the runner sees it: items in, texts out.
 
 What makes answering faster belongs here (an image's tokens are computed once for all its questions): runner and benchmarks
-do not know how answers come about.
+do not depend on how answers are generated.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import BatchEncoding
 
+from llava_sp.common.files import counted
 from llava_sp.decoding import Generation
 from llava_sp.eval.base import Benchmark, Item
 from llava_sp.inference import Engine, answering, open_image, pad_left, positions, render_prompt
@@ -100,7 +101,9 @@ class ModelAnswerer:
         prompt = render_prompt(self.processor, self.benchmark.message(item), self.benchmark.conversation_template)
         marks = prompt.count(IMAGE_MARK)
         if marks != len(item.images):
-            raise ValueError(f"question {item.id}: {marks} {IMAGE_MARK} marks for {len(item.images)} images")
+            raise ValueError(
+                f"question {item.id}: {counted(marks, f'{IMAGE_MARK} mark')} for {counted(len(item.images), 'image')}"
+            )
         return self.processor.encode_segments([(prompt, False)])[0]
 
     def _head_length(self, row: list[int]) -> int:

@@ -17,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from llava_sp.common.files import examples
+from llava_sp.common.files import counted, examples
 from llava_sp.common.processes import Processes
 from llava_sp.decoding import Generation
 from llava_sp.eval.base import Benchmark, Item
@@ -28,7 +28,7 @@ from llava_sp.inference import Engine, Source, processor_hash, render_prompt
 
 
 def open_engine(model: str, args: argparse.Namespace, processes: Processes) -> Engine:
-    """The checkpoint that the arguments name, on this process's device; nothing of it is read yet."""
+    """The checkpoint that the arguments name, on this process's device; not read yet."""
     source = Source(model, args.language_model, args.vision_tower)
     return Engine.choose(source, args.dtype, args.device, processes.local_rank)
 
@@ -44,7 +44,7 @@ def evaluate(
     """Answers and scores one benchmark; the outcome on the main process, None on the others.
 
     Raises:
-        ValueError, OSError: on the process that has the problem; the others raise `ReportedElsewhere`.
+        ValueError, OSError: on the rank that failed; the others raise `ReportedElsewhere`.
     """
     settings: dict[str, Any] = {}
     with ExitStack() as stack:
@@ -64,7 +64,7 @@ def evaluate(
                 settings = answer_settings(benchmark, all_items, engine, processor, generation, args.seed)
                 check_output(output, settings, len(items))
                 asked = " ".join(filter(None, (benchmark.name, benchmark.split)))
-                print(f"{len(items)} questions of {asked} -> {output}", file=sys.stderr)
+                print(f"{counted(len(items), 'question')} of {asked} -> {output}", file=sys.stderr)
         settings_id = hashlib.sha256(json.dumps(processes.from_main(settings), sort_keys=True).encode()).hexdigest()
         about = {"generation": asdict(generation)}
         start = time.perf_counter()
@@ -105,7 +105,7 @@ def evaluate(
 def answer_settings(
     benchmark: Benchmark, items: Sequence[Item], engine: Engine, processor: Any, generation: Generation, seed: int
 ) -> dict[str, Any]:
-    """What decides the answers. Not among them: batch size, device, number of processes, --limit."""
+    """The settings that determine the answers: not batch size, device, number of processes, --limit."""
     questions = hashlib.sha256()
     for item in items:
         images = [

@@ -1,7 +1,7 @@
 """The output folder of a benchmark: who may write it, what it holds, and from answers to results.
 
 `OUTPUT/run.json` holds the settings that decide the answers. A later command into the same folder must have the same ones, or
-it is refused with the differences: answers of two models or prompts are never mixed. Imports no torch: existing answers are
+it fails with the differences: answers of two models or prompts are never mixed. Imports no torch: existing answers are
 scored without.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_sp.common.files import examples, lock, read_json, sha256, write_json, write_jsonl
+from llava_sp.common.files import counted, examples, lock, read_json, sha256, write_json, write_jsonl
 from llava_sp.common.provenance import command, now, versions
 from llava_sp.eval.base import Benchmark, Item, Scores
 
@@ -49,7 +49,7 @@ def load_items(benchmark: Benchmark, data: Path) -> list[Item]:
 
 @contextmanager
 def exclusive(output: Path) -> Iterator[None]:
-    """Keeps a second command out of the folder, which is made if need be. Raises ValueError if another command is in it."""
+    """Locks the folder, which is created if needed. Raises ValueError if another command uses it."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file; give a directory")
     output.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,9 @@ def check_output(output: Path, settings: dict[str, Any], count: int) -> None:
     if file.exists():
         changed = changed_settings(read_json(file, {"settings": dict})["settings"], settings)
         held = read_json(metrics).get("provenance", {}).get("count", 0) if metrics.is_file() else 0
-        problem = f"results of {held} questions, and those of {count} would replace them" if held > count else ""
+        problem = (
+            f"results of {counted(held, 'question')}, which those of {count} would replace" if held > count else ""
+        )
         if changed and (
             metrics.exists() or any(log.stat().st_size for log in (output / "answers").glob("rank-*.jsonl"))
         ):
@@ -138,7 +140,7 @@ def _hash_files(files: Sequence[Path]) -> dict[str, str]:
 def finish(
     benchmark: Benchmark, items: Sequence[Item], answers: Sequence[str], output: Path | None, origin: dict[str, Any]
 ) -> Outcome:
-    """Has the answers judged where that needs a judge, scores them, writes, and prints the headline."""
+    """Judges the answers if the benchmark needs it, scores them, writes, and prints the headline."""
     benchmark.judge(items, answers, output)
     scores = benchmark.score(items, answers)
     scored_as = {}
@@ -167,7 +169,7 @@ def finish(
         for line in benchmark.summary(scores):
             print(f"  {line}")
     else:
-        print(f"{benchmark.title}{split}: {len(items)} questions answered; {benchmark.unscored}")
+        print(f"{benchmark.title}{split}: {counted(len(items), 'question')} answered; {benchmark.unscored}")
     for protocol, value in scored_as.items():
         if protocol != benchmark.protocol:
             print(f"the same answers scored as {protocol} does: {value}")

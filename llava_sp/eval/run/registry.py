@@ -35,13 +35,19 @@ def load_benchmark(name: str) -> type[Benchmark]:
 
 
 def _defines_benchmark(path: Path) -> bool:
-    """Whether a class in the file says `name = "<name of the file>"`."""
-    return any(
-        isinstance(line, ast.Assign)
-        and any(isinstance(target, ast.Name) and target.id == "name" for target in line.targets)
-        and isinstance(line.value, ast.Constant)
-        and line.value.value == path.stem
-        for node in ast.parse(path.read_text(encoding="utf-8"), str(path)).body
-        if isinstance(node, ast.ClassDef)
-        for line in node.body
-    )
+    """Whether a class in the file says `name = "<name of the file>"`. Raises ValueError for a benchmark of another name."""
+    classes = [
+        node for node in ast.parse(path.read_text(encoding="utf-8"), str(path)).body if isinstance(node, ast.ClassDef)
+    ]
+    constants: list[dict[str, object]] = []
+    for node in classes:
+        lines = [line for line in node.body if isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant)]
+        constants.append(
+            {t.id: ast.literal_eval(line.value) for line in lines for t in line.targets if isinstance(t, ast.Name)}
+        )
+    if any(found.get("name") == path.stem for found in constants):
+        return True
+    for found in constants:
+        if {"name", "title"} <= found.keys():
+            raise ValueError(f"{path} defines the benchmark {found['name']!r}; name the file {found['name']}.py")
+    return False

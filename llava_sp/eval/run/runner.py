@@ -1,7 +1,7 @@
 """Generates the answers to a list of items: batched by length, sharded over processes, resumable.
 
 * Process r of n takes items r, r + n, r + 2n, ... of the list: every item belongs to exactly one process, whatever the
-  counts. Within its share the longest come first (memory trouble shows at once; batches hold items of similar length),
+  counts. Within its share the longest come first (out-of-memory errors come first; batches hold similar lengths),
   and the questions about one image stay together, so that it can be encoded once for all of them.
 * Each process appends to `OUTPUT/answers/rank-R.jsonl`. What any process of any earlier run has answered there is not
   asked again, so the number of processes may change between runs.
@@ -54,13 +54,13 @@ def generate_answers(
     progress: bool = True,
     about: Mapping[str, Any] = MappingProxyType({}),
 ) -> int:
-    """Answers this process's share of `items` that nobody has answered yet; returns how many those were.
+    """Answers this process's share of the unanswered `items`; returns their number.
 
     Each line of the log holds the item's record, the answer (`text`), `key`, the fields of `about` (among them `settings`,
     which must be those of all lines there), `image_bytes`, and `seconds`: the time of the batch divided by its size.
 
     Raises:
-        ValueError: answers of other settings, or about other images under the same names, are there already.
+        ValueError: answers of other settings, or about other images under the same names, exist already.
     """
     share = items[processes.rank :: processes.world_size]
     with AnswerLog(output / LOGS / f"rank-{processes.rank:05d}.jsonl") as log:

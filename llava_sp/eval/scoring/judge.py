@@ -9,10 +9,10 @@
     --judgements FILE ...     score recorded replies instead of asking; several files are several runs
 
 Judging needs the package `openai` (`pip install llava_sp[eval]`). Without --judge the answers are produced and the command
-says how to have them judged later; where O/judgements.jsonl is there already, its replies are scored again.
+prints how to judge them later; if O/judgements.jsonl exists, its replies are scored again.
 
 Every raw reply is appended to O/judgements.jsonl as it comes: item (`key`, `question_id`), `run`, `attempt`, `judge` and
-`answered_by` (what the server says it is), `date`, settings, `reply`, tokens, and the hash of the whole request, which holds
+`answered_by` (as the server reports), `date`, settings, `reply`, tokens, and the hash of the whole request:
 judge, settings, prompt and answer. A recorded reply is used only where this hash is that of the request that would be sent:
 so the same command again asks only for what is missing, whatever stopped it, and replies to other answers, by other judges
 or to other prompts may stay in the file and are never mixed in. The address of the server is not part of the hash.
@@ -38,7 +38,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from llava_sp.common.files import Line, examples, sha256
+from llava_sp.common.files import Line, counted, examples, sha256
 from llava_sp.eval.base import Benchmark, Item, Scores
 from llava_sp.eval.inputs.answers_file import read_lines
 from llava_sp.eval.run.answer_log import AnswerLog
@@ -200,14 +200,16 @@ class JudgedBenchmark(Benchmark):
                 chains.append(self._chain(item, answer, line))
             except KeyError:
                 if item.key not in judged:
-                    trouble = "were not judged"
+                    trouble = "not judged"
                 elif hash_text(answer) not in judged[item.key]:
-                    trouble = "have other answers than were judged"
+                    trouble = "judged with another answer"
                 else:
-                    trouble = "were judged by another prompt or setting, or not to the end"
+                    trouble = "judged with another prompt or setting, or incompletely"
                 missing.setdefault(trouble, []).append(item.id)
         if missing:
-            found_out = "; ".join(f"{len(ids)} questions {why} ({examples(ids)})" for why, ids in missing.items())
+            found_out = "; ".join(
+                f"{why}: {counted(len(ids), 'question')} ({examples(ids)})" for why, ids in missing.items()
+            )
             raise ValueError(
                 f"{where}: {found_out}. --judge {judge} with --output asks for what is missing; --judge-runs N takes "
                 "the first runs only"
@@ -224,7 +226,7 @@ class JudgedBenchmark(Benchmark):
     def _runs(
         self, places: Sequence[tuple[Any, str]], chains: Sequence[list[dict[str, Any]]]
     ) -> tuple[list[Run], dict[str, Any]]:
-        """The runs, and what metrics.json says of the judge."""
+        """The runs, and the entry on the judge in metrics.json."""
         runs: dict[Any, Run] = {}
         for (run, key), lines in zip(places, chains):
             runs.setdefault(run, {})[key] = [line["reply"] for line in lines]
@@ -257,7 +259,7 @@ class JudgedBenchmark(Benchmark):
                 command += ["--" + name.replace("_", "-"), given[name]]
         command += ["--output", output, "--judge", "MODEL"]
         return (
-            "no judge was asked for a score; the same command with --judge MODEL asks one and answers no question twice"
+            "no judge was used, so there is no score; the same command with --judge MODEL judges these answers"
             f"\nwithout the model:\n  {shlex.join(map(str, command))}"
         )
 
@@ -302,5 +304,5 @@ def _all(
                 future.result()
         finally:
             stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)  # requests under way come back and are kept
+            pool.shutdown(wait=True, cancel_futures=True)  # pending requests complete and are kept
         return [future.result() for future in futures]

@@ -10,7 +10,7 @@ Every function takes the answer and gives a letter, or None where the rule finds
     lmms_seedbench     lmms-eval's SEED-Bench: the first character, in either case
 
 Written from a description of the behaviour of these scorers. Published numbers rest on their quirks ("A tall man" means
-option A to some of them), so the quirks are kept and said; use no rule for anything but comparing with such numbers.
+option A to some of them), so the quirks are kept and named; use no rule for anything but comparing with such numbers.
 
 `options` is the mapping of the question's own letters to their texts, in order: {"A": "red", "B": "green"}.
 """

@@ -2,7 +2,7 @@
 
 Written from a description of the behaviour of GT-Vision-Lab/VQA `vqaEval.py` (the official scorer of VQAv2) and of the
 EvalAI answer processor that LLaVA applies before it writes a submission. TextVQA, VizWiz and the harnesses put the same
-steps together in other ways; who does what is said in `vqav2`, `textvqa` and `vizwiz`. Published numbers rest on the quirks
+steps together in other ways; `vqav2`, `textvqa` and `vizwiz` describe which. Published numbers rest on the quirks
 below, so they are kept on purpose:
 
 * a punctuation mark is deleted or replaced by a space depending on the *whole* original text, not on its neighbours;
@@ -10,7 +10,7 @@ below, so they are kept on purpose:
 * if the ten answers of the annotators are identical, nothing is normalised at all and raw strings are compared;
 * some contractions map to odd forms, and those with a capital I never match.
 
-Other copies of this code look for a comma between digits by a pattern that meets `1,,2` too; here, as in the official one,
+Other copies of this code match a comma between digits in `1,,2` too; here, as in the official one,
 only `1,2` counts.
 
 Pure Python: importing this module imports neither torch nor transformers.

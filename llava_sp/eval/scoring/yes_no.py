@@ -1,4 +1,4 @@
-"""What an answer to a yes-or-no question says, by the rules of several scorers ("yes", "no" or `UNKNOWN`; each
+"""The label of an answer to a yes-or-no question, by the rules of several scorers ("yes", "no" or `UNKNOWN`; each
 function is named for its rule), and the figures on such answers."""
 
 from __future__ import annotations

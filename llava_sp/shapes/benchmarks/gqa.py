@@ -1,6 +1,6 @@
 """GQA: compositional questions with the program that answers each, in the official format of testdev_balanced.
 
-Objects are numbered as they stand in the scene: "select: circle (2)" is the scene's third thing, "(-)" is nothing.
+Objects are numbered in the order of the scene: "select: circle (2)" is the scene's third thing, "(-)" is nothing.
 """
 
 from __future__ import annotations
