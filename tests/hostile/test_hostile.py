@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
@@ -21,18 +22,11 @@ from tests.hostile.mutations import Mutation, drawn, of_words, spoil_words
 from tests.hostile.surfaces import SURFACES
 from tests.hostile.surfaces.base import Surface, Workbench, through_command
 
-# How many mutations of each surface; what takes long has few. The beginning of a name stands for all that begin so.
+# How many mutations of each surface; what takes long has few. A name without its own stands under its beginning.
 COUNTS = {
-    "checkpoint": 2,
-    "data": 30,
-    "config": 50,
-    "run": 2,
-    "resume": 2,
-    "eval": 10,
-    "outputs": 20,
-    "logs": 20,
-    "command": 5,
-}
+    "checkpoint": 2, "data": 20, "config": 40, "run": 2, "resume": 2, "eval": 10, "outputs": 20, "logs": 20, "command": 5,
+    "command.train": 2, "command.checkpoints.merge": 3,
+}  # fmt: skip
 SLOW = 10  # times as many
 
 
@@ -49,34 +43,33 @@ def bench(tmp_path_factory) -> Callable[[str], Workbench]:
     return find
 
 
-def wrong(bench: Workbench, count: int) -> list[str]:
-    cases = map(bench.attempt, drawn(bench.mutations, count))
+def wrong(bench: Workbench, times: int = 1) -> list[str]:
+    """The failures among a surface's mutations: always the same ones, others than another surface's."""
+    name = bench.surface.name
+    count = times * COUNTS.get(name, COUNTS.get(name.split(".")[0], 0))
+    cases = map(bench.attempt, drawn(bench.mutations, count, seed=crc32(name.encode())))
     return [str(case) for case in cases if case.failed]
-
-
-def count_of(name: str) -> int:
-    return COUNTS[name.split(".")[0]]
 
 
 @pytest.mark.parametrize("name", SURFACES)
 def test_a_hostile_input_is_refused_or_does_not_matter(bench, name):
-    found = wrong(bench(name), count_of(name))
+    found = wrong(bench(name))
     assert not found, "\n".join(found)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SURFACES)
 def test_many_hostile_inputs(bench, name):
-    found = wrong(bench(name), SLOW * count_of(name))
+    found = wrong(bench(name), SLOW)
     assert not found, "\n".join(found)
 
 
 # ---- what is compared with
 
 
-@pytest.mark.parametrize("name", [name for name in SURFACES if not name.startswith(("command", "run"))])
+@pytest.mark.parametrize("name", [name for name in SURFACES if not name.startswith(("command", "run", "resume"))])
 def test_the_same_again_gives_the_same(bench, name):
-    """An input that is spoilt by nothing: the first byte of no file is cut off."""
+    """An input that is spoilt by nothing."""
     sound = bench(name).sound
     assert sound.result and sound.check in (None, 0)
     bench(name).fresh_copy()
@@ -164,8 +157,8 @@ def test_a_careful_reader_is_right_about_everything(tmp_path):
         return sound if known == sound else fail(ValueError(f"{file}: other settings"))
 
     bench = Workbench(Toy(read), tmp_path / "toy")
-    cases = [bench.attempt(mutation) for mutation in drawn(bench.mutations, 40)]
-    assert len(cases) > 30 and {case.verdict for case in cases} == {"refused", "same"}
+    cases = [bench.attempt(mutation) for mutation in drawn(bench.mutations, 25)]
+    assert len(cases) > 15 and {case.verdict for case in cases} == {"refused", "same"}
 
 
 def test_a_defect_of_the_program_is_noticed(bench, monkeypatch):

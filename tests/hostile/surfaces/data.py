@@ -93,7 +93,7 @@ class DataSurface(Surface):
         (folder / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in lines))
         entries = [
             {"annotations": "data.json", "images": "images", "weight": 1.5},
-            {"annotations": "data.jsonl", "images": "images", "weight": 2},
+            {"annotations": "data.jsonl", "images": "images", "weight": 2.0},
         ]
         (folder / "mixture.yaml").write_text(yaml.safe_dump(entries))
         (folder / "run.yaml").write_text(yaml.safe_dump(CONFIG))

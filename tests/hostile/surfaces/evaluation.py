@@ -19,7 +19,7 @@ from llava_sp.eval.run.runner import generate_answers, merge
 from tests.eval.conftest import write_files
 from tests.eval.fake import Echo, Fake
 from tests.eval.judge_server import JudgeServer
-from tests.hostile.judge import MISSING, Spoilt, anything, content
+from tests.hostile.judge import Spoilt, anything, content
 from tests.hostile.surfaces.base import GOLDEN, Answer, Surface, through_command
 
 NAMES = {"seed": "seedbench", "llavabench": "llava_bench"}  # of recordings, where not the benchmark's
@@ -93,11 +93,15 @@ class BenchmarkSurface(Surface):
         return *score(self.benchmark, folder, *self.judged), None
 
 
-SHOWN = ("image", "category")  # fields of a line that are shown beside a changed answer, and not all benchmarks have
+SHOWN = (
+    "image",
+    "category",
+    "answer",
+)  # fields of a line that are shown beside a changed answer, and not all benchmarks have
 
 
 def other_line(spoilt: Spoilt) -> bool:
-    return content(spoilt) or all(path[-1] in SHOWN and new is MISSING for path, _, new in spoilt.differences)
+    return content(spoilt) or all(path[1:2] in [(name,) for name in SHOWN] for path, *_ in spoilt.differences)
 
 
 class CompareSurface(Surface):
