@@ -5,6 +5,7 @@ The process is a fork, so imports are paid once, and what a test has patched is 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import re
@@ -24,6 +25,7 @@ HUNG = "hung"  # the trace of what took too long
 GIB = 2**30
 MEMORY = 3 * GIB  # of address space, beyond what the process has
 LARGEST_FILE = GIB // 4
+STATM = Path("/proc/self/statm")
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,23 @@ def contained(action: Action, folder: Path, seconds: float) -> Outcome:
 
 
 def _wait(child: int, seconds: float) -> str:
-    """How a process ended, if not by itself; it and all that it started are gone then."""
-    end, pause = time.monotonic() + seconds, 0.001
+    """How a process ended, if not by itself; what it started is gone then."""
+    end, pause, status = time.monotonic() + seconds, 0.001, None
     try:
-        while time.monotonic() < end:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                child = 0
-                return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else ""
-            time.sleep(pause)
-            pause = min(0.02, pause * 1.5)
-        return HUNG
+        while status is None and time.monotonic() < end:
+            done, found = os.waitpid(child, os.WNOHANG)
+            status = found if done else None
+            if not done:
+                time.sleep(pause)
+                pause = min(0.02, pause * 1.5)
     finally:
-        if child:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
+        if status is None:
             os.waitpid(child, 0)
+    if status is None:
+        return HUNG
+    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else ""
 
 
 def _child(action: Action, folder: Path, answer: Path, out: Path, err: Path) -> None:
@@ -101,15 +105,12 @@ def _child(action: Action, folder: Path, answer: Path, out: Path, err: Path) -> 
         sys.stdout, sys.stderr = map(_lines_to, (1, 2))
         os.chdir(folder)
         os.environ["HOME"] = str(folder)
-        limits = {
-            resource.RLIMIT_AS: _address_space() + MEMORY,
-            resource.RLIMIT_FSIZE: LARGEST_FILE,
-            resource.RLIMIT_CORE: 0,
-        }
-        for limit, value in limits.items():
-            resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
+        _limit(resource.RLIMIT_FSIZE, LARGEST_FILE)
+        _limit(resource.RLIMIT_CORE, 0)
+        if STATM.is_file():  # Linux
+            _limit(resource.RLIMIT_AS, int(STATM.read_text().split()[0]) * resource.getpagesize() + MEMORY)
         found = _answer(action)
-        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+        _limit(resource.RLIMIT_AS, None)
         answer.write_bytes(pickle.dumps(found))
         code = 0
     finally:
@@ -131,6 +132,7 @@ def _answer(action: Action) -> tuple[int | None, Any, int | None, str]:
         return None, None, None, traceback.format_exc()
 
 
-def _address_space() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    return pages * resource.getpagesize()
+def _limit(what: int, value: int | None) -> None:
+    """Set the soft limit; None is as much as there may be."""
+    most = resource.getrlimit(what)[1]
+    resource.setrlimit(what, (most if value is None or 0 <= most < value else value, most))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from zlib import crc32
 
@@ -31,7 +32,7 @@ SLOW = 10  # times as many
 
 
 @pytest.fixture(scope="session")
-def bench(tmp_path_factory) -> Callable[[str], Workbench]:
+def bench(tmp_path_factory) -> Iterator[Callable[[str], Workbench]]:
     """A surface's workbench; it is built once."""
     root, built = tmp_path_factory.mktemp("hostile"), {}
 
@@ -40,7 +41,8 @@ def bench(tmp_path_factory) -> Callable[[str], Workbench]:
             built[name] = Workbench(SURFACES[name], root / name)
         return built[name]
 
-    return find
+    yield find
+    shutil.rmtree(root)
 
 
 def wrong(bench: Workbench, times: int = 1) -> list[str]:
