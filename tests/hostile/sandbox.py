@@ -20,8 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
+
 ERROR_LINE = re.compile(r"[A-Za-z_][\w.]*(: |$)")
-HUNG = "hung"  # the trace of what took too long
+HUNG = "hung"
+MOST_PROCESSES = 32  # that a case may start: a hostile number of workers must not stop the machine
+CROWD = f"it started more than {MOST_PROCESSES} processes"
 GIB = 2**30
 MEMORY = 3 * GIB  # of address space, beyond what the process has
 LARGEST_FILE = GIB // 4
@@ -35,7 +39,7 @@ class Outcome:
     result: what the action computed, as plain values.
     check: the exit status of the command that says beforehand whether the action works; None where there is none.
     words: what was printed, errors first.
-    trace: the traceback of an exception that no command of ours ends with, or of `HUNG` and "signal N".
+    trace: the traceback of an exception that no command of ours ends with, or `HUNG`, `CROWD` or "signal N".
     """
 
     status: int | None
@@ -76,12 +80,18 @@ def contained(action: Action, folder: Path, seconds: float) -> Outcome:
 
 def _wait(child: int, seconds: float) -> str:
     """How a process ended, if not by itself; what it started is gone then."""
-    end, pause, status = time.monotonic() + seconds, 0.001, None
+    start, pause, counted, status, why = time.monotonic(), 0.001, 0.0, None, ""
     try:
-        while status is None and time.monotonic() < end:
+        while status is None and not why:
             done, found = os.waitpid(child, os.WNOHANG)
-            status = found if done else None
-            if not done:
+            now = time.monotonic() - start
+            if done:
+                status = found
+            elif now > seconds:
+                why = HUNG
+            elif now > counted + 0.3:
+                counted, why = now, CROWD if _descendants(child) > MOST_PROCESSES else ""
+            else:
                 time.sleep(pause)
                 pause = min(0.02, pause * 1.5)
     finally:
@@ -89,9 +99,14 @@ def _wait(child: int, seconds: float) -> str:
             os.killpg(child, signal.SIGKILL)
         if status is None:
             os.waitpid(child, 0)
-    if status is None:
-        return HUNG
-    return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else ""
+    return f"signal {os.WTERMSIG(status)}" if status is not None and os.WIFSIGNALED(status) else why
+
+
+def _descendants(process: int) -> int:
+    try:
+        return len(psutil.Process(process).children(recursive=True))
+    except psutil.Error:
+        return 0
 
 
 def _child(action: Action, folder: Path, answer: Path, out: Path, err: Path) -> None:

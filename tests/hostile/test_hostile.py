@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -131,6 +132,7 @@ def fail(error: Exception) -> object:
         ("refused without a name", lambda: bytearray(2**40)),
         ("wrong status", lambda: sys.exit(3)),
         ("wrong status", lambda: print("settings.json") or sys.exit(2)),
+        ("traceback", lambda: [subprocess.Popen(["sleep", "60"]) for _ in range(40)] and time.sleep(60)),
         ("hung", lambda: time.sleep(60)),
     ],
 )  # fmt: skip

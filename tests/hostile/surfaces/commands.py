@@ -37,7 +37,7 @@ LINES = {
 # Options whose number may be zero, and those whose number may be as large as one likes: that takes long, or runs to the end.
 ZERO = ("--seed", "--workers", "--show", "--index", "--temperature", "--learning_rate")
 LARGE = ("--seed", "--show", "--captions", "--conversations", "--questions", "--samples", "--max_steps", "--limit", "--batch-size",
-         "--max-new-tokens", "--workers", "--model_max_length")  # fmt: skip
+         "--max-new-tokens", "--model_max_length")  # fmt: skip
 
 
 class CommandSurface(Surface):
