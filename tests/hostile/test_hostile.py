@@ -26,8 +26,8 @@ from tests.hostile.surfaces.base import Surface, Workbench, through_command
 
 # How many mutations of each surface; what takes long has few. A name without its own stands under its beginning.
 COUNTS = {
-    "checkpoint": 2, "data": 20, "config": 40, "run": 2, "resume": 2, "eval": 10, "outputs": 20, "logs": 20, "command": 5,
-    "command.train": 2, "command.checkpoints.merge": 3,
+    "checkpoint": 2, "data": 20, "config": 30, "run": 2, "resume": 2, "eval": 8, "outputs": 20, "logs": 20, "command": 4,
+    "command.train": 2, "command.checkpoints.merge": 2,
 }  # fmt: skip
 SLOW = 10  # times as many
 
@@ -161,8 +161,8 @@ def test_a_careful_reader_is_right_about_everything(tmp_path):
         return sound if known == sound else fail(ValueError(f"{file}: other settings"))
 
     bench = Workbench(Toy(read), tmp_path / "toy")
-    cases = [bench.attempt(mutation) for mutation in drawn(bench.mutations, 25)]
-    assert len(cases) > 15 and {case.verdict for case in cases} == {"refused", "same"}
+    cases = [bench.attempt(mutation) for mutation in drawn(bench.mutations, 20)]
+    assert len(cases) > 10 and {case.verdict for case in cases} <= {"refused", "same"}
 
 
 def test_a_defect_of_the_program_is_noticed(bench, monkeypatch):

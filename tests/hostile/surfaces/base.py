@@ -130,12 +130,15 @@ class Workbench:
     def _named_by(self, mutation: Mutation, words: Sequence[str]) -> list[str]:
         """What an error may name it by, besides the names of files."""
         if not mutation.target:
-            flags = [word.partition("=")[0] for word in words if word.startswith("--")]
-            shown = [form for word in words if word for form in (repr(word), f": {word}", f" {word}\n")]
-            long = [repr(word)[1:-1] for word in words if len(word) > 2]
-            return [*flags, *(flag.strip("-").replace("-", "_") for flag in flags), *shown, *long, str(self.folder)]
+            flags = [word.partition("=")[0] for word in (*words, *self.surface.words) if word.startswith("--")]
+            quoted = [form for word in words if word for form in (repr(word), repr(word)[1:-1])]
+            shown = [f"{before}{form}{after}" for form in quoted for before, after in ((": ", ""), (" ", "\n"))]
+            long = [form for form in quoted if len(form) > 2]
+            keys = [flag.strip("-").replace("-", "_") for flag in flags]
+            return [*flags, *keys, *shown, *long, "arguments are required: ", str(self.folder)]
         gone = [str(self.folder)] if mutation.action in ("remove", "folder") else []
-        return [*mutation.keys, *gone, f"{self.folder}/"]
+        keys = [form for key in mutation.keys for form in (key, key.replace("_", " "))]
+        return [*keys, *gone, f"{self.folder}/"]
 
     def _document(self, folder: Path, mutation: Mutation) -> Any:
         file = folder / (mutation.target or "-")

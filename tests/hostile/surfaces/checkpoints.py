@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
+import json
 import shutil
 from collections.abc import Sequence
 from functools import cache
@@ -18,6 +21,7 @@ from tests.hostile.judge import Rules, anything, optional_settings, settings, we
 from tests.hostile.surfaces.base import GOLDEN, Answer, Surface, through_command
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+BASES = {"language_model": GOLDEN / "base", "vision_tower": GOLDEN / "clip"}  # where inspect says that it needs them
 OURS = ("llava_sp_adapter", "llava_sp")
 # Words and pixels: a tokenizer, a chat template and the image settings are as good with other ones.
 PROCESSOR: Rules = [
@@ -61,28 +65,35 @@ class CheckpointSurface(Surface):
         shutil.copytree(kind.folder, folder, dirs_exist_ok=True)
 
     def act(self, folder: Path, words: Sequence[str]) -> Answer:
-        check = inspect([str(folder)]) if self.kind in OURS else None
-        status, result = through_command(lambda: self._ask(folder))
+        check, keywords = None, self.keywords
+        if self.kind in OURS:
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                check = inspect([str(folder), "--json"])
+            needs = json.loads(out.getvalue())["needs"] if check == 0 else []
+            keywords = {need: BASES[need] for need in needs}
+        status, result = through_command(lambda: _ask(folder, keywords))
         return status, result, check
 
-    @torch.no_grad()
-    def _ask(self, folder: Path) -> list:
-        model = LlavaSPForCausalLM.from_pretrained(folder, **self.keywords).eval()
-        processor = LlavaSPProcessor.from_pretrained(folder, **self.keywords)
-        text = processor.apply_chat_template(QUESTION, add_generation_prompt=True)
-        image = Image.open(GOLDEN / "samples" / "images" / "wide.png")
-        inputs = processor(text=text, images=[image], return_tensors="pt")
-        ids = inputs["input_ids"][0].tolist()
-        logits = model(**inputs).logits[0, -1].double().tolist()
-        answer = model.generate(**inputs, max_new_tokens=3)[0].tolist()
-        return [_digest(model), ids, logits, answer]
+
+@torch.no_grad()
+def _ask(folder: Path, keywords: dict[str, Path]) -> list:
+    model = LlavaSPForCausalLM.from_pretrained(folder, **keywords).eval()
+    processor = LlavaSPProcessor.from_pretrained(folder, **keywords)
+    text = processor.apply_chat_template(QUESTION, add_generation_prompt=True)
+    image = Image.open(GOLDEN / "samples" / "images" / "wide.png")
+    inputs = processor(text=text, images=[image], return_tensors="pt")
+    ids = inputs["input_ids"][0].tolist()
+    logits = model(**inputs).logits[0, -1].double().tolist()
+    answer = model.generate(**inputs, max_new_tokens=3)[0].tolist()
+    return [_digest(model), ids, logits, answer]
 
 
 def _digest(model: torch.nn.Module) -> str:
     """One weight among many moves the logits less than another kernel does."""
     digest = hashlib.sha256()
     for tensor in model.state_dict().values():
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
