@@ -1,4 +1,4 @@
-"""Registers LLaVA-SP with transformers' AutoConfig, AutoModelForImageTextToText and AutoProcessor.
+"""Registers LLaVA-SP with transformers' Auto classes of configurations, models and processors.
 
 Registering needs the Auto modules, which import torch, so `import llava_sp` does not do it: it waits until they
 are loaded. The modules of transformers import each other circularly, so the time to register is not the end of an
@@ -22,11 +22,13 @@ def _register_config() -> None:
 
 
 def _register_model() -> None:
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
 
-    from llava_sp.model.modeling_llava_sp import LlavaSPConfig, LlavaSPForCausalLM
+    from llava_sp.model.modeling_llava_sp import LlavaSPConfig, LlavaSPForCausalLM, LlavaSPModel
 
+    AutoModel.register(LlavaSPConfig, LlavaSPModel, exist_ok=True)
     AutoModelForImageTextToText.register(LlavaSPConfig, LlavaSPForCausalLM, exist_ok=True)
+    AutoModelForMultimodalLM.register(LlavaSPConfig, LlavaSPForCausalLM, exist_ok=True)
 
 
 def _register_processor() -> None:

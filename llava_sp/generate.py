@@ -3,9 +3,9 @@
     python -m llava_sp.generate --model M --image x.jpg --prompt "What is in the image?"
     python -m llava_sp.generate --model M --image a.jpg --image b.jpg --prompt "What changed?" --temperature 0.7
 
-The images go in front of the question, or where <image> is in it. Decoding is greedy unless --temperature or
---top-p is given. The answer goes to standard output, everything else to standard error. Exit status: 0 done, 2 an error
-that the user can correct, 130 interrupted.
+The images go in front of the question, or where <image> is in it; without images <image> is text. Decoding is greedy unless
+--temperature or --top-p is given. The answer goes to standard output, everything else to standard error. Exit status: 0
+done, 2 an error that the user can correct, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,8 +16,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_sp.common.command import check_arguments, command_parser, run_command
+from llava_sp.common.command import (
+    at_once,
+    check_arguments,
+    command_parser,
+    count,
+    fitting,
+    run_command,
+    seed,
+    temperature,
+)
+from llava_sp.common.schema import Check
 from llava_sp.decoding import Generation
+
+PART = Check(lambda number: 0 < number <= 1, "a number above 0 and at most 1", float)
+PENALTY = Check(lambda number: 0.01 <= number <= 100, "a number from 0.01 to 100", float)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,12 +46,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--image", type=Path, action="append", default=[], help="an image file; may be given several times")
     add("--prompt", required=True, help="the question")
     add("--conversation-template", help="conversation template (default: the checkpoint's own)")
-    add("--max-new-tokens", type=int, default=512, help="default 512")
-    add("--temperature", type=float, help="sample at this temperature instead of greedy decoding")
-    add("--top-p", type=float, help="sample from the likeliest tokens that together have this probability")
-    add("--num-beams", type=int, default=1, help="beam search; the answer is then printed at the end")
-    add("--repetition-penalty", type=float, default=1.0, help="above 1 makes repetition less likely")
-    add("--seed", type=int, help="makes sampling repeatable")
+    add("--max-new-tokens", type=count, default=512, help="default 512")
+    add("--temperature", type=temperature, help="sample at this temperature instead of greedy decoding")
+    add("--top-p", type=fitting(PART), help="sample from the likeliest tokens that together have this probability")
+    add("--num-beams", type=at_once, default=1, help="beam search; the answer is then printed at the end")
+    add("--repetition-penalty", type=fitting(PENALTY), default=1.0, help="above 1 makes repetition less likely")
+    add("--seed", type=seed, help="makes sampling repeatable")
     add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",
         help="auto: float16 on a GPU, else float32")  # fmt: skip
     add("--device", help="cuda, cuda:1, cpu, ... (default: a GPU if there is one)")
@@ -49,16 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _generate(args: argparse.Namespace) -> None:
     greedy = args.temperature == 0 or (args.temperature is None and args.top_p is None)
-    check_arguments(
-        [
-            ("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "at least 1"),
-            ("--num-beams", args.num_beams, args.num_beams >= 1, "at least 1"),
-            ("--temperature", args.temperature, greedy or (args.temperature or 1) > 0, "0 (greedy) or more"),
-            ("--top-p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "above 0 and at most 1"),
-            ("--repetition-penalty", args.repetition_penalty, args.repetition_penalty > 0, "above 0"),
-            *(("--image", path, path.is_file(), "a file") for path in args.image),
-        ]
-    )
+    check_arguments(("--image", path, path.is_file(), "a file") for path in args.image)
     generation = Generation(
         do_sample=not greedy,
         temperature=args.temperature or 1.0,
@@ -72,7 +76,7 @@ def _generate(args: argparse.Namespace) -> None:
 
     from llava_sp.inference import Engine, Source, open_image, place_images
 
-    message = place_images(args.prompt, len(args.image), "--prompt")
+    message = place_images(args.prompt, len(args.image), "--prompt") if args.image else args.prompt
     images = [open_image(path, "--image") for path in args.image]
     engine = Engine.choose(Source(args.model, args.language_model, args.vision_tower), args.dtype, args.device)
     options: dict[str, Any] = {"repetition_penalty": args.repetition_penalty}

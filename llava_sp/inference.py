@@ -158,15 +158,17 @@ class Engine:
         conversation_template: str | None = None,
         **options: Any,
     ) -> str:
-        """The answer to one message, whose marks say where the images go (`place_images`).
+        """The answer to one message, whose marks say where the images go (`place_images`); without images they are text.
 
         `options` are further arguments of `generate`, such as a streamer. One call at a time: it holds the device.
         """
         processor = self.processor()
         prompt = render_prompt(processor, message, conversation_template)
-        inputs = processor(text=prompt, images=list(images) or None, return_tensors="pt").to(self.device)
+        inputs = pad_left(processor, [encode_prompt(processor, prompt, len(images), "the message", spell=True)]).to(
+            self.device
+        )
         if images:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+            inputs["pixel_values"] = processor.preprocess_images(list(images)).to(self.device, self.model.dtype)
         with answering("with one question; try --dtype bfloat16"):
             ids = self.model.generate(**inputs, **generation.arguments(), **options)
         return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -251,12 +253,28 @@ def place_images(text: str, count: int, owner: str) -> str:
 
 
 def render_prompt(processor: Any, message: str, conversation_template: str | None = None) -> str:
-    """The whole text that the model continues: the user's `message` in the conversation template."""
-    if conversation_template is not None and conversation_template != processor.conversation_template:
-        turns = [{"role": "user", "content": message}, {"role": "assistant", "content": ""}]
-        return "".join(text for text, _ in processor.render_conversation(turns, conversation_template))
-    turns = [{"role": "user", "content": message}]
-    return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    """The whole text that the model continues: the user's `message` in the conversation template (None: the processor's).
+
+    Raises:
+        ValueError: the template cannot render it, or would drop the question.
+    """
+    turns, template = [{"role": "user", "content": message}], {"conversation_template": conversation_template}
+    return processor.apply_chat_template(turns, **template, add_generation_prompt=True, tokenize=False)
+
+
+def encode_prompt(processor: Any, prompt: str, images: int, owner: str, spell: bool = False) -> list[int]:
+    """The ids of a rendered prompt about so many images; `spell` makes text of marks where there are no images.
+
+    Raises:
+        ValueError: naming `owner`, if marks and images differ in number, or the text is not Unicode.
+    """
+    marks = prompt.count(IMAGE_MARK)
+    if marks != images and (images or not spell):
+        raise ValueError(f"{owner}: {counted(marks, f'{IMAGE_MARK} mark')} for {counted(images, 'image')}")
+    try:
+        return processor.encode_segments([(prompt, False)], images=images > 0)[0]
+    except ValueError as error:
+        raise ValueError(f"{owner}: {error}") from None
 
 
 def pad_left(processor: Any, rows: Sequence[Sequence[int]]) -> BatchEncoding:

@@ -85,10 +85,11 @@ def test_images_stand_where_the_prompt_says():
         (["--image", "/"], "--image is /; it must be a file"),
         (["--model", "/nowhere/model"], "model /nowhere/model is neither a directory nor a model on the hub"),
         (["--conversation-template", "nope"], "unknown conversation template 'nope'"),
-        (["--temperature", "-1"], "--temperature is -1.0; it must be 0 (greedy) or more"),
-        (["--top-p", "2"], "--top-p is 2.0; it must be above 0 and at most 1"),
-        (["--max-new-tokens", "0"], "--max-new-tokens is 0; it must be at least 1"),
         (["--device", "toaster"], "--device toaster"),
+        (
+            ["--conversation-template", "plain"],
+            "the conversation template 'plain' (captions, of stage 1) would drop the question",
+        ),
     ],
 )
 def test_errors_are_one_clear_line(checkpoint, capsys, flags, message):
@@ -96,6 +97,49 @@ def test_errors_are_one_clear_line(checkpoint, capsys, flags, message):
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert f"error: {message}" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("template", [[], ["--conversation-template", "llama_2"]])
+@pytest.mark.parametrize("prompt", ["What is <image>?", "<image>", "<image> and <image>"])
+def test_without_images_a_mark_is_text(checkpoint, capsys, prompt, template):
+    """The letters of it, as the original tokenizes a text without an image: no placeholder."""
+    seen = []
+    generate = LlavaSPForCausalLM.generate
+
+    def spy(self, **inputs):
+        seen.append(inputs)
+        return generate(self, **inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LlavaSPForCausalLM, "generate", spy)
+        status, _, err = run(capsys, "--model", checkpoint, "--prompt", prompt, "--max-new-tokens", 2, *template)
+    assert status == 0, err
+    processor = LlavaSPProcessor.from_pretrained(checkpoint)
+    ids = seen[0]["input_ids"][0]
+    assert processor.image_token_id not in ids and "pixel_values" not in seen[0]
+    assert processor.decode(ids).count("<image>") == prompt.count("<image>")
+
+
+def test_a_prompt_that_is_not_utf8(checkpoint, repo):
+    words = [sys.executable, "-m", "llava_sp.generate", "--model", str(checkpoint), "--prompt", b"caf\xe9"]
+    ended = subprocess.run(words, cwd=repo, capture_output=True, text=True)
+    assert ended.returncode == 2 and "UTF-8" in ended.stderr and "caf" in ended.stderr
+    assert "error: " in ended.stderr and "Traceback" not in ended.stderr
+
+
+def test_a_checkpoint_of_stage_1_captions_and_answers_no_question(checkpoint, image, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    processor = LlavaSPProcessor.from_pretrained(checkpoint)
+    LlavaSPProcessor(
+        processor.image_processor, processor.tokenizer, processor.num_image_tokens, conversation_template="plain"
+    ).save_pretrained(model)
+    line = one_error(capsys, "--model", model, "--image", image)
+    assert "the conversation template 'plain'" in line and "'What?'" in line and "stage 2" in line
+    assert run(capsys, "--model", model, "--image", image, "--prompt", "", "--max-new-tokens", 2)[0] == 0
+    (model / "chat_template.jinja").write_text("{% if %}")
+    line = one_error(capsys, "--model", model)
+    assert str(model) in line and "chat template" in line and "Expected an expression" in line
 
 
 def one_error(capsys, *arguments: object) -> str:

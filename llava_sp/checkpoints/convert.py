@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import sys
 
-from llava_sp.common.command import command_parser, run_command
+from llava_sp.common.command import command_parser, fitting, run_command
+from llava_sp.common.schema import SIZE
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--language-model", help="language model, instead of the recorded one")
     parser.add_argument("--vision-tower", help="vision tower, instead of the recorded one")
-    parser.add_argument("--max-shard-size", default="5GB", help="of one weight file (default: %(default)s)")
+    parser.add_argument(
+        "--max-shard-size", type=fitting(SIZE), default="5GB", help="of one weight file (default: %(default)s)"
+    )
     options = vars(parser.parse_args(arguments))
     traceback = options.pop("traceback")
 

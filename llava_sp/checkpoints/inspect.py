@@ -3,9 +3,10 @@
     python -m llava_sp.checkpoints.inspect PATH [--json]
 
 PATH is a folder, or the file of a first stage's projector. Headers are read, not tensors, so a large checkpoint takes
-no longer than a small one; names and shapes are compared with those of a model on the meta device, tokenizers and image
-settings are built as on opening. Values (NaN, memory that was never initialised, a base's fingerprint, a base lacking
-weights) are checked on opening. Nothing is downloaded.
+no longer than a small one; of an adapter checkpoint, whose manifest records hashes, the files are hashed (about a second
+per GiB). Names and shapes are compared with those of a model on the meta device, tokenizers and image settings are built
+as on opening. Values (NaN, memory that was never initialised, a base's fingerprint, a base lacking weights) are checked on
+opening. Nothing is downloaded.
 
 Exit status: 0 it would load, 1 it would not (the report gives the reason), 2 not a checkpoint.
 """

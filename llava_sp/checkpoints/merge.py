@@ -25,8 +25,9 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from llava_sp.common.command import command_parser, run_command
+from llava_sp.common.command import command_parser, fitting, run_command
 from llava_sp.common.files import readable
+from llava_sp.common.schema import SIZE
 
 
 def report(record: dict[str, Any], to: str) -> str:
@@ -63,7 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
         default="auto",
         help="of the result; auto: the adapter's own",
     )
-    parser.add_argument("--max-shard-size", default="5GB", help="of one weight file (default: %(default)s)")
+    parser.add_argument(
+        "--max-shard-size", type=fitting(SIZE), default="5GB", help="of one weight file (default: %(default)s)"
+    )
     parser.add_argument("--device", default="cpu", help="where to merge: cpu, cuda (default: %(default)s)")
     options = vars(parser.parse_args(arguments))
     traceback = options.pop("traceback")

@@ -7,21 +7,67 @@ interrupted by Ctrl-C, 143 by SIGTERM.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from llava_sp.common.processes import USER_ERRORS, FailedHere, Processes, ReportedElsewhere
+from llava_sp.common.schema import Check, fits, is_utf8, whole
 
 INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """One whose errors are one line."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        for word in words:
+            if not is_utf8(word):
+                self.error(f"{word!r} is not UTF-8 text")
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)  # of `fitting`
+        self.exit(2, f"error: {message}\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # `--help | head`
+            status = _reader_gone()
+        super().exit(status, message)
+
+
+def fitting(right: Check) -> Callable[[str], Any]:
+    """A type for `add_argument`: what a word stands for, which must fit `right`, a number or text."""
+
+    def read(word: str) -> Any:
+        with contextlib.suppress(ValueError):
+            value = right.spec(word)
+            if fits(value, right):
+                return value
+        raise argparse.ArgumentTypeError(f"is {word[:40]!r}; it must be {right.words}")
+
+    return read
+
+
+count, natural, seed = fitting(whole(1)), fitting(whole(0)), fitting(whole(0, 2**32 - 1))
+at_once = fitting(whole(1, 1024))  # processes, threads, requests, beams: more would end the machine
+temperature = fitting(
+    Check(lambda t: t == 0 or 0.001 <= t <= 1000, "0 (greedy), or a number from 0.001 to 1000", float)
+)
 
 
 def command_parser(module: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
     """The parser of `python -m MODULE`, with `--traceback`; the description is printed unchanged."""
     layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description, **layout | options)
+    parser = _Parser(prog=f"python -m {module}", description=description, **layout | options)
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser
 
@@ -42,13 +88,16 @@ def run_command(
     """
     if clean_up_on_sigterm:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a lone surrogate in somebody's text, a terminal of few characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return action() or 0
+        status = action() or 0
+        sys.stdout.flush()  # a reader that went away is noticed here, not while Python ends
+        return status
     except ReportedElsewhere:
         return 2
     except BrokenPipeError:  # `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+        return _reader_gone()
     except USER_ERRORS as error:
         if traceback:
             raise
@@ -57,8 +106,15 @@ def run_command(
             print(f"{here.name}error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        print(f"\n{on_interrupt}", file=sys.stderr)
+        if (processes or Processes()).is_main:
+            print(f"\n{on_interrupt}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _reader_gone() -> int:
+    """The exit status where nobody reads standard output; what is still to be written there goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def check_arguments(checks: Iterable[tuple[str, Any, bool, str]]) -> None:

@@ -6,13 +6,14 @@ import contextlib
 import csv
 import errno
 import fcntl
+import glob
 import hashlib
 import io
 import json
 import os
 import sys
 from codecs import BOM_UTF8
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -50,7 +51,7 @@ def read_json(path: Path, spec: Spec = Any) -> Any:
     """The content of a JSON file that fits `spec` (see `schema`). Raises `ValueError` with file, line and column, or key."""
     text = read_text(path)
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except json.JSONDecodeError as error:
         ends_early = error.pos >= len(text.rstrip()) - 1 or error.msg.startswith("Unterminated string")
         cut = " (it ends in the middle: an interrupted download or copy?)" if ends_early else ""
@@ -58,6 +59,19 @@ def read_json(path: Path, spec: Spec = Any) -> Any:
             f"{path} is not valid JSON: {error.msg}, line {error.lineno} column {error.colno}{cut}"
         ) from None
     return expect(content, spec, path)
+
+
+def parse_json(text: str, decode: Callable[[str], Any] = json.loads) -> Any:
+    """Raises `JSONDecodeError`, also where Python gives up: brackets thousands deep, whole numbers of thousands of digits."""
+    try:
+        return decode(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        reason = "brackets within brackets, too deep to be read"
+    except ValueError as error:
+        reason = str(error).partition(";")[0]
+    raise json.JSONDecodeError(reason, text, 0)
 
 
 class Line(dict[str, Any]):
@@ -83,7 +97,7 @@ def parse_lines(text: str, path: Path, spec: Spec = dict) -> list[Line]:
 
 def parse_line(line: str, where: str, spec: Spec = dict) -> dict[str, Any]:
     try:
-        return expect(json.loads(line), spec, where)
+        return expect(parse_json(line), spec, where)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not valid JSON: {error.msg} at column {error.colno}") from None
 
@@ -129,8 +143,24 @@ def sha256(path: Path) -> str:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around the writing of a file: makes its folder. Raises `OSError` naming the file; a full disk gives an error without."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, synced and renamed to `path` at the end; removed on failure."""
+    """A temporary file beside `path`, synced and renamed to `path` at the end; removed on failure.
+
+    Those of killed processes are removed.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if not _runs(left.suffixes[-2].removeprefix(".")):
+            left.unlink(missing_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.touch()
@@ -144,14 +174,21 @@ def replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+def _runs(process: str) -> bool:
+    """Whether there is a process of this number, on this machine."""
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True
+    except (ValueError, OSError, OverflowError):
+        return False
+    return True
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Readers see the old file or the new one, also after a crash. Raises `OSError` naming the file."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as part:
-            part.write_bytes(text.encode("utf-8", "backslashreplace"))  # a lone surrogate as a JSON escape
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    with writing(path), replacing(path) as part:
+        part.write_bytes(text.encode("utf-8", "backslashreplace"))  # a lone surrogate as a JSON escape
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from llava_sp.common.files import readable
+from llava_sp.common.files import lock, readable
+
+_LOCK = ".lock"  # in a folder that is being written
 
 
 def check_new(target: Path, *sources: str | os.PathLike) -> None:
@@ -28,31 +30,48 @@ def check_new(target: Path, *sources: str | os.PathLike) -> None:
 def new_folder(target: Path, needed: int) -> Iterator[Path]:
     """A folder beside `target`, renamed to it at the end, removed on failure; `needed` bytes must be free there.
 
+    Remains of a killed command there are removed.
+
     Raises:
         OSError: not enough space, or the disk fills up while writing.
         ValueError: another process is writing the same folder.
     """
     anchor = next(folder for folder in target.parents if folder.is_dir())
-    free = shutil.disk_usage(anchor).free
-    if free < needed:
-        raise OSError(f"{target} needs {readable(needed)}, but {anchor} has {readable(free)} free")
     stage = anchor / f".{target.name}.part"
-    try:
-        stage.mkdir()
-    except FileExistsError:
-        raise ValueError(f"{stage} exists: another command is writing it, or was killed; then remove it") from None
-    mode = stage.stat().st_mode & 0o666  # as set by the umask; the parent may be writable for all
-    try:
-        yield stage
-        for file in (path for path in stage.rglob("*") if path.is_file()):
-            file.chmod(mode)  # safetensors makes files that only their owner can read
-        sync(stage)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.rename(stage, target)  # fails if files have been put there meanwhile
-    except SafetensorError as error:  # raised for a full disk
-        raise OSError(f"{stage}: {error}") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    with _owned(stage):
+        free = shutil.disk_usage(anchor).free
+        try:
+            if free < needed:
+                raise OSError(f"{target} needs {readable(needed)}, but {anchor} has {readable(free)} free")
+            yield stage
+            mode = (stage / _LOCK).stat().st_mode & 0o666  # as set by the umask
+            for file in (path for path in stage.rglob("*") if path.is_file()):
+                file.chmod(mode)  # safetensors makes files that only their owner can read
+            sync(stage)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(stage, target)  # fails if files have been put there meanwhile
+            (target / _LOCK).unlink()
+        except SafetensorError as error:  # raised for a full disk
+            raise OSError(f"{stage}: {error}") from error
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _owned(stage: Path) -> Iterator[None]:
+    """The folder `stage`, empty but for a lock, which the system releases when the process ends, also by a kill."""
+    stage.mkdir(exist_ok=True)
+    file = stage / _LOCK
+    with open(file, "a") as stream:
+        held = lock(stream, stage) and file.exists() and os.path.samestat(file.stat(), os.fstat(stream.fileno()))
+        if not held:  # or its owner has renamed the folder since the file was opened
+            raise ValueError(f"{stage} is being written by another command: wait for it, or end it")
+        for entry in stage.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != _LOCK:
+                entry.unlink()
+        yield
 
 
 def sync(folder: Path) -> None:

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 _LONGEST_WAIT = timedelta(days=7)  # for the slowest process at the end of a long benchmark
-USER_ERRORS = (ValueError, OSError, MemoryError)  # what the user can correct, or too little memory
+# What the user can correct: wrong values, too little memory, a missing package.
+USER_ERRORS = (ValueError, OSError, MemoryError, ImportError)
 
 
 class ReportedElsewhere(ValueError):
@@ -41,10 +42,10 @@ class Processes:
         """Reads RANK, WORLD_SIZE and LOCAL_RANK; nothing is started. Raises `ValueError` if they contradict each other."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return cls()
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank, world_size = launcher_number("RANK"), launcher_number("WORLD_SIZE")
         if not 0 <= rank < world_size:
             raise ValueError(f"RANK is {rank} in the environment; it must be below WORLD_SIZE ({world_size})")
-        return cls(rank, world_size, int(os.environ.get("LOCAL_RANK", rank)))
+        return cls(rank, world_size, launcher_number("LOCAL_RANK", rank))
 
     @property
     def is_main(self) -> bool:
@@ -87,14 +88,21 @@ class Processes:
         except USER_ERRORS as error:
             problem = error
         if self.world_size > 1:
-            import torch.distributed as dist
-
-            problems: list[str | None] = [None] * self.world_size
-            dist.all_gather_object(problems, None if problem is None else str(problem))
-            if problem is None and any(problems):
+            problems = self.gather(None if problem is None else str(problem))
+            if problem is None and any(one is not None for one in problems):
                 raise ReportedElsewhere(next(one for one in problems if one is not None))
         if problem is not None:
             raise problem
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every process, by rank, on every process."""
+        if self.world_size == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def from_main(self, value: T) -> T:
         """The main process's value, on every process."""
@@ -105,6 +113,14 @@ class Processes:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+
+def launcher_number(variable: str, default: int = 1) -> int:
+    """What a launcher set. Raises `ValueError` naming the variable."""
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal() or len(text) > 9:
+        raise ValueError(f"{variable} is {text!r} in the environment; it must be a whole number, 0 or more")
+    return int(text)
 
 
 def leave_group() -> None:

@@ -14,11 +14,13 @@ A spec is
     {str: spec}                         an object whose values all fit
     [spec]                              a list whose items all fit; `some(spec)` is one with at least one item
     one_of("a", "b")                    one of these values
-    Check(test, "a number above 0")     a value for which test(value) is true
+    Check(test, "a number above 0")     a value for which test(value) is true; whole(1), POSITIVE, TEXT ... are such
 """
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,13 +37,36 @@ _WORDS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # may stand in a type, where it is hashed
 class Check:
     """A value of `spec` for which `test` is true; `words` describe a valid value."""
 
     test: Callable[[Any], object]
     words: str
     spec: Spec = Any
+
+
+def whole(low: int, high: int = 10**9) -> Check:
+    return Check(lambda number: low <= number <= high, f"a whole number from {low} to {high:,}", int)
+
+
+NUMBER = Check(lambda number: abs(number) <= sys.float_info.max, "a number", float)
+POSITIVE = Check(lambda number: 0 < number <= sys.float_info.max, "a number above 0", float)
+NOT_NEGATIVE = Check(lambda number: 0 <= number <= sys.float_info.max, "a number, 0 or more", float)
+SHARE = Check(lambda number: 0 <= number < 1, "a number of at least 0 and below 1", float)
+
+
+def _is_clean(text: str) -> bool:
+    return bool(text.strip()) and "\0" not in text and is_utf8(text)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written; half a surrogate pair cannot, which is also how Python shows bytes that are no UTF-8."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+TEXT = Check(_is_clean, "text", str)  # for names and paths
+SIZE = Check(re.compile(r"[1-9]\d{0,8}[KMGT]B").fullmatch, "a number and KB, MB, GB or TB, such as 5GB", str)
 
 
 def one_of(*values: Any) -> Check:
@@ -96,12 +121,14 @@ def _problems(value: Any, spec: Spec, path: str) -> Iterator[tuple[str, str]]:
     """(path to the value, what is wrong with it) of everything that does not fit."""
     if isinstance(spec, tuple):
         if not any(fits(value, one) for one in spec):
-            alike = [one for one in spec if isinstance(one, dict) and isinstance(value, dict)]
+            inner = [one.spec if isinstance(one, Check) else one for one in spec]
+            alike = [one for one, kind in zip(spec, inner) if isinstance(kind, dict) and isinstance(value, dict)]
             yield next(_problems(value, alike[0], path)) if len(alike) == 1 else (path, _wrong(value, spec))
     elif isinstance(spec, Check):
         inner = list(_problems(value, spec.spec, path))
-        yield from inner
-        if not inner and not spec.test(value):
+        if inner and not isinstance(spec.spec, type):
+            yield from inner
+        elif inner or not spec.test(value):
             yield path, _wrong(value, spec)
     elif isinstance(spec, dict):
         yield from _field_problems(value, spec, path)
@@ -148,7 +175,10 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def _wrong(value: Any, spec: Spec) -> str:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:  # Python prints no whole number of more than 4300 digits
+        shown = "a number of thousands of digits"
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
     return f"is {shown}; expected {_describe(spec)}"
 

@@ -11,15 +11,29 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_tf32_available
 
 from llava_sp.common.files import is_missing_folder, read_json
+from llava_sp.common.processes import launcher_number
 from llava_sp.config.files import nearest, read_with_bases, specs_of, split_command_line, typed
+from llava_sp.config.keys import (
+    FORMER,
+    HONOURED,
+    INSTEAD,
+    NEEDS,
+    Count,
+    Names,
+    NotNegative,
+    Positive,
+    Share,
+    allowed,
+)
 from llava_sp.model.configuration_llava_sp import PROJECTOR_SETTINGS
 
 
@@ -34,15 +48,15 @@ class ModelArguments:
     projector_checkpoint: str | None = None
     # A trained LLaVA-1.5: its patch MLP and its LoRA or language model are kept, the spatial branch is new.
     warm_start: str | None = None
-    # Compare the backbones' fingerprints with those that the LoRA of warm_start records. False accepts, for example, the
-    # same weights in another number format.
+    # Compare the backbones' fingerprints with those that projector_checkpoint and warm_start record. False accepts, for
+    # example, the same weights in another number format.
     check_base: bool = True
     attn_implementation: str | None = None  # sdpa, eager, flash_attention_2 ...
-    lora_r: int = 128
-    lora_alpha: int = 256  # LoRA is scaled by alpha / r
-    lora_dropout: float = 0.05
+    lora_r: Count = 128
+    lora_alpha: Count = 256  # LoRA is scaled by alpha / r
+    lora_dropout: Share = 0.05
     # Names of the linear layers of the language model that get LoRA.
-    lora_target_modules: list[str] = field(
+    lora_target_modules: Names = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
 
@@ -57,11 +71,13 @@ class DataArguments:
     data_source: str | None = None  # where the data comes from, for the message if it is missing
     eval_data_path: str | None = None  # LLaVA JSON or JSONL for the validation loss
     eval_image_folder: str | None = None  # of its images; default image_folder
-    validation_fraction: float = 0.0  # share of the training data kept for validation
+    validation_fraction: Share = 0.0  # share of the training data kept for validation
     conversation_template: str = "vicuna_v1"
-    image_aspect_ratio: str = "pad"  # to a square, or "crop" from the centre
-    model_max_length: int = 2048  # longest sequence in tokens, image tokens included
-    on_bad_sample: str = "fail"  # or "skip": counted and listed
+    image_aspect_ratio: Literal["pad", "crop"] = "pad"  # to a square, or "crop" from the centre
+    model_max_length: Count = 2048  # longest sequence in tokens, image tokens included
+    on_bad_sample: Literal["fail", "skip"] = "fail"  # "skip": counted and listed
+    # Compare annotations and images with those that the run began with. False uses what there is now.
+    check_data: bool = True
     group_by_modality_length: bool = False  # batches of one modality and of similar length
 
 
@@ -70,9 +86,11 @@ class TrainArguments(TrainingArguments):
     """Optimization: `transformers.TrainingArguments` and the keys that LLaVA-SP adds."""
 
     stage: str = "pretrain"  # which parts train: an entry of train/stages.py
-    projector_lr: float | None = None  # default learning_rate, as of any key here that ends in _lr
-    global_batch_size: int | None = None  # samples per step over all processes; sets gradient_accumulation_steps
-    include_num_input_tokens_seen: str | bool = "non_padding"
+    projector_lr: NotNegative | None = None  # default learning_rate; as of any key here that ends in _lr
+    global_batch_size: Count | None = None  # samples per step over all processes; sets gradient_accumulation_steps
+    # Without progress, after which processes that wait for another end; null: never.
+    watchdog_minutes: Positive | None = 10.0
+    include_num_input_tokens_seen: Literal["all", "non_padding", "no"] | bool = "non_padding"
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
@@ -90,7 +108,7 @@ class TrainArguments(TrainingArguments):
             self.report_to = "none"
         if self.global_batch_size is not None:
             self.per_device_train_batch_size, self.gradient_accumulation_steps = split_global_batch(
-                self.global_batch_size, self.per_device_train_batch_size, int(os.environ.get("WORLD_SIZE", "1"))
+                self.global_batch_size, self.per_device_train_batch_size, launcher_number("WORLD_SIZE")
             )
         super().__post_init__()
 
@@ -159,11 +177,6 @@ FILE_RELATIVE_KEYS = ("deepspeed", "mixture")
 PATH_KEYS = ("mixture", "data_path", "image_folder", "eval_data_path", "eval_image_folder", "output_dir")
 # A folder, or a name that is not a path.
 MODEL_KEYS = ("language_model", "vision_tower", "projector_checkpoint", "warm_start")
-UNSUPPORTED = {
-    "fsdp": "use deepspeed (configs/deepspeed/zero2.json or zero3.json)",
-    "load_best_model_at_end": "choose among the checkpoints by log.jsonl",
-    "save_only_model": "a run cannot resume from such a checkpoint",
-}
 RENAMED = {  # in transformers 5.23
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -195,7 +208,11 @@ def read_keys(path: str | os.PathLike | None, overrides: Sequence[str] | Mapping
     origin |= dict.fromkeys(words, "command line")
 
     known = _specs()
-    unknown = [f"{origin[k]}: unknown key '{k}'; did you mean '{nearest(k, known)}'?" for k in values if k not in known]
+    unknown = [
+        f"{origin[k]}: unknown key '{k}'; did you mean '{FORMER.get(k) or nearest(k, known)}'?"
+        for k in values
+        if k not in known
+    ]
     if unknown:
         raise ValueError("\n".join(unknown))
     values = typed(values, known, origin)
@@ -218,20 +235,29 @@ def read_keys(path: str | os.PathLike | None, overrides: Sequence[str] | Mapping
     return values
 
 
+@cache
 def _specs() -> dict[str, Any]:
     """The schema of every key."""
     hints = {key: f.type for key, f in PROJECTOR_SETTINGS.items()}
     for kind in (ModelArguments, DataArguments, TrainArguments):
-        declared = get_type_hints(kind)
-        hints |= {f.name: declared[f.name] for f in fields(kind) if f.init and f.name != "projector"}
-    return specs_of(hints)
+        declared = HONOURED | get_type_hints(kind, include_extras=True)
+        hints |= {name: declared[name] for name in kind.__annotations__ if name != "projector"}
+    inherited = {f.name: f for f in fields(TrainingArguments) if f.init and f.name not in hints}
+    refused = {
+        name: allowed(f.default_factory() if callable(f.default_factory) else f.default, INSTEAD[name])
+        for name, f in inherited.items()
+        if name in INSTEAD
+    }
+    return specs_of(hints | {name: HONOURED[name] for name in inherited if name in HONOURED}) | refused
 
 
 def _conflicts(values: Mapping[str, Any], origin: Mapping[str, str]) -> Iterator[str]:
-    """Keys that are set but not supported, or not together."""
-    for key, instead in UNSUPPORTED.items():
-        if values.get(key):
-            yield f"{origin[key]}: {key} = {values[key]} is not supported: {instead}"
+    """Keys that are set but have no effect, or not together."""
+    for key, others in NEEDS.items():
+        if values.get(key) not in (None, False, 0, "no") and not any(map(values.get, others)):
+            yield f"{origin[key]}: {key} is {values[key]!r}; it needs {' or '.join(others)}"
+    if values.get("lr_scheduler_kwargs") and values.get("lr_scheduler_type") in ("constant", "constant_with_warmup"):
+        yield f"{origin['lr_scheduler_kwargs']}: lr_scheduler_kwargs is set, but {values['lr_scheduler_type']} takes none"
     batch, accumulated = values.get("global_batch_size"), "gradient_accumulation_steps"
     if batch is not None and accumulated in values:
         yield (

@@ -4,29 +4,74 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 import os
 import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from llava_sp.common.files import read_text
-from llava_sp.common.schema import Spec, expect, fits, one_of
+from llava_sp.common.schema import NUMBER, TEXT, Check, Spec, expect, fits, one_of
 
+# Of a type that says no more than this.
+_PLAIN = {
+    str: TEXT,
+    int: Check(lambda number: abs(number) < 10**9, "a whole number", int),
+    float: NUMBER,
+}
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+class _Loader(yaml.SafeLoader):
+    """As YAML says and PyYAML does not: no key twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        first = {key.value: key for key in reversed(names)}
+        twice = [key for key in names if first[key.value] is not key]
+        if twice:
+            raise ComposerError(None, None, f"the key {twice[0].value} is there twice", twice[0].start_mark)
+        return node
+
+
+def parse_yaml(text: str, where: object) -> Any:
+    """What a YAML text means. Raises `ValueError` on one line: no YAML, nested too deeply, or more than a million values,
+    which some aliases of aliases are."""
+    try:
+        value = yaml.load(text, _Loader)
+        if _size(value, {}) > 1_000_000:
+            raise ValueError("it stands for more than a million values")
+    except Exception as error:  # PyYAML lets out what int() and the like raise: KeyError for `!!bool x`
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        place = f", line {mark.line + 1} column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{where} is not valid YAML: {' '.join(problem.split())}{place}") from error
+    return value
+
+
+def _size(value: Any, known: dict[int, float]) -> float:
+    """How many values there are, those of an alias at each place; infinity for one that contains itself."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        known[id(value)] = 1 + sum(
+            _size(item, known) for item in (value.values() if isinstance(value, dict) else value)
+        )
+    return known[id(value)]
 
 
 def read_yaml(path: Path, spec: Spec) -> Any:
     """The content of a YAML file that fits `spec` (see `common.schema`). Raises `ValueError` with the file, and line or key."""
-    try:
-        content = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    content = parse_yaml(read_text(path), path)
     return expect({} if content is None else content, spec, path)
 
 
@@ -42,7 +87,7 @@ def read_with_bases(path: str | os.PathLike) -> list[tuple[Path, dict[str, Any]]
             raise ValueError(f"{named_by}: there is no configuration file {file}")
         if any(file == seen for seen, _ in chain):
             raise ValueError(f"{named_by}: the bases of a configuration are circular ({file})")
-        content = read_yaml(file, {"base?": (str, None)})
+        content = read_yaml(file, {"base?": (TEXT, None)})
         keys = {str(key): _expand(value, file, str(key)) for key, value in content.items()}
         chain.insert(0, (file, keys))
         base = keys.pop("base", None)
@@ -69,7 +114,7 @@ def _expand(value: Any, file: Path, key: str) -> Any:
 
     text = VARIABLE.sub(replace, value)
     if VARIABLE.fullmatch(value):  # the whole value is one variable: it may be a number, a truth value or null
-        plain = yaml.safe_load(text) if text else None
+        plain = _plain(text)
         return text if isinstance(plain, (dict, list)) else plain
     return text
 
@@ -101,7 +146,7 @@ def typed(values: Mapping[str, Any], specs: Mapping[str, Spec], origin: Mapping[
     for key, value in values.items():
         items = [_plain(item) for item in value] if isinstance(value, list) else _plain(value)
         readings = [value, items, [value], [items], bool(items) if items in (0, 1) else value]
-        if isinstance(value, (bool, int, float)):
+        if isinstance(value, float) or (type(value) is int and value.bit_length() < 256):
             readings.append(str(value))
         found[key] = next((reading for reading in readings if fits(reading, specs[key])), value)
         expect({key: found[key]}, {key: specs[key]}, origin[key])
@@ -112,8 +157,8 @@ def _plain(word: Any) -> Any:
     """The value of a text: a number, or as YAML parses it."""
     if not isinstance(word, str):
         return word
-    for read in (int, float, yaml.safe_load):
-        with contextlib.suppress(ValueError, yaml.YAMLError):
+    for read in (int, float, partial(parse_yaml, where="")):
+        with contextlib.suppress(ValueError):
             return read(word)
     return word
 
@@ -125,6 +170,8 @@ def specs_of(hints: Mapping[str, Any]) -> dict[str, Spec]:
 
 def _spec_of(hint: Any) -> Spec:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return arguments[1]
     if origin is typing.Literal:
         return one_of(*arguments)
     if origin in (typing.Union, types.UnionType):
@@ -135,7 +182,9 @@ def _spec_of(hint: Any) -> Spec:
         return one_of(*(member.value for member in hint))
     if origin is list:
         return [_spec_of(arguments[0])]
-    return None if hint is type(None) else origin or hint
+    if origin is dict:
+        return {str: _spec_of(arguments[1])}
+    return None if hint is type(None) else _PLAIN.get(hint) or hint
 
 
 def nearest(key: str, known: Iterable[str]) -> str:

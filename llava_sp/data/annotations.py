@@ -1,22 +1,35 @@
 """Annotation records in LLaVA's format.
 
 {"id": ..., "image": path or list of paths (optional), "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}
+
+`images` is read as `image` is. Other keys (id, model, source, ...) are metadata, and stay unread; one that names media, such as
+`video` or `image_path`, makes the record bad, unless it is empty. In a record without images `<image>` is text.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from llava_sp.common.schema import Check, expect, one_of, some
+from llava_sp.common.schema import Check, expect, is_utf8, one_of, some
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-PATH = Check(bool, "a path", str)
+TEXT = Check(is_utf8, "text, without half a surrogate pair", str)
+PATH = Check(lambda path: path and is_utf8(path), "a path", str)
 # The order of the turns is checked where they are rendered, the paths where they are opened.
 RECORD = {
-    "conversations": some({"from": one_of(*ROLES), "value": str}),
+    "conversations": some({"from": one_of(*ROLES), "value": TEXT}),
     "image?": (None, PATH, [PATH]),
+    "images?": (None, PATH, [PATH]),
 }
+_IMAGES = ("image", "images")
+_MEDIA = re.compile(
+    r"(?:(?P<image>image|img|picture|pic|photo|jpe?g|png|webp)|media|video|clip|mp4|webm|gif|audio|sound|speech|wav|mp3|flac|"
+    r"frame|depth|point_?cloud)s?(?P<place>(?:_?(?:path|file|file_?name|name|url|uri|list|folder|dir|bytes|base64)s?)*)",
+    re.IGNORECASE,
+)
 
 
 class BadSample(ValueError):
@@ -33,12 +46,32 @@ class Conversation:
 
 
 def parse_record(record: dict[str, Any]) -> Conversation:
-    """The conversation of a record. Raises `BadSample` if the record does not fit `RECORD`."""
+    """The conversation of a record. Raises `BadSample` if the record does not fit `RECORD` or names media that are not used."""
     name = str(record.get("id", ""))
     try:
         expect(record, RECORD, f"id {name!r}")
     except ValueError as error:
         raise BadSample(str(error)) from None
+    if unused := ", ".join(_unused_media(record)):
+        raise BadSample(f"id {name!r}: {unused}: media that are not used (the key `image` names images)")
     turns = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
-    images = record.get("image") or []
-    return Conversation(name, turns, [images] if isinstance(images, str) else images)
+    return Conversation(name, turns, images_of(record))
+
+
+def images_of(record: dict[str, Any]) -> list[Any]:
+    """The images that a record names, also where it is bad."""
+    images: Any = next((record[key] for key in _IMAGES if record.get(key)), [])
+    return images if isinstance(images, list) else [images]
+
+
+def _unused_media(record: dict[str, Any]) -> Iterator[str]:
+    """`key is value` of what names media beside the images that are used. Numbers and what is empty name none; nor does an
+    `image_url` or `image_path` where there is an `image`."""
+    used = next((record[key] for key in _IMAGES if record.get(key)), None)
+    turns = {f"conversations[{index}].": turn for index, turn in enumerate(record["conversations"])}
+    for path, fields in {"": record, **turns}.items():
+        for key, value in fields.items():
+            media = _MEDIA.fullmatch(key.replace("-", "_"))
+            about_used = value == used or (used and media and media["image"] and media["place"])
+            if media and value and isinstance(value, (str, list, dict)) and not about_used:
+                yield f"{path}{key} is {value!r:.60}"

@@ -5,14 +5,17 @@ A run builds these before its model, so that errors come before minutes of loadi
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
 import torch
 
+from llava_sp.checkpoints.opening.ends import never_stops
 from llava_sp.checkpoints.opening.warm_start import language_model_within
 from llava_sp.common.files import is_missing_folder
+from llava_sp.common.processes import Processes
 from llava_sp.common.schema import expect
 from llava_sp.config.arguments import Run, load_config
 from llava_sp.data.dataset import ConversationDataset
@@ -27,7 +30,8 @@ from llava_sp.model.projector import SpatialProjector
 def build_processor(run: Run) -> LlavaSPProcessor:
     """The run's processor; its token counts come from the backbones' own configurations.
 
-    Raises `ValueError` for an invalid model, projector, template or image aspect ratio.
+    Warns if the language model would never learn to stop. Raises `ValueError` for an invalid model, projector, template or image
+    aspect ratio.
     """
     assert run.model.language_model and run.model.vision_tower, "checked before"
     config = LlavaSPConfig(
@@ -37,13 +41,17 @@ def build_processor(run: Run) -> LlavaSPProcessor:
     )
     with torch.device("meta"):
         SpatialProjector(config)  # only for its errors
-    return LlavaSPProcessor.from_backbones(
+    processor = LlavaSPProcessor.from_backbones(
         config,
         language_model=run.model.language_model,
         vision_tower=run.model.vision_tower,
         image_aspect_ratio=run.data.image_aspect_ratio,
         conversation_template=run.data.conversation_template,
     )
+    warning = never_stops(processor, run.model.language_model)
+    if warning and Processes.from_environment().is_main:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    return processor
 
 
 def build_datasets(processor: LlavaSPProcessor, run: Run) -> tuple[ConversationDataset, ConversationDataset | None]:

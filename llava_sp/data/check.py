@@ -17,16 +17,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_sp.common.command import command_parser, run_command
+from llava_sp.common.command import command_parser, fitting, natural, run_command
 from llava_sp.common.files import counted, write_jsonl
+from llava_sp.common.schema import whole
 from llava_sp.data.annotations import BadSample
+from llava_sp.model.conversation import IMAGE_MARK
 
 if TYPE_CHECKING:
     from llava_sp.data.dataset import ConversationDataset
 
 
 class _Look:
-    """`[i]` is `(i, tokens, tokens before cutting, learned tokens, images, reason it is bad or "")`."""
+    """`[i]` is `(i, tokens, tokens before cutting, learned tokens, images, image marks, reason it is bad or "")`."""
 
     def __init__(self, dataset: ConversationDataset):
         self.dataset = dataset
@@ -34,15 +36,16 @@ class _Look:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[int, int, int, int, int, str]:
+    def __getitem__(self, index: int) -> tuple[int, int, int, int, int, int, str]:
         try:
             conversation = self.dataset.conversation(index)
             encoded = self.dataset.encode(conversation)
             self.dataset.load_images(index, conversation)
         except BadSample as error:
-            return index, 0, 0, 0, 0, str(error)
+            return index, 0, 0, 0, 0, 0, str(error)
         learned = sum(label >= 0 for label in encoded.labels)
-        return index, len(encoded.input_ids), encoded.uncut, learned, len(conversation.images), ""
+        marks = sum(turn["content"].count(IMAGE_MARK) for turn in conversation.turns)
+        return index, len(encoded.input_ids), encoded.uncut, learned, len(conversation.images), marks, ""
 
 
 @dataclass
@@ -54,6 +57,7 @@ class Findings:
     cut: int = 0
     learned: int = 0
     with_image: int = 0
+    spelled: int = 0  # without an image, but with an image mark
 
 
 def look_at_all(dataset: ConversationDataset, workers: int = 0) -> Findings:
@@ -67,7 +71,7 @@ def look_at_all(dataset: ConversationDataset, workers: int = 0) -> Findings:
     loader: DataLoader = DataLoader(looks, batch_size=32 if workers else 1, num_workers=workers, collate_fn=list)
     with tqdm(total=len(dataset), unit="sample", disable=None) as progress:
         for batch in loader:
-            for index, tokens, uncut, learned, images, reason in batch:
+            for index, tokens, uncut, learned, images, marks, reason in batch:
                 if reason:
                     file, record = dataset.origin(index)
                     findings.bad.append({"file": file, "index": record, "reason": reason})
@@ -76,6 +80,7 @@ def look_at_all(dataset: ConversationDataset, workers: int = 0) -> Findings:
                 findings.cut += uncut > tokens
                 findings.learned += learned
                 findings.with_image += images > 0
+                findings.spelled += marks > images == 0
             progress.update(len(batch))
     return findings
 
@@ -93,6 +98,10 @@ def summary(findings: Findings, limit: int, show: int) -> str:
             f"{findings.cut} cut at {limit}",
             f"learned: {findings.learned} of {total} tokens ({100 * findings.learned / total:.1f} %)",
         ]
+    if findings.spelled:
+        lines.append(
+            f"{findings.spelled} good records without an image hold {IMAGE_MARK}: it is text there, as in LLaVA"
+        )
     lines += [f"  {entry['file']}, record {entry['index']}: {entry['reason']}" for entry in findings.bad[:show]]
     if len(findings.bad) > show:
         lines.append(f"  ... and {len(findings.bad) - show} more (--output lists them all)")
@@ -102,9 +111,11 @@ def summary(findings: Findings, limit: int, show: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("llava_sp.data.check", __doc__)
     parser.add_argument("--config", required=True, help="training YAML")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="reading processes")
+    parser.add_argument(
+        "--workers", type=fitting(whole(0, 1024)), default=min(8, os.cpu_count() or 1), help="reading processes"
+    )
     parser.add_argument("--output", type=Path, help="JSONL file for the bad samples")
-    parser.add_argument("--show", type=int, default=20, help="how many bad samples to print")
+    parser.add_argument("--show", type=natural, default=20, help="how many bad samples to print")
     options, overrides = parser.parse_known_args(arguments)
     return run_command(lambda: print_findings(options, overrides), traceback=options.traceback)
 

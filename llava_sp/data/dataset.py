@@ -84,7 +84,7 @@ class ConversationDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < len(self):  # also ends iteration
             raise IndexError(f"sample {index} of {len(self)}")
-        tries = min(MAX_SKIPS, len(self))
+        tries, reason = min(MAX_SKIPS, len(self)), ""
         for offset in range(tries):
             place = (index + offset) % len(self)
             try:
@@ -92,10 +92,11 @@ class ConversationDataset(Dataset):
             except BadSample as error:
                 if self.on_bad_sample == "fail":
                     raise BadSample(f"{self.where(place)}: {error}") from error
+                reason = reason or str(error)
                 self.report.add("skipped", *self.origin(place), reason=str(error))
-        raise ValueError(
-            f"{counted(tries, 'bad sample')} in a row from {self.where(index)} on; {self.report.path} lists them"
-        )
+        every = " (which is every one)" if tries == len(self) else ""
+        bad = f"{counted(tries, 'bad sample')} in a row from {self.where(index)} on{every}"
+        raise BadSample(f"{bad}; {self.report.path} lists them. The first: {reason}")
 
     def _sample(self, index: int) -> dict[str, torch.Tensor]:
         conversation = self.conversation(index)
@@ -124,7 +125,9 @@ class ConversationDataset(Dataset):
                 nothing is left to learn.
         """
         try:
-            ids, labels = self.processor.encode_conversation(conversation.turns, self.conversation_template)
+            ids, labels = self.processor.encode_conversation(
+                conversation.turns, self.conversation_template, images=bool(conversation.images)
+            )
         except ValueError as error:
             raise BadSample(str(error)) from error
         placeholder, per_image = self.processor.image_token_id, self.processor.num_image_tokens

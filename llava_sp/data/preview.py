@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_sp.common.command import command_parser, run_command
-from llava_sp.common.files import counted
+from llava_sp.common.command import command_parser, natural, run_command
+from llava_sp.common.files import counted, writing
 from llava_sp.data.annotations import BadSample
 
 if TYPE_CHECKING:
@@ -29,14 +29,16 @@ BRACKETS = ("[[", "]]")
 def marked_text(dataset: ConversationDataset, index: int, marks: tuple[str, str] = BRACKETS) -> str:
     """The text of sample `index` as it is tokenized, each learned span between `marks`.
 
-    An image's placeholders are shown as `<image>`. Text beyond the limit becomes a note. Raises `BadSample`.
+    An image's placeholders are shown as `<image>`, which in a record without images is text. Text beyond the limit becomes a
+    note. Raises `BadSample`.
     """
     conversation = dataset.conversation(index)
     kept = len(dataset.encode(conversation).input_ids)
     processor = dataset.processor
-    segments = processor.render_conversation(conversation.turns, dataset.conversation_template)
+    images = bool(conversation.images)
+    segments = processor.render_conversation(conversation.turns, dataset.conversation_template, images)
     text = "".join(piece for piece, _ in segments)
-    tokens = processor.align_segments(segments)
+    tokens = processor.align_segments(segments, images=images)
     learned = [False] * (len(text) + 1)
     for token in tokens[:kept]:
         if token.label == token.id:
@@ -86,11 +88,11 @@ def show(dataset: ConversationDataset, index: int, folder: Path, marks: tuple[st
     print("-" * 80, text, "-" * 80, sep="\n")
     if not images:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     seen = seen_images(dataset, dataset.processor.preprocess_images(images))
     for number, (name, image, pixels) in enumerate(zip(conversation.images, images, seen, strict=True)):
         path = folder / f"sample_{index}_image_{number}.png"
-        pixels.save(path)
+        with writing(path):
+            pixels.save(path)
         print(
             f"{name} ({image.width} x {image.height}) as the model sees it ({pixels.width} x {pixels.height}): {path}"
         )
@@ -99,7 +101,7 @@ def show(dataset: ConversationDataset, index: int, folder: Path, marks: tuple[st
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("llava_sp.data.preview", __doc__)
     parser.add_argument("--config", required=True, help="training YAML")
-    parser.add_argument("--index", type=int, default=0, help="which sample")
+    parser.add_argument("--index", type=natural, default=0, help="which sample")
     parser.add_argument("--output", type=Path, default=Path("preview"), help="folder for the images")
     options, overrides = parser.parse_known_args(arguments)
     marks = COLOUR if sys.stdout.isatty() and "NO_COLOR" not in os.environ else BRACKETS

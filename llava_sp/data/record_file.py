@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava_sp.common.files import parse_line
+from llava_sp.common.files import parse_json, parse_line
 from llava_sp.common.schema import expect
+from llava_sp.data.annotations import images_of
 from llava_sp.data.images import load_image
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
@@ -74,8 +75,7 @@ def _size(record: dict[str, Any]) -> tuple[int, int]:
     turns = record.get("conversations")
     texts = [turn.get("value") for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     words = sum(len(text.split()) for text in texts if isinstance(text, str))
-    images = record.get("image")
-    return words, len(images) if isinstance(images, list) else int(images is not None)
+    return words, len(images_of(record))
 
 
 def _scan(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
@@ -165,7 +165,7 @@ class _Text:
         start = self.byte
         while True:
             try:
-                value, end = self.decoder.raw_decode(self.text, self.place)
+                value, end = parse_json(self.text, lambda text: self.decoder.raw_decode(text, self.place))
             except json.JSONDecodeError as error:
                 if not self.ended:
                     self.read()

@@ -6,6 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from llava_sp.common.files import writing
+
 
 class SampleReport:
     """Appends to `path`; without a path it only counts, in this process.
@@ -25,13 +27,9 @@ class SampleReport:
         self._seen.add((kind, file, index))
         if self.path is None:
             return
-        line = json.dumps({"kind": kind, "file": file, "index": index, **details}, ensure_ascii=False) + "\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, line.encode())
-        finally:
-            os.close(handle)
+        line = json.dumps({"kind": kind, "file": file, "index": index, **details}) + "\n"
+        with writing(self.path), self.path.open("ab", buffering=0) as stream:
+            stream.write(line.encode())
 
     def counts(self) -> dict[str, int]:
         """Distinct records per kind."""

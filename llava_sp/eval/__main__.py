@@ -21,15 +21,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llava_sp.common.command import command_parser, run_command
 from llava_sp.common.processes import USER_ERRORS, Processes
 from llava_sp.common.provenance import now, versions
 from llava_sp.eval.base import Benchmark
-from llava_sp.eval.cli import INTERRUPTED, check_numbers, default_data, make_parser
+from llava_sp.eval.cli import INTERRUPTED, default_data, make_parser
 from llava_sp.eval.report.table import Row, Table
+from llava_sp.eval.run.output import exclusive
 from llava_sp.eval.run.registry import benchmark_names, load_benchmark
+
+if TYPE_CHECKING:
+    from llava_sp.inference import Engine
 
 _SINGLE = ("--model", "--data", "--output", "--answers", "--validate", "--images", "--split")  # not to be passed on
 
@@ -64,24 +70,35 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
     if not present or (args.only and absent):
         raise ValueError(f"--data {args.data} has no folder for {', '.join(absent)}")
     output = args.output or Path("runs") / "eval" / "all" / Path(args.model).name
-    with Processes.from_environment().group() as processes:
-        rows = _rows(present, args, known, output, processes)
-    if not processes.is_main:
-        return 0
-    if absent:
-        print(f"no data below {args.data} for {', '.join(absent)}", file=sys.stderr)
 
+    from llava_sp.eval.run.evaluate import open_engine  # torch and transformers from here on
+
+    with Processes.from_environment().group() as processes, ExitStack() as stack:
+        engine = open_engine(args.model, known[present[0]], processes)
+        with processes.together():
+            engine.processor()  # a checkpoint that cannot be opened is reported before anything else
+            if processes.is_main:
+                stack.enter_context(exclusive(output))
+        rows = _rows(present, args, known, output, engine, processes)
+        if not processes.is_main:
+            return 0
+        if absent:
+            print(f"no data below {args.data} for {', '.join(absent)}", file=sys.stderr)
+        limited = any(known[cls].limit is not None for cls in present)
+        return _report(Table(args.model, rows, limited, {"date": now(), **versions()}), output)
+
+
+def _report(table: Table, output: Path) -> int:
+    """Writes and prints the table; the exit status."""
     from llava_sp.eval.report.html import write_report
 
-    limited = any(known[cls].limit is not None for cls in present)
-    table = Table(args.model, rows, limited, {"date": now(), **versions()})
     table.write(output)
     print("\n" + table.text())
     for note in table.notes:
         print(f"  {note}")
     print(f"results: {output / 'results.json'}, {output / 'results.md'}")
     print(f"report:  {write_report(output, table)}")
-    return 2 if any(row.outcome is None for row in rows) else 0
+    return 2 if any(row.outcome is None for row in table.rows) else 0
 
 
 def _arguments(
@@ -101,7 +118,6 @@ def _arguments(
         protocol = ["--protocol", args.protocol] if args.protocol in cls.protocols else []
         parsed[cls], left = make_parser(cls).parse_known_args([*rest, *protocol, "--model", args.model])
         unknown &= set(left)
-        check_numbers(parsed[cls])
     if unknown:
         raise ValueError(f"unknown arguments: {' '.join(argument for argument in rest if argument in unknown)}")
     return parsed
@@ -123,13 +139,11 @@ def _rows(
     args: argparse.Namespace,
     known: dict[type[Benchmark], argparse.Namespace],
     output: Path,
+    engine: Engine,
     processes: Processes,
 ) -> list[Row]:
-    from llava_sp.eval.run.evaluate import evaluate, open_engine  # torch and transformers from here on
+    from llava_sp.eval.run.evaluate import evaluate
 
-    engine = open_engine(args.model, known[classes[0]], processes)
-    with processes.together():
-        engine.processor()  # a checkpoint that cannot be opened is reported before anything else
     rows = []
     for cls in classes:
         folder = output / cls.name

@@ -27,9 +27,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_sp.checkpoints.reading.places import checkpoints_hint
-from llava_sp.common.command import check_arguments, command_parser, run_command
+from llava_sp.common.command import check_arguments, command_parser, count, fitting, run_command, seed, temperature
 from llava_sp.common.files import sha256
 from llava_sp.common.processes import Processes
+from llava_sp.common.schema import whole
 from llava_sp.eval.base import Benchmark
 from llava_sp.eval.inputs.checks import first_folder
 from llava_sp.eval.run.output import check_output, exclusive, finish, load_items, provenance
@@ -62,9 +63,13 @@ def make_parser(benchmark: type[Benchmark]) -> argparse.ArgumentParser:
     add("--validate", type=Path, help="check this submission file")
     add("--split", choices=benchmark.splits or None, help="default: what the data folder holds")
     add("--protocol", choices=benchmark.protocols, help=f"default {benchmark.protocols[0]}")
-    add("--batch-size", type=int, default=8, help="questions at once per process (default 8)")
-    add("--max-new-tokens", type=int, help=f"default {benchmark.generation.max_new_tokens}")
-    add("--temperature", type=float, help="0 is greedy; more draws answers, one by one, each with a seed of its own")
+    add("--batch-size", type=count, default=8, help="questions at once per process (default 8)")
+    add("--max-new-tokens", type=count, help=f"default {benchmark.generation.max_new_tokens}")
+    add(
+        "--temperature",
+        type=temperature,
+        help="0 is greedy; more draws answers, one by one, each with a seed of its own",
+    )
     add(
         "--image-aspect-ratio",
         choices=("pad", "crop"),
@@ -73,11 +78,11 @@ def make_parser(benchmark: type[Benchmark]) -> argparse.ArgumentParser:
     add("--dtype", choices=("auto", "float32", "float16", "bfloat16"), default="auto",
         help="auto: float16 on a GPU, as LLaVA evaluates, else float32")  # fmt: skip
     add("--device", help="cuda, cuda:1, cpu, ... (default: this process's GPU if there is one)")
-    add("--limit", type=int, help="only the first N questions; the score is then not comparable")
-    add("--seed", type=int, default=0, help="for benchmarks that sample")
+    add("--limit", type=count, help="only the first N questions; the score is then not comparable")
+    add("--seed", type=seed, default=0, help="for benchmarks that sample")
     add("--language-model", help="language model of an adapter checkpoint, if it was moved")
     add("--vision-tower", help="vision tower of an adapter checkpoint, if it was moved")
-    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # some launchers pass it
+    add("--local_rank", "--local-rank", type=fitting(whole(-1)), help=argparse.SUPPRESS)  # some launchers pass it
     benchmark.add_arguments(parser)
     return parser
 
@@ -120,7 +125,6 @@ def _score_answers(benchmark_class: type[Benchmark], args: argparse.Namespace) -
 
 
 def _run(benchmark_class: type[Benchmark], args: argparse.Namespace) -> None:
-    check_numbers(args)
     model, data = _find_inputs(benchmark_class, args, needs_model=True)
     output = args.output or Path("runs") / "eval" / benchmark_class.name / Path(model).name
 
@@ -128,15 +132,6 @@ def _run(benchmark_class: type[Benchmark], args: argparse.Namespace) -> None:
 
     with Processes.from_environment().group() as processes:
         evaluate(benchmark_class, args, data, output, open_engine(model, args, processes), processes)
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    """Raises ValueError naming the flag of a number that is out of range."""
-    names = ("batch_size", "max_new_tokens", "limit")
-    counts = [(f"--{name.replace('_', '-')}", getattr(args, name)) for name in names]
-    warm = args.temperature is None or 0 <= args.temperature < float("inf")
-    check_arguments((flag, value, value is None or value >= 1, "at least 1") for flag, value in counts)
-    check_arguments([("--temperature", args.temperature, warm, "0 (greedy) or more")])
 
 
 def _find_inputs(benchmark: type[Benchmark], args: argparse.Namespace, needs_model: bool = False) -> tuple[str, Path]:

@@ -13,15 +13,19 @@ together. The interval covers the choice of questions, and nothing about seeds o
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_sp.common.command import check_arguments, command_parser, run_command
+from llava_sp.common.command import command_parser, count, natural, run_command, seed
 from llava_sp.common.files import examples, read_json, read_jsonl, write_json
+from llava_sp.common.schema import Check
 from llava_sp.eval.base import Benchmark
+from llava_sp.eval.inputs.checks import ID
 from llava_sp.eval.run.registry import benchmark_names, load_benchmark
 from llava_sp.eval.scoring.vqa import AccuracyBenchmark
 
@@ -29,11 +33,13 @@ if TYPE_CHECKING:
     import numpy as np
 
 RESAMPLES = 2000
+_ROUNDING = 0.011  # of headlines
 _METRICS = {
     "score": (float, None),
     "metrics": {"judge?": ({"model": str, "prompt": str}, None)},
-    "provenance": {"benchmark": str, "protocol": str, "split": (str, None), "questions?": str},
+    "provenance": {"benchmark": str, "protocol": str, "split": (str, None), "count": int, "questions?": str},
 }
+_ITEM = {"question_id": ID, "score": Check(math.isfinite, "a number", float), "unit?": (*ID, None)}
 
 
 class Unscored(ValueError):
@@ -77,15 +83,24 @@ class Comparison:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises ValueError naming what is missing, or that the run has no score."""
-    result, items = read_json(folder / "metrics.json", _METRICS), read_jsonl(folder / "per_item.jsonl")
-    origin, judge = result["provenance"], result["metrics"].get("judge")
-    if result["score"] is None:
+    """Raises ValueError naming what is missing or damaged, or that the run has no score."""
+    result = read_json(folder / "metrics.json", _METRICS)
+    origin, judge, score = result["provenance"], result["metrics"].get("judge"), result["score"]
+    benchmark = load_benchmark(origin["benchmark"])
+    if score is None:
         raise Unscored(f"{folder} has answers of {origin['benchmark']} but no score (a server or a judge gives it)")
+    items, found = read_jsonl(folder / "per_item.jsonl", _ITEM), None
+    with suppress(ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+        found = benchmark.headline(items)
+    if found is None or abs(found - score) > _ROUNDING or len(items) != origin["count"]:
+        raise ValueError(
+            f"{folder}/per_item.jsonl has {len(items)} questions, which make the score {found}, metrics.json has "
+            f"{origin['count']} and {score}: one of the files was changed or cut off; score the answers again"
+        )
     return Run(
         folder,
-        load_benchmark(origin["benchmark"]),
-        result["score"],
+        benchmark,
+        score,
         origin["protocol"],
         origin["split"],
         items,
@@ -209,15 +224,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser("llava_sp.eval.compare", __doc__)
     parser.add_argument("a", type=Path, help="output folder of the first run")
     parser.add_argument("b", type=Path, help="output folder of the second run")
-    parser.add_argument("--samples", type=int, default=RESAMPLES, help=f"bootstrap samples (default {RESAMPLES})")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--show", type=int, default=5, help="how many changed questions to print (default 5)")
+    parser.add_argument("--samples", type=count, default=RESAMPLES, help=f"bootstrap samples (default {RESAMPLES})")
+    parser.add_argument("--seed", type=seed, default=0, help="of the bootstrap")
+    parser.add_argument("--show", type=natural, default=5, help="how many changed questions to print (default 5)")
     parser.add_argument("--output", type=Path, help="write everything as JSON to this file")
     args = parser.parse_args(argv)
 
     def run() -> int:
         """Compares and prints each pair; of several, one that does not compare does not stop the others."""
-        check_arguments([("--samples", args.samples, args.samples >= 1, "at least 1")])
         pairs = find_pairs(args.a, args.b)
         results, status = [], 0
         for a, b in pairs:

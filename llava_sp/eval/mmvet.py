@@ -39,7 +39,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from llava_sp.common.files import examples, read_text, sha256, write_json
+from llava_sp.common.files import examples, parse_json, read_text, sha256, write_json
 from llava_sp.common.schema import Check, expect, some
 from llava_sp.decoding import Generation
 from llava_sp.eval.base import LLAVA15, LLAVA15_LORA, LLAVA_SP, Category, Item, Scores
@@ -131,7 +131,7 @@ class MMVet(JudgedBenchmark):
     def foreign_runs(self, file: Path, items: Sequence[Item]) -> tuple[list[Run], list[str]] | None:
         """The grades of the official code: its last replies, in place of which the recorded scores stand here."""
         try:
-            content = json.loads(read_text(file))
+            content = parse_json(read_text(file))
         except json.JSONDecodeError:
             return None
         if not isinstance(content, dict) or "request_sha256" in content:

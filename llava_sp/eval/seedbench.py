@@ -2,7 +2,7 @@
 
     python -m llava_sp.eval.seedbench --model M --data D --output O [--split all|image|video]
 
-D holds (in D itself or one folder below) SEED-Bench.json, and beside it SEED-Bench-image/<data_id> and
+D holds (in D itself or one folder below) SEED-Bench.json, and (in D or D/images) SEED-Bench-image/<data_id> and
 SEED-Bench-video-image/<type>_<question id>.png: of each video its middle frame, as LLaVA's extract_video_frames.py
 writes it. LLaVA's question file llava-seed-bench.jsonl is used if it is there; without it the same prompts are made from
 SEED-Bench.json. Without the videos use `--split image`; its score is what tables call SEED-I.
@@ -94,7 +94,8 @@ class SeedBench(Benchmark):
         asked = [{"text": _text(question), "image": _image(question)} for question in questions]
         for llava in find(data, "llava-seed-bench.jsonl")[:1]:
             asked = _llava_lines(questions, self.read_jsonl(llava, LLAVA_LINE), llava)
-        folder = self.images or first_folder([data, data / "images"])
+        places = [place / name for place in (data, data / "images") for name in FOLDERS.values()]
+        folder = self.images or first_folder(places).parent
         items = []
         keys = numbered(question["question_id"] for question in questions)
         for question, line, key in zip(questions, asked, keys):

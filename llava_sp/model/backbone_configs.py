@@ -12,6 +12,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 FULL_LLAVAS = ("llava", "llava_sp")  # transformers' own and ours: with a text_config and a vision_config
+# Raised by transformers, PEFT and torch for settings that make no model
+_INVALID = (
+    StrictDataclassError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError, ValueError,
+)  # fmt: skip
 
 
 @contextmanager
@@ -19,8 +23,10 @@ def as_value_error(path: str | os.PathLike) -> Iterator[None]:
     """Turns transformers' errors for JSON files with invalid values into a `ValueError` that names the folder."""
     try:
         yield
-    except (StrictDataclassError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+    except _INVALID as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, ValueError) and (str(path) in reason or not os.path.exists(path)):
+            raise
         raise ValueError(
             f"{path} cannot be read: its config.json, or another JSON file there, holds invalid values ({reason})"
         ) from error
@@ -73,19 +79,22 @@ def _llama_settings() -> set[str]:
 def vision_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
     """The configuration of a vision tower, with `hidden_size`, `image_size` and `patch_size` for timm's too.
 
-    Raises `ValueError` for a timm model that is not a ViT.
+    Raises `ValueError` for a tower that is not a ViT.
     """
     config = read_config(path, **hub_kwargs)
     config = getattr(config, "vision_config", config)
+    name = config.model_type
     if config.model_type == "timm_wrapper":  # only the network has them; built without weights
         import timm
 
         with torch.device("meta"):
             network: Any = timm.create_model(config.architecture, num_classes=0, **(config.model_args or {}))
-        if getattr(network, "patch_embed", None) is None:
-            raise ValueError(f"the vision tower {path}: {config.architecture} is not a ViT with patches")
-        config.hidden_size = network.embed_dim
-        config.image_size, config.patch_size = list(network.patch_embed.img_size), list(network.patch_embed.patch_size)
+        name, patches = config.architecture, getattr(network, "patch_embed", None)
+        if patches is not None:
+            config.hidden_size = network.embed_dim
+            config.image_size, config.patch_size = list(patches.img_size), list(patches.patch_size)
+    if not hasattr(config, "hidden_size"):
+        raise ValueError(f"the vision tower {path}: {name} is not a ViT with patches")
     return config
 
 

@@ -27,6 +27,11 @@ class LlavaSPConfig(LlavaConfig):
         pad_token_id: the id that fills rows of unequal length; `None` is that of `text_config`, which may be `None` too.
         language_model_name_or_path, vision_tower_name_or_path: where the frozen weights came from (hub id or path), with
             the content hash of their weight files. An adapter checkpoint is opened on these.
+        vision_tower_leading_tokens: tokens that the tower gives before its patches (class token, registers); `None` is
+            one where `vision_feature_select_strategy` is `"default"`, else none.
+        language_model_head_bias: whether the language model's head has a bias.
+        language_model_logit_scale, language_model_logit_softcap: what the language model does to its head's logits,
+            `softcap * tanh(scale * logits / softcap)`; `None` leaves a step out.
 
     Raises:
         ValueError: an image or patch size that is not square, a layer that the tower lacks, a scale outside
@@ -50,6 +55,10 @@ class LlavaSPConfig(LlavaConfig):
     language_model_fingerprint: str | None = None
     vision_tower_name_or_path: str | None = None
     vision_tower_fingerprint: str | None = None
+    vision_tower_leading_tokens: int | None = None
+    language_model_head_bias: bool = False
+    language_model_logit_scale: float | None = None
+    language_model_logit_softcap: float | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -79,6 +88,10 @@ class LlavaSPConfig(LlavaConfig):
         if depth:  # timm's towers do not record it
             fits = all(-depth - 1 <= layer <= depth for layer in ([layers] if isinstance(layers, int) else layers))
             yield "vision_feature_layer", fits, f"{-depth - 1} to {depth}: embeddings and {depth} layers"
+        yield "vision_tower_leading_tokens", self.num_leading_tokens >= 0, "a number of tokens"
+        for step in ("language_model_logit_scale", "language_model_logit_softcap"):
+            value = getattr(self, step)
+            yield step, value is None or 0 < value < float("inf"), "a number above 0, or null"
         if self.spatial_variant == "none":
             return
         grid, scales = self.grid_size, self.spatial_scales or []
@@ -110,6 +123,12 @@ class LlavaSPConfig(LlavaConfig):
         """C: width of the patch features (several vision layers are concatenated)."""
         layers = 1 if isinstance(self.vision_feature_layer, int) else len(self.vision_feature_layer)
         return self.vision_config.hidden_size * layers
+
+    @property
+    def num_leading_tokens(self) -> int:
+        """Tokens of the tower's features before the patches."""
+        default = int(self.vision_feature_select_strategy == "default")
+        return default if self.vision_tower_leading_tokens is None else self.vision_tower_leading_tokens
 
     @property
     def num_patch_tokens(self) -> int:

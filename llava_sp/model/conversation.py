@@ -88,11 +88,20 @@ def get_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def normalize_turns(turns: list[Turn]) -> list[Turn]:
+def words_of(conversation: list) -> str:
+    """What users say in a conversation, or in several, without the image marks."""
+    turns = [turn for one in conversation for turn in (one if isinstance(one, list) else [one])]
+    contents = [turn.get("content") or "" for turn in turns if turn.get("role") == "user"]
+    texts = [[item.get("text") or "" for item in c] if isinstance(c, list) else [c] for c in contents]
+    return " ".join(" ".join(map(" ".join, texts)).replace(IMAGE_MARK, " ").split())
+
+
+def normalize_turns(turns: list[Turn], images: bool = True) -> list[Turn]:
     """Checked turns: an optional system turn, then user and assistant in alternation, the user first.
 
     As in LLaVA, an assistant turn that opens the conversation is dropped, and the single image mark of a turn moves to
-    the front of it, followed by a newline. Several marks in one turn keep their positions (the original merges them).
+    the front of it, followed by a newline. Several marks in one turn keep their positions (the original merges them), and so
+    do all marks of a conversation without `images`, where they are text.
 
     Raises:
         ValueError: no turns, a role that is unknown or out of order, content that is not text.
@@ -108,8 +117,8 @@ def normalize_turns(turns: list[Turn]) -> list[Turn]:
         if roles[position] != expected or not isinstance(content, str):
             found = f"by the {roles[position]} with {content!r:.80}"
             raise ValueError(f"turn {position} is {found}; it must be text by the {expected}")
-    rest = [{"role": turn["role"], "content": _mark_first(turn["content"])} for turn in turns[first:]]
-    return turns[:system] + rest
+    place = _mark_first if images else str
+    return turns[:system] + [{"role": turn["role"], "content": place(turn["content"])} for turn in turns[first:]]
 
 
 def _mark_first(content: str) -> str:
@@ -118,7 +127,9 @@ def _mark_first(content: str) -> str:
     return f"{IMAGE_MARK}\n{content.replace(IMAGE_MARK, '').strip()}".strip()
 
 
-def render_segments(turns: list[Turn], template: Template, bos: str = "", eos: str = "") -> list[Segment]:
+def render_segments(
+    turns: list[Turn], template: Template, bos: str = "", eos: str = "", images: bool = True
+) -> list[Segment]:
     """Segments of a conversation that went through `normalize_turns`; their texts joined are the whole text.
 
     Raises:
@@ -132,8 +143,8 @@ def render_segments(turns: list[Turn], template: Template, bos: str = "", eos: s
     system = template.system
     if turns[0]["role"] == "system":
         system, turns = turns[0]["content"], turns[1:]
-    if template.images_only and (len(turns) != 2 or IMAGE_MARK not in turns[0]["content"]):
-        marks = [turn["content"].count(IMAGE_MARK) for turn in turns]
+    if template.images_only and (len(turns) != 2 or not images or IMAGE_MARK not in turns[0]["content"]):
+        marks = [turn["content"].count(IMAGE_MARK) if images else 0 for turn in turns]
         raise ValueError(f"the plain template needs a turn with {IMAGE_MARK} and a caption; marks per turn are {marks}")
     segments = [(fill(template.opening), False)]
     if system and template.system_text:
@@ -191,7 +202,9 @@ _TURNS = """\
 {{- @first_user@ if loop.first else @user@ -}}{{- @question@ -}}{{- @after_user@ -}}
 {%- elif message.role == 'assistant' and loop.index0 is odd -%}
 {{- @before_answer@ -}}
-{%- if message.content -%}{{- @answer_start@ + message.content + @answer_end@ -}}{%- endif -%}
+{%- if message.content -%}
+{%- generation -%}{{- @answer_start@ + message.content + @answer_end@ -}}{%- endgeneration -%}
+{%- endif -%}
 {%- else -%}
 {{- raise_exception('turn ' ~ loop.index0 ~ ' is by ' ~ message.role ~ '; user and assistant alternate, the user first') -}}
 {%- endif -%}

@@ -13,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModel, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel, PreTrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.generation.logits_process import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from .configuration_llava_sp import LlavaSPConfig
 from .opening import needed_formats, other_formats
@@ -47,6 +50,12 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         if any(module is part for part in self.multi_modal_projector.modules()):
             reset_parameters(module)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> Any:
+        """The model without its head; see `LlavaSPForCausalLM.from_pretrained`."""
+        opened: Any = LlavaSPForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return (opened[0].model, opened[1]) if isinstance(opened, tuple) else opened.model
+
     def get_patch_features(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [images, 3, H, W] -> patch features of the configured layer(s), [images, N, C]."""
         pixel_values = pixel_values.to(self.vision_tower.dtype)
@@ -55,10 +64,11 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         selected = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
         if selected[0].ndim == 4:  # timm towers return [images, C, G, G], class token already dropped
             selected = [layer.flatten(2).transpose(1, 2) for layer in selected]
-        elif self.config.vision_feature_select_strategy == "default":
-            selected = [layer[:, 1:] for layer in selected]
+        else:
+            selected = [layer[:, self.config.num_leading_tokens :] for layer in selected]
         return torch.cat(selected, dim=-1)
 
+    @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Image tokens of every image: `.pooler_output` is a list of [num_image_tokens, D]."""
         patches = self.get_patch_features(pixel_values)
@@ -70,20 +80,20 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         dtype = next(p.dtype for p in self.multi_modal_projector.parameters() if p.is_floating_point())
         return self.multi_modal_projector(patches.to(dtype))
 
-    def check_counts(self, placeholders: int, images: int) -> None:
-        """Raises `ValueError` unless there are `num_image_tokens` placeholders for each image."""
-        expected = f"{images} x {self.config.num_image_tokens} image tokens"
-        if placeholders != images * self.config.num_image_tokens:
+    def check_counts(self, placeholders: int, tokens: int) -> None:
+        """Raises `ValueError` unless there is a placeholder for each image token."""
+        expected = f"{tokens / self.config.num_image_tokens:g} x {self.config.num_image_tokens} image tokens"
+        if placeholders != tokens:
             raise ValueError(f"input_ids hold {placeholders} image placeholders, but pixel_values hold {expected}")
 
     def place_image_tokens(self, embeds_BLD: Tensor, placeholders_BL: Tensor, tokens: Tensor | None) -> Tensor:
-        """Put the image tokens [images, num_image_tokens, D] where the placeholders are.
+        """Put the image tokens [images, num_image_tokens, D] where the placeholders are; of a part of a prompt, its share.
 
         Raises:
             ValueError: the number of placeholders is not that of the image tokens.
         """
         if not torch.compiler.is_compiling():
-            self.check_counts(int(placeholders_BL.sum()), 0 if tokens is None else tokens.shape[0])
+            self.check_counts(int(placeholders_BL.sum()), 0 if tokens is None else tokens.shape[:2].numel())
         if tokens is None:
             return embeds_BLD
         mask = placeholders_BL.unsqueeze(-1).to(embeds_BLD.device)
@@ -98,6 +108,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         blank = torch.zeros(1, channels, side, side, device=self.vision_tower.device)
         return (0.0 * self.project(self.get_patch_features(blank))).sum()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -133,6 +144,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             **kwargs,
+            return_dict=True,
         )
         return LlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -149,9 +161,14 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
     def __init__(self, config: LlavaSPConfig):
         LlavaSPPreTrainedModel.__init__(self, config)
         self.model = LlavaSPModel(config)
-        self.lm_head = torch.nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        text = config.text_config
+        self.lm_head = torch.nn.Linear(text.hidden_size, text.vocab_size, bias=config.language_model_head_bias)
+        embedding = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -164,6 +181,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         logits_to_keep: int | Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        mm_token_type_ids: Tensor | None = None,
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
         r"""
@@ -174,6 +192,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
                 then runs at the learned positions only, and `logits` is `None` unless `logits_to_keep` asks for them.
             logits_to_keep: how many positions, from the end, get logits (0 = all), or their indices.
             num_items_in_batch: what the summed token losses are divided by; by default the learned tokens here.
+            mm_token_type_ids: not used; `input_ids` say the same. A processor can be asked for them.
 
         Raises:
             ValueError: placeholders and images do not fit together; the message has both numbers.
@@ -188,13 +207,14 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             mm_encoder_outputs=mm_encoder_outputs,
             blank_image=labels is not None,
             **kwargs,
+            return_dict=True,
         )
         hidden_BLD = outputs.last_hidden_state
         loss = None if labels is None else self.supervised_loss(hidden_BLD, labels, num_items_in_batch)
         logits = None
         if labels is None or logits_to_keep is not None:
             kept = slice(-(logits_to_keep or 0), None) if not isinstance(logits_to_keep, Tensor) else logits_to_keep
-            logits = self.silence(self.lm_head(hidden_BLD[:, kept]))
+            logits = self.silence(self.logits_of(hidden_BLD[:, kept]))
         return LlavaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -203,6 +223,14 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
+
+    def logits_of(self, hidden: Tensor) -> Tensor:
+        """The language model's logits, with the steps that it has after its head."""
+        logits = self.lm_head(hidden)
+        scale, softcap = self.config.language_model_logit_scale, self.config.language_model_logit_softcap
+        if scale is not None:
+            logits = logits * scale
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def silence(self, logits: Tensor) -> Tensor:
         """Mask, in place, ids that are not vocabulary: placeholder, filler rows, padding (unless it ends answers)."""
@@ -220,7 +248,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         """
         targets_BL = labels_BL[:, 1:].to(hidden_BLD.device)
         learned_BL = (targets_BL != IGNORE_INDEX) & (targets_BL < self.config.image_token_id)
-        logits_MV = self.silence(self.lm_head(hidden_BLD[:, :-1][learned_BL]).float())
+        logits_MV = self.silence(self.logits_of(hidden_BLD[:, :-1][learned_BL]).float())
         loss = F.cross_entropy(logits_MV, targets_BL[learned_BL], reduction="sum")
         if num_items_in_batch is None:
             num_items_in_batch = learned_BL.sum().clamp(min=1)
@@ -238,7 +266,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         images = pixel_values if encoded is None else encoded.pooler_output
         if images is not None:
             placeholders = (input_ids == self.config.image_token_id).sum(dim=1)
-            self.model.check_counts(int(placeholders.sum()), len(images))
+            self.model.check_counts(int(placeholders.sum()), len(images) * self.config.num_image_tokens)
         if pixel_values is not None and encoded is None:
             groups = pixel_values.split((placeholders // self.config.num_image_tokens).tolist())
             pixel_values = torch.cat([group.repeat(expand_size, 1, 1, 1) for group in groups])
@@ -249,12 +277,28 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             model_kwargs["pixel_values"] = pixel_values
         return input_ids, model_kwargs
 
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        several = inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] > 1
+        if several and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            # transformers leaves them out where this model is the assistant of another one
+            inputs.setdefault("mm_encoder_outputs", kwargs.get("mm_encoder_outputs"))
+        return inputs
+
+    def _get_candidate_generator(self, logits_processor, **kwargs):
+        """Prompt lookup copies from the prompt, but no placeholder: that would ask for an image."""
+        words = SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device)
+        return super()._get_candidate_generator(
+            logits_processor=LogitsProcessorList([*logits_processor, words]), **kwargs
+        )
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "LlavaSPForCausalLM":
         """Open a full checkpoint as any transformers model, or one of the formats of `llava_sp.checkpoints`.
 
         An adapter checkpoint (LoRA and projector), ours or the original code's, is opened on the base models it records;
-        `language_model=` and `vision_tower=` (hub ids or paths) replace them. The folder's content gives its format.
+        `language_model=` and `vision_tower=` (hub ids or paths) replace them, `is_trainable=True` leaves LoRA and
+        projector trainable. The folder's content gives its format.
 
         Raises:
             FileNotFoundError: the folder does not exist.
@@ -276,10 +320,11 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
     def from_full(cls, path, *args, output_loading_info: bool = False, **kwargs):
         """transformers' own `from_pretrained`, of a full checkpoint. Raises `ValueError` where tensors are missing in it."""
         if (Path(path) / ADAPTER_FILE).is_file():
-            raise ImportError(f"{path} is an adapter checkpoint (LoRA and projector): pip install llava_sp to open it")
+            raise ImportError(f"{path} is an adapter checkpoint: pip install llava_sp, and import it, to open it")
         quantization: Any = kwargs.get("quantization_config")
-        if getattr(quantization, "llm_int8_skip_modules", FULL_PRECISION) is None:
-            quantization.llm_int8_skip_modules = FULL_PRECISION  # only the language model is large
+        for skipped in ("llm_int8_skip_modules", "modules_to_not_convert"):  # of bitsandbytes, of torchao
+            if getattr(quantization, skipped, FULL_PRECISION) is None:
+                setattr(quantization, skipped, FULL_PRECISION)  # only the language model is large
         opened: Any = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         model, info = opened
         missing = sorted(info["missing_keys"])
@@ -299,16 +344,47 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         """
         return needed_formats().from_backbones(cls, language_model, vision_tower, **_with_dtype(kwargs))
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        """Save a full checkpoint; with LoRA attached, an adapter checkpoint (LoRA and projector, no base weights)."""
+    def save_pretrained(  # type: ignore[override]  # the others are in kwargs
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs,
+    ) -> None:
+        """Save a full checkpoint; with LoRA attached, an adapter checkpoint (LoRA and projector, no base weights).
+
+        Args:
+            is_main_process: false on processes that only take part in gathering.
+            state_dict: instead of the model's own; an adapter checkpoint keeps LoRA and projector of it.
+            kwargs: transformers' own, for a full checkpoint.
+        """
+        self._name_classes()
+        kwargs.setdefault("save_original_format", False)  # the names are the model's own, as opening compares them
         if not getattr(self, "_hf_peft_config_loaded", False):
-            return super().save_pretrained(save_directory, *args, **kwargs)
-        write = kwargs.pop("is_main_process", True)
-        if args or kwargs:
-            raise ValueError(f"saving LoRA and projector does not support {', '.join(map(str, [*args, *kwargs]))}")
-        needed_formats().save_adapter(self, None, save_directory, write=write)
+            return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        asked = [name for name, value in kwargs.items() if value not in (None, False)]
+        if asked:
+            raise ValueError(f"saving LoRA and projector does not support {', '.join(asked)}")
+        needed_formats().save_adapter(self, None, save_directory, state_dict=state_dict, write=is_main_process)
+
+    def _name_classes(self) -> None:
+        """Enter in the configuration what `trust_remote_code` opens a checkpoint with; a subclass has its own file."""
+        if type(self) is LlavaSPForCausalLM:
+            self.config.auto_map = {name: f"modeling_llava_sp.{value}" for name, value in _AUTO_CLASSES.items()}
+
+    def save_code(self, folder: str | os.PathLike) -> None:
+        """Copy the model's files to a checkpoint, for `trust_remote_code`."""
+        self._name_classes()
+        part: Any
+        for part in (self, self.config):
+            custom_object_save(part, folder, config=self.config)  # type: ignore[arg-type]  # its stub
 
 
+_AUTO_CLASSES = {
+    "AutoModel": "LlavaSPModel",
+    "AutoModelForImageTextToText": "LlavaSPForCausalLM",
+    "AutoModelForMultimodalLM": "LlavaSPForCausalLM",
+}
 # Keywords of `from_pretrained` that would make a model that does not match the weights.
 _OF_THE_WEIGHTS = {field.name for field in dataclasses.fields(LlavaSPConfig)} | {"seed"}
 _OF_THE_WEIGHTS -= {field.name for field in dataclasses.fields(PreTrainedConfig)}

@@ -6,12 +6,13 @@ The processor decides all lengths: `<image>` becomes `num_image_tokens` placehol
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from os import PathLike
 from typing import NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import BatchFeature
 from transformers.models.llava.processing_llava import LlavaProcessor
@@ -19,7 +20,16 @@ from transformers.processing_utils import MultiModalData
 
 from .backbone_configs import has_words, load_tokenizer
 from .configuration_llava_sp import LlavaSPConfig
-from .conversation import IMAGE_MARK, Segment, Turn, get_template, jinja_template, normalize_turns, render_segments
+from .conversation import (
+    IMAGE_MARK,
+    Segment,
+    Turn,
+    get_template,
+    jinja_template,
+    normalize_turns,
+    render_segments,
+    words_of,
+)
 from .image_preprocessing import (
     flatten_images,
     image_processor_of,
@@ -32,7 +42,23 @@ from .tokenization import TextEncoder, add_special_tokens
 
 IGNORE_INDEX = -100
 ASPECT_RATIOS = ("pad", "crop")
-_TEXT_KEYS = ("padding", "padding_side", "max_length", "pad_to_multiple_of", "add_special_tokens", "truncation")
+_BROKEN = (  # what transformers raises for broken files
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+)
+_RETURNED = ("return_offsets_mapping", "return_text_replacement_offsets", "return_mm_token_type_ids")
+_TEXT_KEYS = (
+    "padding",
+    "padding_side",
+    "max_length",
+    "pad_to_multiple_of",
+    "add_special_tokens",
+    "truncation",
+    *_RETURNED,
+)
 
 
 class Token(NamedTuple):
@@ -58,7 +84,8 @@ class LlavaSPProcessor(LlavaProcessor):
         chat_template: Jinja; `None` derives it from `conversation_template`.
 
     Raises:
-        ValueError: unknown template or aspect ratio, a tokenizer without `<image>` or padding token or offsets.
+        ValueError: unknown template or aspect ratio, a chat template that renders no question, a tokenizer without
+            `<image>` or padding token or offsets.
     """
 
     def __init__(
@@ -89,6 +116,12 @@ class LlavaSPProcessor(LlavaProcessor):
             **kwargs,
         )
         self._encoder = TextEncoder(tokenizer)
+        question, caption = f"{image_token}\nWhat?", [{"role": "user", "content": image_token}]
+        asked = caption if template.images_only else [{"role": "user", "content": question}]
+        with _as_value_error("the chat template cannot render a question", *_BROKEN):
+            text = self.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        if asked[0]["content"] not in text:
+            raise ValueError(f"the chat template makes {text!r:.80} of {asked[0]['content']!r}; it must be in it")
 
     def _needs(self, tokenizer, image_token: str) -> Iterator[tuple[str, object, bool, str]]:
         """(what, its value, whether it is valid, what is valid)"""
@@ -153,10 +186,10 @@ class LlavaSPProcessor(LlavaProcessor):
     @classmethod
     def from_saved(cls, path, *args, **kwargs) -> LlavaSPProcessor:
         """transformers' own `from_pretrained`. Raises `ValueError` for files that are broken."""
-        try:
+        with _as_value_error(
+            f"{path}: a file of the processor is missing, cut off, or not valid", ValueError, *_BROKEN
+        ):
             return super().from_pretrained(path, *args, **kwargs)
-        except (json.JSONDecodeError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: a file of the processor is missing, cut off, or not valid ({error})") from error
 
     @property
     def pad_token_id(self) -> int:
@@ -170,13 +203,16 @@ class LlavaSPProcessor(LlavaProcessor):
             text: a prompt or a list of prompts with one `<image>` per image.
             padding, max_length, padding_side, pad_to_multiple_of, add_special_tokens: as for tokenizers; padding is to
                 the longest prompt, on the left, by default.
+            truncation: as for tokenizers, as long as no placeholder is cut.
+            return_offsets_mapping, return_text_replacement_offsets, return_mm_token_type_ids: as for transformers'
+                processors; places are those in the text with every mark expanded.
             kwargs: anything else goes to the image processor.
 
         Returns:
             `input_ids`, `attention_mask` [B, L] and, with images, `pixel_values` [images, 3, H, W].
 
         Raises:
-            ValueError: marks and images do not agree (with both numbers), `truncation` (it would cut placeholders).
+            ValueError: marks and images do not agree (with both numbers), `truncation` would cut placeholders.
         """
         if (images is None and text is None) or videos is not None or audio is not None:
             raise ValueError("LlavaSPProcessor takes images or text or both, not videos or audio")
@@ -195,10 +231,10 @@ class LlavaSPProcessor(LlavaProcessor):
             given = images_per_prompt(images, len(flat))
             if given != (marks if isinstance(given, list) else sum(marks)):
                 raise ValueError(f"the {self.image_token} marks per prompt are {marks}, but the images {given}")
-            data.update(self._encode_prompts(prompts, return_tensors, **text_kwargs))
+            data.update(self._encode_prompts(prompts, **text_kwargs))
         if flat:
             data["pixel_values"] = self.preprocess_images(flat, **kwargs)
-        return BatchFeature(data, tensor_type=return_tensors)
+        return BatchFeature(data, tensor_type=return_tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
     def _image_kwargs(self, kwargs: dict) -> dict:
         """The image processor's arguments; any other that is set is an error."""
@@ -212,38 +248,95 @@ class LlavaSPProcessor(LlavaProcessor):
     def _encode_prompts(
         self,
         prompts: list[str],
-        return_tensors=None,
         padding=True,
         padding_side="left",
         max_length=None,
         pad_to_multiple_of=None,
         add_special_tokens=True,
         truncation=False,
+        return_offsets_mapping=False,
+        return_text_replacement_offsets=False,
+        return_mm_token_type_ids=False,
     ) -> dict:
+        rows = [self.align_segments([(prompt, False)], add_special_tokens) for prompt in prompts]
         if truncation not in (False, None, "do_not_truncate"):
-            raise ValueError(f"truncation is {truncation!r}, which may cut image placeholders: shorten the text")
-        rows = [self.encode_segments([(prompt, False)], add_special_tokens)[0] for prompt in prompts]
-        return dict(
+            limit = self.tokenizer.model_max_length if max_length is None else max_length
+            rows = [self._cut(row, limit) for row in rows]
+        data = dict(
             self.tokenizer.pad(
-                {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]},
+                {
+                    "input_ids": [[token.id for token in row] for row in rows],
+                    "attention_mask": [[1] * len(row) for row in rows],
+                },
                 padding=padding,
                 max_length=max_length,
                 pad_to_multiple_of=pad_to_multiple_of,
                 padding_side=padding_side,
-                return_tensors=return_tensors,
             )
         )
+        if return_mm_token_type_ids:
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
+        if return_text_replacement_offsets:
+            expanded = [self.replace_image_token()] * sum(prompt.count(self.image_token) for prompt in prompts)
+            _, data["text_replacement_offsets"] = self.get_text_with_replacements([*prompts], expanded)
+        if return_offsets_mapping:
+            places = [self._expanded_places(row) for row in rows]
+            filler = [[(0, 0)] * (len(ids) - len(row)) for ids, row in zip(data["input_ids"], places, strict=True)]
+            pairs = zip(filler, places, strict=True)
+            data["offset_mapping"] = [a + b if padding_side == "left" else b + a for a, b in pairs]
+        return data
 
-    def render_conversation(self, turns: list[Turn], conversation_template: str | None = None) -> list[Segment]:
+    def _cut(self, tokens: list[Token], limit: int) -> list[Token]:
+        """The first or last `limit` tokens, as the tokenizer cuts. Raises `ValueError` where a placeholder would be cut."""
+        special = sum(token.end == 0 for token in tokens[: len(self._encoder.prefix)])
+        start = special if self.tokenizer.truncation_side == "left" else limit
+        lost = slice(start, start + max(0, len(tokens) - limit))
+        if any(token.id == self.image_token_id for token in tokens[lost]):
+            raise ValueError(f"max_length {limit} would cut image placeholders of a prompt of {len(tokens)} tokens")
+        return tokens[: lost.start] + tokens[lost.stop :]
+
+    def _expanded_places(self, tokens: list[Token]) -> list[tuple[int, int]]:
+        """Where tokens are in the text in which each image mark stands as often as it has placeholders."""
+        places, seen, mark = [], 0, len(self.image_token)
+        for token in tokens:
+            images, within = divmod(seen, self.num_image_tokens)
+            shift = (images * (self.num_image_tokens - 1) + within) * mark
+            places.append((token.start + shift, token.end + shift))
+            seen += token.id == self.image_token_id
+        return places
+
+    def apply_chat_template(self, conversation, chat_template=None, conversation_template=None, **kwargs):
+        """transformers' own; `conversation_template` names another template than the processor's.
+
+        Raises:
+            ValueError: the template cannot render this conversation, or would drop the question that is to be answered.
+        """
+        name = conversation_template or self.conversation_template
+        template = get_template(name)
+        drops = chat_template is None and template.images_only and kwargs.get("add_generation_prompt")
+        if drops and (words := words_of(conversation)):
+            dropped = f"the conversation template {name!r} (captions, of stage 1) would drop the question {words!r:.60}"
+            raise ValueError(f"{dropped}: ask a checkpoint of stage 2, or with another conversation_template")
+        if chat_template is None and name != self.conversation_template:
+            chat_template = jinja_template(template, self.tokenizer.chat_template)
+        with _as_value_error("the chat template cannot render this conversation", TemplateError):
+            return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+    def render_conversation(
+        self, turns: list[Turn], conversation_template: str | None = None, images: bool = True
+    ) -> list[Segment]:
         """Segments `(text, learned?)` of a conversation; see `conversation.Template` for what is learned.
+
+        Without `images` an image mark is text like any other.
 
         Raises:
             ValueError: an empty or ill-ordered conversation; a chat template that rewrites earlier turns.
         """
         template = get_template(conversation_template or self.conversation_template)
-        turns = normalize_turns(turns)
+        turns = normalize_turns(turns, images)
         if not template.own_chat_template:
-            return render_segments(turns, template, self.tokenizer.bos_token or "", self.tokenizer.eos_token or "")
+            bos, eos = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
+            return render_segments(turns, template, bos, eos, images)
         own = conversation_template in (None, self.conversation_template)
         jinja = self.chat_template if own else jinja_template(template, self.tokenizer.chat_template)
         return self._render_with_jinja(turns, jinja)
@@ -253,9 +346,10 @@ class LlavaSPProcessor(LlavaProcessor):
 
         def extend(count: int, prompt: bool, learned: bool = False) -> None:
             nonlocal done
-            text = self.tokenizer.apply_chat_template(
-                turns[:count], chat_template=jinja, tokenize=False, add_generation_prompt=prompt
-            )
+            with _as_value_error("the chat template cannot render this conversation", TemplateError, *_BROKEN):
+                text = self.tokenizer.apply_chat_template(
+                    turns[:count], chat_template=jinja, tokenize=False, add_generation_prompt=prompt
+                )
             if not text.startswith(done):
                 raise ValueError(f"the chat template rewrites earlier text at turn {count - 1}; training cannot use it")
             piece, done = text[len(done) :], text
@@ -275,21 +369,26 @@ class LlavaSPProcessor(LlavaProcessor):
         return segments
 
     def encode_conversation(
-        self, turns: list[Turn], conversation_template: str | None = None
+        self, turns: list[Turn], conversation_template: str | None = None, images: bool = True
     ) -> tuple[list[int], list[int]]:
         """`(input_ids, labels)` of a conversation, placeholders expanded; labels are -100 where nothing is learned."""
-        return self.encode_segments(self.render_conversation(turns, conversation_template))
+        return self.encode_segments(self.render_conversation(turns, conversation_template, images), images=images)
 
-    def encode_segments(self, segments: list[Segment], add_special_tokens: bool = True) -> tuple[list[int], list[int]]:
+    def encode_segments(
+        self, segments: list[Segment], add_special_tokens: bool = True, images: bool = True
+    ) -> tuple[list[int], list[int]]:
         """`(input_ids, labels)` of segments `(text, learned?)`, both of the final length; see `align_segments`."""
-        tokens = self.align_segments(segments, add_special_tokens)
+        tokens = self.align_segments(segments, add_special_tokens, images)
         return [token.id for token in tokens], [token.label for token in tokens]
 
-    def align_segments(self, segments: list[Segment], add_special_tokens: bool = True) -> list[Token]:
+    def align_segments(
+        self, segments: list[Segment], add_special_tokens: bool = True, images: bool = True
+    ) -> list[Token]:
         """All tokenization is done here: each token with its label and its position in the segments' joined text.
 
         The text between two image marks is tokenized as a text of its own, once, as the original does (so the piece "▁"
-        comes after every image). A token is learned if it holds a character of a learned segment.
+        comes after every image). A token is learned if it holds a character of a learned segment. Without `images` a mark is
+        text, as in the original. Raises `ValueError` for half a surrogate pair.
         """
         text = "".join(piece for piece, _ in segments)
         learned = bytearray().join(bytes([flag]) * len(piece) for piece, flag in segments)
@@ -297,11 +396,11 @@ class LlavaSPProcessor(LlavaProcessor):
         starts_itself = not add_special_tokens or (bos is not None and text.startswith(bos))
         tokens = [] if starts_itself else [Token(token, IGNORE_INDEX, 0, 0) for token in self._encoder.prefix]
         start = 0
-        for index, chunk in enumerate(text.split(self.image_token)):
+        for index, chunk in enumerate(text.split(self.image_token) if images else [text]):
             if index:
                 mark = Token(self.image_token_id, IGNORE_INDEX, start - len(self.image_token), start)
                 tokens += [mark] * self.num_image_tokens
-            for token, first, last in self._encoder.encode(chunk):
+            for token, first, last in self._encoder.encode(chunk, spell=not images):
                 first, last = start + first, start + last
                 known = any(learned[first : max(last, first + 1)]) and token != self.pad_token_id
                 tokens.append(Token(token, token if known else IGNORE_INDEX, first, last))
@@ -324,6 +423,14 @@ class LlavaSPProcessor(LlavaProcessor):
             return MultiModalData()
         count = len(image_sizes)
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * count, num_image_patches=[1] * count)
+
+
+@contextmanager
+def _as_value_error(what: str, *kinds: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kinds as error:
+        raise ValueError(f"{what} ({' '.join(str(error).split()) or type(error).__name__})") from error
 
 
 LlavaSPProcessor.register_for_auto_class()

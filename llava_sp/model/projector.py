@@ -89,7 +89,10 @@ class DetailFeatureIntegrator(nn.Module):
         """-> one attended vector per spatial feature, [B, S, K]; no residual, no output projection."""
         windows = patches_BGGC.unfold(1, self.kernel, self.stride).unfold(2, self.kernel, self.stride)
         context_BPK = self.context(windows.permute(0, 1, 2, 4, 5, 3).flatten(1, 2))
-        return F.scaled_dot_product_attention(self.query(features_BSK), self.key(context_BPK), self.value(context_BPK))
+        parts = (self.query(features_BSK), self.key(context_BPK), self.value(context_BPK))
+        return F.scaled_dot_product_attention(*(part.unsqueeze(1) for part in parts)).squeeze(
+            1
+        )  # ONNX knows it with heads
 
 
 class SpatialBranch(nn.Module):
@@ -130,12 +133,12 @@ class SpatialProjector(LlavaMultiModalProjector):
         self.spatial = None if config.spatial_variant == "none" else SpatialBranch(config)
 
     def forward(self, patches_BNC: Tensor) -> Tensor:
-        tokens_BND = super().forward(patches_BNC)
-        if self.spatial is None:
-            return tokens_BND
         found, side = patches_BNC.shape[1], self.grid_size
         if found != side**2:
             raise ValueError(f"the vision tower gave {found} patch tokens, not a grid of {side} x {side} = {side**2}")
+        tokens_BND = super().forward(patches_BNC)
+        if self.spatial is None:
+            return tokens_BND
         patches_BGGC = patches_BNC.unflatten(1, (side, side))
         return torch.cat([self.spatial(patches_BGGC), tokens_BND], dim=1)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+from functools import cached_property
 
 import transformers
+from tokenizers import Tokenizer
 
 from .conversation import IMAGE_MARK
 
@@ -33,7 +36,7 @@ def add_special_tokens(tokenizer, base_rows: int = 0) -> tuple[int, int, int]:
 
 
 class TextEncoder:
-    """Texts without image marks -> ids with their positions, as the original's slow tokenizer splits them.
+    """Texts -> ids with their positions, as the original's slow tokenizer splits them. Image marks are cut out before.
 
     SentencePiece puts its word-start piece before a text even if that begins with a space ("▁▁", "and"); the fast
     tokenizer built from the same file leaves it out there ("▁and"). The original tokenizes with the former, and every text
@@ -62,18 +65,34 @@ class TextEncoder:
         starts = self.tokenizer.convert_ids_to_tokens(alone)[1 if before else 0 :]
         return alone == spaced and bool(starts) and starts[0].startswith("▁")
 
-    def encode(self, text: str) -> list[tuple[int, int, int]]:
-        """`(id, first character, character after the last)` of each token."""
+    @cached_property
+    def _spelling(self) -> Tokenizer:
+        """The tokenizer as it was before `<image>` was added to it."""
+        settings = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        settings["added_tokens"] = [token for token in settings["added_tokens"] if token["content"] != IMAGE_MARK]
+        return Tokenizer.from_str(json.dumps(settings | {"padding": None, "truncation": None}))
+
+    def encode(self, text: str, spell: bool = False) -> list[tuple[int, int, int]]:
+        """`(id, first character, character after the last)` of each token; `spell` makes letters of image marks.
+
+        Raises `ValueError` for half a surrogate pair.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"half a surrogate pair in {text[: error.end][-30:]!r}: not text") from None
         doubled = sorted({match.end() - 1 for trap in self.traps for match in trap.finditer(text)})
         for position in reversed(doubled):
             text = text[:position] + " " + text[position:]
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if spell and IMAGE_MARK in text:
+            spelled = self._spelling.encode(text, add_special_tokens=False)
+            ids, places = spelled.ids, spelled.offsets
+        else:
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            ids, places = encoded["input_ids"], encoded["offset_mapping"]
         inserted = [position + index for index, position in enumerate(doubled)]
 
         def original(position: int) -> int:
             return position - sum(place < position for place in inserted)
 
-        return [
-            (token, original(first), original(last))
-            for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-        ]
+        return [(token, original(first), original(last)) for token, (first, last) in zip(ids, places, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -46,6 +47,8 @@ class Chains:
         waiting = deque((name.ljust(width), deque(chain)) for name, chain in chains.items())
 
         def work() -> None:
+            # Commands inherit this: Ctrl-C reaches this process alone, which ends them.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             while not self.stopping:
                 try:
                     name, chain = waiting.popleft()
@@ -82,7 +85,7 @@ class Chains:
             assert process.stdout is not None
             for text in process.stdout:
                 log.write(text)
-                if text.strip() and not text.startswith(UNSHOWN):
+                if text.strip() and not text.startswith(UNSHOWN) and not self.stopping:
                     print(f"  {name} | {text.rstrip()}\n", end="", flush=True)
             status = process.wait()
             self.running.discard(process)

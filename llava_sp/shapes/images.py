@@ -8,6 +8,7 @@ from typing import Any
 
 from PIL import Image
 
+from llava_sp.common.files import writing
 from llava_sp.shapes.world import Scene, draw
 
 JPEG: dict[str, Any] = {"quality": 95, "subsampling": 0}
@@ -26,9 +27,9 @@ class Images:
         `more` is recorded beside the scene.
         """
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         options = {"format": "PNG"} if path.suffix == ".png" else {"format": "JPEG", **JPEG}
-        (draw(scene) if image is None else image).save(path, **options)
+        with writing(path):
+            (draw(scene) if image is None else image).save(path, **options)
         self.record(name, scene, **more)
         return name
 

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from llava_sp.common.command import check_arguments, command_parser, run_command
-from llava_sp.common.files import write_atomic
+from llava_sp.common.command import command_parser, count, run_command, seed
+from llava_sp.common.files import read_json, write_atomic
 from llava_sp.shapes.images import Images
 from llava_sp.shapes.language import CAPTION_REQUESTS, FAMILIES, SUFFIX, Interviewer, Question, caption, description
 from llava_sp.shapes.world import sample_scene
@@ -52,7 +52,7 @@ def make(output: Path, settings: Settings, log: Callable[[str], None] = print) -
     """Write everything under `output`; returns what `world.json` holds. Raises `ValueError` for a folder of something else."""
     record = output / "world.json"
     if record.is_file():
-        found = json.loads(record.read_text())
+        found = read_json(record, {"settings": dict})
         if found["settings"] == asdict(settings):
             log(f"shapes data: {output} is complete, nothing to make")
             return found
@@ -164,15 +164,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = command_parser("llava_sp.shapes.make", __doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder for the data")
-    limits = {"seed": 0, "captions": 1, "conversations": 1, "questions": 1}
-    for name in limits:
-        parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name), help="default: %(default)s")
+    numbers = {"seed": seed, "captions": count, "conversations": count, "questions": count}
+    for name, kind in numbers.items():
+        parser.add_argument(f"--{name}", type=kind, default=getattr(Settings, name), help="default: %(default)s")
     args = parser.parse_args(argv)
-    given = {name: getattr(args, name) for name in limits}
+    settings = Settings(**{name: getattr(args, name) for name in numbers})
 
     def action() -> None:
-        check_arguments((f"--{n}", given[n], given[n] >= least, f"at least {least}") for n, least in limits.items())
-        make(args.output, Settings(**given))
+        make(args.output, settings)
 
     return run_command(action, traceback=args.traceback)
 

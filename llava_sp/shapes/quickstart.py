@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_sp.common.command import check_arguments, command_parser, run_command
+from llava_sp.common.command import at_once, command_parser, count, run_command, seed
 from llava_sp.common.files import read_json, write_json
 from llava_sp.shapes.chains import Chains, Command, cores
 from llava_sp.shapes.report import write_report
@@ -75,12 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Make the data, train and score every model, and report. Raises `ValueError` for arguments that do not fit."""
+    """Make the data, train and score every model, and report. Raises `ValueError` outside of a clone of the repository."""
     if not CONFIGS.is_dir():
         raise ValueError(f"{CONFIGS} does not exist: the quickstart runs from a clone of the repository")
-    numbers = {name: getattr(args, name) for name in ("pretrain_steps", "finetune_steps", "jobs", "questions")}
-    given = {f"--{name.replace('_', '-')}": value for name, value in numbers.items() if value is not None}
-    check_arguments((flag, value, value >= 1, "at least 1") for flag, value in given.items())
     started = time.time()
     output = args.output.resolve()
     data = output / "data"
@@ -113,11 +110,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs/quickstart"), help="folder for everything (default %(default)s)")
     add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all three")
     seeds = "one model per variant and seed (default %(default)s)"
-    add("--seeds", nargs="+", type=int, default=[DEFAULT_SEED], help=seeds)
-    add("--pretrain-steps", type=int, help="instead of max_steps in configs/shapes/pretrain.yaml")
-    add("--finetune-steps", type=int, help="instead of max_steps in configs/shapes/finetune_lora.yaml")
-    add("--jobs", type=int, default=min(JOBS, cores()), help="models trained at a time (default here: %(default)s)")
-    add("--questions", type=int, help="held-out questions (default: what llava_sp.shapes.make makes)")
+    add("--seeds", nargs="+", type=seed, default=[DEFAULT_SEED], help=seeds)
+    add("--pretrain-steps", type=count, help="instead of max_steps in configs/shapes/pretrain.yaml")
+    add("--finetune-steps", type=count, help="instead of max_steps in configs/shapes/finetune_lora.yaml")
+    add("--jobs", type=at_once, default=min(JOBS, cores()), help="models trained at a time (default here: %(default)s)")
+    add("--questions", type=count, help="held-out questions (default: what llava_sp.shapes.make makes)")
     return parser.parse_args(argv)
 
 

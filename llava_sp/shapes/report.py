@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 
 from llava_sp.common import html
+from llava_sp.common.files import write_atomic
 from llava_sp.shapes.results import STAGES, Result, table
 
 SAMPLES_PER_TYPE = 2
@@ -60,7 +61,7 @@ def write_report(output: Path, results: Sequence[Result], spent: dict[str, float
         "at 7B.</footer>",
     ]
     path = output / "report.html"
-    path.write_text(html.page("LLaVA-SP quickstart", "".join(parts), STYLE), encoding="utf-8")
+    write_atomic(path, html.page("LLaVA-SP quickstart", "".join(parts), STYLE))
     return path
 
 

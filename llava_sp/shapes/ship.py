@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from llava_sp.common.command import command_parser, run_command
-from llava_sp.common.files import read_json
-from llava_sp.shapes.images import JPEG
-from llava_sp.shapes.world import SHAPES, Scene, draw, sample_scene
+from llava_sp.common.files import read_json, write_atomic
+from llava_sp.shapes.images import Images
+from llava_sp.shapes.world import SHAPES, Scene, sample_scene
 
 SCORED = {"score": float, "metrics": {"count_per_question_type": {str: int}}}
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "model"
@@ -53,10 +53,10 @@ def ship(run: Path, output: Path) -> None:
     save_adapter(model, LlavaSPProcessor.from_pretrained(run), output, run={"stage": "finetune_lora"})
     for code in output.glob("*.py"):  # a processor is saved with its code; here it stands two folders up
         code.unlink()
-    draw(example_scene()).save(output / "example.jpg", **JPEG)
+    Images(output).save("example.jpg", example_scene())
     questions = sum(metrics["metrics"]["count_per_question_type"].values())
     text = README.format(variant=model.config.spatial_variant, questions=questions, score=metrics["score"])
-    (output / "README.md").write_text(text)
+    write_atomic(output / "README.md", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

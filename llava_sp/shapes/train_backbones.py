@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
-from llava_sp.common.command import check_arguments, command_parser, run_command
+from llava_sp.common.command import at_once, command_parser, count, run_command, seed
+from llava_sp.common.files import write_atomic
 from llava_sp.common.provenance import version
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "backbones"
@@ -76,7 +77,7 @@ def _train_cycle(part: str, folder: Path, seed: int, number: int, max_steps: int
     module.save(model, folder)
     cycles = [*_cycles_done(folder), {"steps": steps, "batch size": BATCH[part], **figures}]
     record = {"seed": seed, "parameters": sum(p.numel() for p in model.parameters()), "cycles": cycles}
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    write_atomic(folder / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def write_readme(output: Path, threads: int) -> None:
@@ -105,7 +106,7 @@ def write_readme(output: Path, threads: int) -> None:
         vocabulary=llama.VOCABULARY,
         figures="\n".join(lines),
     )
-    (output / "README.md").write_text(text)
+    write_atomic(output / "README.md", text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,15 +115,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--output", type=Path, default=DEFAULT_OUTPUT, help="default: %(default)s")
     add("--only", choices=tuple(BATCH), help="train this one alone")
-    add("--seed", type=int, default=0)
-    add("--threads", type=int, default=2)
-    add("--max-steps", type=int, help="no more steps than this in a cycle (to try the command out)")
+    add("--seed", type=seed, default=0)
+    add("--threads", type=at_once, default=2)
+    add("--max-steps", type=count, help="no more steps than this in a cycle (to try the command out)")
     args = parser.parse_args(argv)
 
     def action() -> None:
-        limits = [("--seed", args.seed, 0), ("--threads", args.threads, 1), ("--max-steps", args.max_steps, 1)]
-        given = [(flag, value, least) for flag, value, least in limits if value is not None]
-        check_arguments((flag, value, value >= least, f"at least {least}") for flag, value, least in given)
         train(args.output, [args.only] if args.only else list(BATCH), args.seed, args.max_steps, args.threads)
 
     return run_command(

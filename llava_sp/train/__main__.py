@@ -25,7 +25,10 @@ def main(words: Sequence[str] | None = None, default_config: Path | None = None)
     otherwise = f"; default {default_config}" if default_config else ""
     parser.add_argument("--config", default=default_config, required=not default_config, help=f"YAML{otherwise}")
     options, overrides = parser.parse_known_args(words)
-    here = Processes.from_environment()
+    try:
+        here = Processes.from_environment()
+    except ValueError as error:
+        parser.error(str(error))
     level = logging.INFO if here.is_main else logging.ERROR
     logging.basicConfig(format="%(message)s", level=level)
     logging.getLogger("llava_sp").setLevel(level)
@@ -35,7 +38,8 @@ def main(words: Sequence[str] | None = None, default_config: Path | None = None)
 
         train(options.config, overrides)
 
-    return run_command(action, traceback=options.traceback, processes=here)
+    words_at_end = "interrupted; the same command resumes from the newest checkpoint"
+    return run_command(action, traceback=options.traceback, processes=here, on_interrupt=words_at_end)
 
 
 if __name__ == "__main__":

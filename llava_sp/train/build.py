@@ -39,7 +39,7 @@ def build_model(run: Run) -> LlavaSPForCausalLM:
         parts = start_from(model, arguments.warm_start, check_base=arguments.check_base)
         logger.info("Starting from %s: its %s.", arguments.warm_start, " and ".join(parts))
     if arguments.projector_checkpoint not in (None, SCRATCH):
-        load_projector(model, arguments.projector_checkpoint)
+        load_projector(model, arguments.projector_checkpoint, check_base=arguments.check_base)
         logger.info("The projector starts from %s.", arguments.projector_checkpoint)
     prepare_stage(model, args)
     return model

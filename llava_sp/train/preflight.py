@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
+import torch
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from transformers import SchedulerType, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from llava_sp.checkpoints.opening.warm_start import holds_lora
 from llava_sp.common.files import is_missing_folder
@@ -15,6 +20,7 @@ from llava_sp.config.arguments import DataArguments, ModelArguments, Run, TrainA
 from llava_sp.data.mixture import load_mixture
 from llava_sp.data.sources import missing
 from llava_sp.train.build import SCRATCH
+from llava_sp.train.processes import samples_per_step
 from llava_sp.train.run_folder import RunFolder
 from llava_sp.train.stages import FIRST_STAGES, STAGES
 
@@ -38,7 +44,14 @@ def check_inputs(run: Run) -> None:
     """Raises `ValueError` that names every missing or conflicting input, the key that sets it, and its source."""
     model, data, args = run.model, run.data, run.train
     expect({"stage": args.stage}, {"stage": one_of(*STAGES)}, "This run cannot start")
-    problems = [*_warm_start(model, args), *_models(model), *_projector(model, args), *_data(data), *_output(run)]
+    problems = [
+        *_warm_start(model, args),
+        *_models(model),
+        *_projector(model, args),
+        *_data(data),
+        *_trainer(args),
+        *_output(run),
+    ]
     if problems:
         raise ValueError("\n- ".join(["This run cannot start yet; what is missing or wrong:", *problems]) + HELP)
 
@@ -141,8 +154,6 @@ def _data(data: DataArguments) -> Iterator[str]:
         yield f"eval_data_path = {data.eval_data_path}: there is no such file."
     if data.eval_data_path and data.validation_fraction:
         yield "eval_data_path and validation_fraction are both set; leave one out."
-    if not 0 <= data.validation_fraction < 1:
-        yield f"validation_fraction = {data.validation_fraction} must be at least 0 and below 1."
 
 
 def _mixture(file: Path) -> Iterator[str]:
@@ -156,9 +167,29 @@ def _mixture(file: Path) -> Iterator[str]:
             yield f"mixture = {file}: {key}: {path} does not exist."
 
 
+def _trainer(args: TrainArguments) -> Iterator[str]:
+    """Trackers and schedule are made as Trainer will make them, to hear what it would say hours later."""
+    try:
+        for tracker in get_reporting_integration_callbacks(args.report_to):
+            tracker()
+    except (RuntimeError, ImportError, ValueError) as error:  # its package is not installed
+        yield f"report_to = {args.report_to}: {_short(error).rstrip('.')}."
+    steps = args.max_steps if args.max_steps > 0 else 10**6
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    kind, kwargs = SchedulerType(args.lr_scheduler_type), cast("dict | None", args.lr_scheduler_kwargs)
+    try:
+        schedule: Any = get_scheduler(kind, optimizer, args.get_warmup_steps(steps), steps, kwargs)
+        rates = [share(step) for share in schedule.lr_lambdas for step in (0, steps // 2, steps - 1)]
+        wrong = "" if all(map(math.isfinite, rates)) else f"the rate becomes {rates} times learning_rate"
+    except (TypeError, ValueError, ArithmeticError) as error:
+        wrong = _short(error)
+    if wrong:
+        yield f"lr_scheduler_kwargs = {kwargs}: {wrong} (lr_scheduler_type = {kind.value})."
+
+
 def _output(run: Run) -> Iterator[str]:
     folder = run.train.output_dir
     if folder in (None, "trainer_output"):
         yield "output_dir is not set: give the folder that this run writes to."
     else:
-        yield from RunFolder(folder).conflicts(run.settings, run.train.world_size)
+        yield from RunFolder(folder).conflicts(run.settings, run.train.world_size, samples_per_step(run.train))

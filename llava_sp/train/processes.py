@@ -5,7 +5,14 @@ from __future__ import annotations
 import os
 import socket
 
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+
+from llava_sp.common.watchdog import Watchdog
+
+
+def samples_per_step(args: TrainingArguments) -> int:
+    """The samples of one optimizer step, over all processes."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def be_the_only_process() -> None:
@@ -31,3 +38,30 @@ def start_deepspeed(args: TrainingArguments) -> None:
     from deepspeed.accelerator import get_accelerator
 
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), auto_mpi_discovery=False)
+
+
+class Watch(TrainerCallback):
+    """Tells a watchdog how training gets on; from its first step to its last, as loading a model may take its time."""
+
+    def __init__(self, watchdog: Watchdog):
+        self.watchdog = watchdog
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.watchdog.start()
+        self.on_step_end(args, state, control)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.watchdog.progress(state.global_step + 1, "computing")
+
+    on_substep_end = on_step_begin
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.watchdog.progress(state.global_step, "done, saving or loading data")
+
+    on_save = on_evaluate = on_step_end
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.watchdog.progress(state.global_step, "validating")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.watchdog.stop()

@@ -15,21 +15,25 @@ from typing import Any
 import torch
 from transformers import IntervalStrategy, TrainerCallback, set_seed
 
+from llava_sp.checkpoints.opening.adapter import check_bases
 from llava_sp.checkpoints.opening.warm_start import language_model_within
+from llava_sp.checkpoints.reading.formats import recognise
 from llava_sp.common import provenance
 from llava_sp.common.files import is_missing_folder
 from llava_sp.common.processes import FailedHere, Processes, leave_group
+from llava_sp.common.watchdog import Watchdog
 from llava_sp.config.arguments import Run, TrainArguments, read_keys
 from llava_sp.data.annotations import BadSample
 from llava_sp.data.build import build_datasets, build_processor
 from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
+from llava_sp.data.fingerprint import changes, fingerprint
 from llava_sp.train.build import build_model
 from llava_sp.train.logs import EndWithLauncher
 from llava_sp.train.preflight import check_inputs
-from llava_sp.train.processes import be_the_only_process, start_deepspeed
+from llava_sp.train.processes import Watch, be_the_only_process, samples_per_step, start_deepspeed
 from llava_sp.train.run_folder import RunFolder, log_position
-from llava_sp.train.trainer import LlavaSPTrainer
+from llava_sp.train.trainer import Diverged, LlavaSPTrainer, read_run_state
 from llava_sp.train.verify import in_words, verify_saved
 
 logger = logging.getLogger("llava_sp.train")
@@ -47,33 +51,37 @@ def train(config: str | Path | None, words: Sequence[str]) -> dict[str, Any]:
     start = run.model.warm_start
     if start is not None and not is_missing_folder(start):
         run.model.language_model = str(language_model_within(start, run.model.language_model))
-    check_inputs(run)
-
+    here = Processes.from_environment()
+    with here.together():
+        check_inputs(run)
     with contextlib.closing(RunFolder(str(run.train.output_dir))) as folder:
-        return _train_in(folder, run, callbacks)
+        return _train_in(folder, run, here, callbacks)
 
 
-def _train_in(folder: RunFolder, run: Run, callbacks: list[TrainerCallback]) -> dict[str, Any]:
+def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[TrainerCallback]) -> dict[str, Any]:
     """The run itself: cheap checks first, then the weights, training, and the proof."""
-    args, is_main = run.train, Processes.from_environment().is_main
-    if folder.is_finished:
+    args = run.train
+    if here.from_main(here.is_main and folder.is_finished):
         logger.info("%s is a finished run; nothing to do. Another output_dir starts a new one.", folder.path)
         leave_group()
         return {}
     facts = _facts(args)
-    if is_main:
-        folder.open(run.settings, facts)
-    args.distributed_state.wait_for_everyone()  # an earlier attempt may still have been writing
-    checkpoint = folder.newest_checkpoint()
+    checkpoint = folder.join(here, run.settings, facts)
+    if here.world_size > 1 and args.watchdog_minutes is not None:
+        callbacks.append(Watch(Watchdog(folder.path / ".alive", here, 60 * args.watchdog_minutes)))
 
-    processor = build_processor(run)
-    train_data, eval_data = build_datasets(processor, run)
+    with here.together():
+        processor = build_processor(run)
+        train_data, eval_data = build_datasets(processor, run)
+    data = _same_data(train_data, checkpoint, here, run.data.check_data)
     if eval_data is not None and args.eval_strategy == "no":  # as often as checkpoints are saved
         args.eval_strategy = IntervalStrategy.STEPS if args.save_strategy == "steps" else IntervalStrategy.EPOCH
         args.do_eval, args.eval_steps = True, args.eval_steps or args.save_steps
     start_deepspeed(args)
     set_seed(args.seed)
     model = build_model(run)
+    if checkpoint and run.model.check_base:  # what it resumes may be gone from where the backbones come from
+        check_bases(recognise(checkpoint), model.config)
     assert processor.num_image_tokens == model.config.num_image_tokens, "processor and model disagree"
     assert processor.image_token_id == model.config.image_token_id, "processor and model disagree"
     trainer = LlavaSPTrainer(
@@ -86,18 +94,19 @@ def _train_in(folder: RunFolder, run: Run, callbacks: list[TrainerCallback]) -> 
         callbacks=callbacks,
         folder=folder,
         provenance=facts,
+        data=data,
         group_by_modality_length=run.data.group_by_modality_length,
     )
 
     _log_plan(args, train_data, eval_data, checkpoint)
     start = time.time()
-    with _data_errors():
+    with _training_errors("" if run.data.on_bad_sample == "skip" else "\non_bad_sample: skip leaves such samples out"):
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     with folder.writing("the trained model"):
         trainer.save_model()
     proof = verify_saved(trainer, folder.path, train_data.first_good())
     result = {**outcome.metrics, **proof, "steps": trainer.state.global_step, "seconds": round(time.time() - start, 1)}
-    if is_main:
+    if here.is_main:
         folder.finish(result)
     logger.info("Finished: %s holds the model; %s.", folder.path, in_words(proof))
     for dataset in filter(None, (train_data, eval_data)):
@@ -108,15 +117,34 @@ def _train_in(folder: RunFolder, run: Run, callbacks: list[TrainerCallback]) -> 
     return result
 
 
+def _same_data(dataset: ConversationDataset, checkpoint: Path | None, here: Processes, check: bool) -> dict[str, Any]:
+    """The fingerprint of the data. Raises `ValueError` if it is another on some process, or than in the checkpoint."""
+    now = fingerprint(dataset)
+    differing = [
+        f"process {rank}: {', '.join(found)}"
+        for rank, found in enumerate(here.gather(changes(here.from_main(now), now)))
+        if found
+    ]
+    if differing:
+        raise ValueError(f"the processes do not see the same data as process 0: {'; '.join(differing)}")
+    changed = "; ".join(changes(read_run_state(checkpoint)["data"], now)) if checkpoint else ""
+    what = f"the data is not what it was when {checkpoint} was written: {changed}"
+    if changed and check:
+        raise ValueError(f"{what}. Restore it, choose another output_dir, or use what there is now: --check_data false")
+    if changed:
+        logger.warning("%s.", what)
+    return now
+
+
 @contextlib.contextmanager
-def _data_errors() -> Iterator[None]:
+def _training_errors(advice: str) -> Iterator[None]:
     """While training, a bad sample or a failed write is the user's to correct; any other error keeps its traceback."""
     try:
         yield
     except BadSample as error:
         reason = str(error).strip().splitlines()[-1]  # a loader's worker prepends its whole traceback
-        raise FailedHere(f"{reason}\non_bad_sample: skip leaves such samples out") from error
-    except FailedHere:
+        raise FailedHere(reason.removeprefix(f"{BadSample.__module__}.{BadSample.__name__}: ") + advice) from error
+    except (FailedHere, Diverged):
         raise
     except (ValueError, OSError, MemoryError) as error:
         raise RuntimeError(f"training ended: {error}") from error
@@ -130,6 +158,7 @@ def _facts(args: TrainArguments) -> dict[str, Any]:
         "commit": provenance.git_commit(Path(__file__).parent),
         "seed": args.seed,
         "processes": args.world_size,
+        "samples_per_step": samples_per_step(args),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
         "versions": provenance.versions(),
     }
@@ -138,7 +167,7 @@ def _facts(args: TrainArguments) -> dict[str, Any]:
 def _log_plan(
     args: TrainArguments, data: ConversationDataset, eval_data: ConversationDataset | None, checkpoint: Path | None
 ) -> None:
-    per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+    per_step = samples_per_step(args)
     steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data) / per_step) * args.num_train_epochs)
     validation = "" if eval_data is None else f", {len(eval_data):,} for validation"
     logger.info(

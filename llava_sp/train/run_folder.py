@@ -1,8 +1,8 @@
 """The folder of a run: which run it holds, where it can resume from, and a lock so that only one process writes to it.
 
-OUT/run.yaml          settings and provenance; can be given to --config
+OUT/run.yaml          settings and provenance; can be given to --config. Each checkpoint has a copy
 OUT/log.jsonl         one line per log
-OUT/checkpoint-N/     complete by construction: written in OUT/.saving, then renamed
+OUT/checkpoint-N/     complete by construction: written in OUT/.saving, then renamed. See `intact` for damage done later
 OUT/finished.json     the run is over; beside it the trained model itself (llava_sp.json, projector.safetensors, ...)
 """
 
@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -23,11 +24,14 @@ import yaml
 from safetensors import SafetensorError
 from transformers.trainer_callback import TrainerState
 
+from llava_sp.checkpoints.reading.formats import recognise
+from llava_sp.checkpoints.reading.manifest import describe
 from llava_sp.common.files import lock, write_atomic
 from llava_sp.common.folders import sync, sync_folder
-from llava_sp.common.processes import FailedHere
+from llava_sp.common.processes import FailedHere, Processes
 from llava_sp.config.arguments import RESERVED_KEY
 from llava_sp.config.files import read_yaml
+from llava_sp.train.intact import damage, write_file_list
 
 logger = logging.getLogger(__name__)
 
@@ -36,19 +40,22 @@ FINISHED_FILE = "finished.json"
 LOG_FILE = "log.jsonl"
 STAGING = ".saving"
 STATE_FILE = "trainer_state.json"
+TOKEN_FILE = ".token"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 REPLACED = re.compile(r"\.(checkpoint-\d+)\.replaced")
 WRITE_ERRORS = (OSError, SafetensorError)
-RECORDED = {f"{RESERVED_KEY}?": {"processes?": int}}  # the schema of run.yaml, beside settings that are only compared
+# The schema of run.yaml, beside settings that are only compared. The provenance is written last: a file without was cut off.
+RECORDED = {RESERVED_KEY: {"processes?": int, "samples_per_step?": int}}
 OTHER_RUN = "Give the same settings to resume that run, or choose another output_dir."
 
 # Keys that change what is written, shown or how fast, but not what is learned.
 HARMLESS = (
     "output_dir", "report_to", "run_name", "project", "disable_tqdm", "use_cpu", "tf32", "data_source",
     "attn_implementation", "local_rank", "include_num_input_tokens_seen", "skip_memory_metrics", "push_to_hub",
-    "on_bad_sample", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns", "torch_empty_cache_steps",
+    "on_bad_sample", "check_base", "check_data", "watchdog_minutes", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns", "torch_empty_cache_steps",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
     "activation_checkpointing_kwargs", "per_device_eval_batch_size", "prediction_loss_only",
+    "per_device_train_batch_size", "gradient_accumulation_steps",  # samples_per_step is compared
 )  # fmt: skip
 HARMLESS_PREFIXES = (
     "logging_", "log_", "save_", "eval_", "hub_", "ddp_", "trackio_", "dataloader_num_", "dataloader_pin_",
@@ -62,22 +69,28 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._lock: Any = None
+        self._record: str | None = None  # what run.yaml holds
 
-    def conflicts(self, settings: Mapping[str, Any], processes: int) -> Iterator[str]:
+    def conflicts(self, settings: Mapping[str, Any], processes: int, samples_per_step: int) -> Iterator[str]:
         """Why a run with these settings cannot write here: the folder holds another run, or files that are not a run's.
 
         A run that left neither checkpoint nor model (its data could not be read, for example) does not own the folder.
         """
-        file, checkpoint = self.path / RUN_FILE, self.newest_checkpoint()
+        file, checkpoint = self._record_file(), self.newest_checkpoint()
         weights = [
             e.name for e in self._entries() if e.suffix in (".safetensors", ".bin") or CHECKPOINT.fullmatch(e.name)
         ]
         if weights and not file.is_file():
             yield f"output_dir = {self.path} holds {', '.join(sorted(weights))} but no {RUN_FILE}: choose another folder"
-        if not file.is_file() or not (self.is_finished or checkpoint):
+        finished = (self.path / FINISHED_FILE).is_file()
+        if not file.is_file() or not (finished or checkpoint):
             return
+        if finished and not checkpoint and (problem := self._without_model()):
+            yield f"{problem}, and there is no checkpoint to resume from. Restore it, or choose another output_dir"
         recorded, now = read_yaml(file, RECORDED), dict(settings)
         facts = recorded.pop(RESERVED_KEY, {})
+        now["samples per step"] = samples_per_step
+        recorded["samples per step"] = facts.get("samples_per_step", samples_per_step)
         if settings.get("deepspeed") and checkpoint:
             key = "number of processes (DeepSpeed's state is split among them)"
             recorded[key], now[key] = facts.get("processes"), processes
@@ -88,18 +101,95 @@ class RunFolder:
     def _entries(self) -> list[Path]:
         return list(self.path.iterdir()) if self.path.is_dir() else []
 
+    def _record_file(self) -> Path:
+        """What says which run this is: the copy in a checkpoint, unless that is damaged, or else run.yaml."""
+        copies = (checkpoint / RUN_FILE for checkpoint in self._checkpoints() if not damage(checkpoint, RUN_FILE))
+        return next(copies, self.path / RUN_FILE)
+
     @property
     def is_finished(self) -> bool:
-        return (self.path / FINISHED_FILE).is_file()
+        """Whether the run is over, and its model is there."""
+        if not (self.path / FINISHED_FILE).is_file():
+            return False
+        problem = self._without_model()
+        if problem:
+            logger.warning("%s; resuming from %s.", problem, self.newest_checkpoint())
+        return not problem
+
+    def _without_model(self) -> str | None:
+        """Why a folder with finished.json holds no trained model, or None: it does."""
+        try:
+            describe(self.path)
+            recognise(self.path)
+        except (ValueError, OSError) as error:
+            return f"{self.path / FINISHED_FILE} says that this run is over, but its model is not whole: {error}"
+        return None
+
+    def _checkpoints(self) -> list[Path]:
+        """Newest first."""
+        found = [(int(m.group(1)), entry) for entry in self._entries() if (m := CHECKPOINT.fullmatch(entry.name))]
+        return [entry for _, entry in sorted(found, reverse=True)]
 
     def newest_checkpoint(self) -> Path | None:
-        """The last complete checkpoint, or None."""
-        found = [
-            (int(match.group(1)), entry)
-            for entry in self._entries()
-            if (match := CHECKPOINT.fullmatch(entry.name)) and (entry / STATE_FILE).is_file()
-        ]
-        return max(found)[1] if found else None
+        return next(iter(self._checkpoints()), None)
+
+    def intact_checkpoint(self) -> Path | None:
+        """The newest checkpoint whose files are as they were written, or None if there is no checkpoint at all.
+
+        Logs the damage of those that are newer, and renames them: they must not count where the oldest ones are deleted.
+        Raises `ValueError` if none is intact.
+        """
+        damaged: dict[Path, str] = {}
+        intact = None
+        for checkpoint in self._checkpoints():
+            problem = damage(checkpoint)
+            if problem is None:
+                intact = checkpoint
+                break
+            damaged[checkpoint] = problem
+        problems = f"{'; '.join(damaged.values())}. Restore one, or choose another output_dir to begin again"
+        if damaged and not intact:
+            raise ValueError(f"output_dir = {self.path} has no intact checkpoint: {problems}")
+        for entry, problem in damaged.items():
+            aside = entry.with_suffix(".damaged")
+            logger.warning("%s is damaged: %s. It is %s now, and not used.", entry, problem, aside.name)
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(entry, aside)
+        return intact
+
+    def join(
+        self, here: Processes, settings: Mapping[str, Any], provenance: Mapping[str, Any], patience: float = 60.0
+    ) -> Path | None:
+        """Open the folder, on the main process; on all processes, the checkpoint to resume from.
+
+        Raises:
+            ValueError: as `open` and `intact_checkpoint`; or, on all, if some do not see what the main process writes,
+                which must last for `patience` seconds as network file systems may show new files late.
+        """
+        token, name = secrets.token_hex(8), None
+        with here.together():
+            if here.is_main:
+                self.open(settings, provenance, patience)
+                with self.writing(TOKEN_FILE):
+                    write_atomic(self.path / TOKEN_FILE, token)
+                    checkpoint = self.intact_checkpoint()
+                name = checkpoint and checkpoint.name
+        token, name = here.from_main((token, name))
+        blind = ", ".join(str(rank) for rank, sees in enumerate(here.gather(self._sees(token, patience))) if not sees)
+        another = f"is another folder for process {blind} than for process 0: all machines must share its file system"
+        if blind:
+            raise ValueError(f"output_dir = {self.path} {another}")
+        return self.path / name if name else None
+
+    def _sees(self, token: str, patience: float) -> bool:
+        end = time.monotonic() + patience
+        while True:
+            with contextlib.suppress(OSError):
+                if (self.path / TOKEN_FILE).read_text() == token:
+                    return True
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.1)
 
     def open(self, settings: Mapping[str, Any], provenance: Mapping[str, Any], patience: float = 60.0) -> None:
         """Lock the folder for this process, remove what a killed save left, and write run.yaml.
@@ -116,10 +206,19 @@ class RunFolder:
             self._lock.write(str(os.getpid()))
             self._lock.flush()
             self._clear_interrupted_saves()
-            if not (self.path / RUN_FILE).is_file() or self.newest_checkpoint() is None:
-                text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
-                text += yaml.safe_dump({RESERVED_KEY: dict(provenance)}, sort_keys=False, allow_unicode=True)
-                write_atomic(self.path / RUN_FILE, text)
+            self._write_record(settings, provenance)
+
+    def _write_record(self, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+        """run.yaml as the checkpoints have it, if there are any; else a new one."""
+        file = self._record_file()
+        if self.newest_checkpoint() and file.is_file():
+            self._record = file.read_text(encoding="utf-8")
+        else:
+            parts = (dict(settings), {RESERVED_KEY: dict(provenance)})
+            self._record = "".join(yaml.safe_dump(part, sort_keys=False, allow_unicode=True) for part in parts)
+        own = self.path / RUN_FILE
+        if not own.is_file() or own.read_bytes() != self._record.encode():
+            write_atomic(own, self._record)
 
     def close(self) -> None:
         """Release the folder."""
@@ -168,6 +267,9 @@ class RunFolder:
         One of that name (written by an earlier attempt at the same step) is deleted only when the new one is in place.
         """
         final, aside = self.path / staged.name, self.path / f".{staged.name}.replaced"
+        if self._record is not None:
+            write_atomic(staged / RUN_FILE, self._record)
+        write_file_list(staged)
         sync(staged)
         if final.exists():
             os.rename(final, aside)
@@ -180,11 +282,7 @@ class RunFolder:
 
     def keep_newest(self, limit: int | None, protected: str | None = None) -> None:
         """Delete the oldest checkpoints beyond `limit`; `protected` (the best one) stays."""
-        steps = sorted(
-            (int(match.group(1)), entry) for entry in self._entries() if (match := CHECKPOINT.fullmatch(entry.name))
-        )
-        surplus = max(0, len(steps) - limit) if limit else 0
-        for _, entry in steps[:surplus]:
+        for entry in self._checkpoints()[limit:] if limit else ():
             if str(entry) != protected:
                 shutil.rmtree(entry)
 

@@ -7,9 +7,10 @@ scheduler's state, the random number generators and the trainer's state. It is w
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -19,16 +20,26 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from llava_sp import LlavaSPForCausalLM
 from llava_sp.checkpoints.opening.adapter import load_adapter, save_adapter, trainable_state_dict
+from llava_sp.common.files import read_json, write_json
 from llava_sp.common.processes import FailedHere
 from llava_sp.config.arguments import TrainArguments
+from llava_sp.data.annotations import BadSample
 from llava_sp.data.dataset import ConversationDataset
+from llava_sp.data.fingerprint import FINGERPRINT
 from llava_sp.data.sampler import ModalityLengthSampler
 from llava_sp.train.logs import Console, JsonLines, Meter
+from llava_sp.train.processes import samples_per_step
 from llava_sp.train.run_folder import STAGING, STATE_FILE, WRITE_ERRORS, RunFolder
 from llava_sp.train.stages import optimizer_groups, trained_names
 
 SCHEDULER_FILE = "scheduler.pt"
+RUN_STATE_FILE = "run_state.json"  # of a checkpoint: what Trainer's own files do not hold
+RUN_STATE = {"losses": [float], "last_logged": int, "total_loss": float, "data": (None, FINGERPRINT)}
 logger = logging.getLogger(__name__)
+
+
+class Diverged(ValueError):
+    """Losses, gradients or weights that are no numbers any more; on all processes alike."""
 
 
 class LlavaSPTrainer(Trainer):
@@ -38,6 +49,7 @@ class LlavaSPTrainer(Trainer):
         model, args, train_dataset, ...: as for `transformers.Trainer`; `args` is a TrainArguments.
         folder: the run's folder.
         provenance: facts about the run that every checkpoint repeats.
+        data: the fingerprint of the training data, which every checkpoint keeps.
         group_by_modality_length: batches of one modality and of similar lengths.
     """
 
@@ -51,21 +63,20 @@ class LlavaSPTrainer(Trainer):
         *,
         folder: RunFolder,
         provenance: dict[str, Any] | None = None,
+        data: dict[str, Any] | None = None,
         group_by_modality_length: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.folder = folder
-        self.provenance = provenance or {}
+        self.provenance, self.data = provenance or {}, data
         self.group_by_modality_length = group_by_modality_length
-        self.samples_per_step = (
-            self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        )
-        self.meter = Meter(self.samples_per_step)
+        self.args.logging_nan_inf_filter = False  # it would log the average of the losses before in place of NaN
+        self.meter = Meter(samples_per_step(self.args))
         self._staging: Path | None = None
         for unwanted in (ProgressCallback, PrinterCallback):
             self.remove_callback(unwanted)
-        for callback in (self.meter, JsonLines(folder), Console()):
+        for callback in (self.meter, JsonLines(folder), Console(), RestoreLosses(self)):
             self.add_callback(callback)
         self.model.register_load_state_dict_post_hook(allow_missing_frozen)
 
@@ -85,6 +96,15 @@ class LlavaSPTrainer(Trainer):
             sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=self.args.data_seed or 0)
         self.add_callback(SetEpoch(sampler))
         return sampler
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; what the data raises (an annotation file was replaced, for example) is the user's to correct."""
+        try:
+            return super().get_batch_samples(*args, **kwargs)
+        except (ValueError, OSError) as error:
+            if isinstance(error, BadSample):
+                raise
+            raise FailedHere(str(error).strip().splitlines()[-1]) from error
 
     # ---- optimizer
 
@@ -107,8 +127,31 @@ class LlavaSPTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                self._diverged(f"the loss is {logs['loss']}")
             logs.update(self.meter.read(self.state))
+        if "train_loss" in logs:  # Trainer's is the mean of the steps since the run was resumed
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs)  # without start_time: the meter logs the speed
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm over all processes, of each step, before the weights change (DeepSpeed: just after)."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        # fp16's loss scaling meets infinity, and leaves such steps out
+        if norm is not None and not self.args.fp16 and not math.isfinite(norm):
+            self._diverged(f"the gradient norm is {float(norm)}", self.state.global_step + 1)
+        return norm
+
+    def _diverged(self, what: object, step: int | None = None) -> NoReturn:
+        assert self.optimizer is not None
+        rates = ", ".join(
+            f"{g['name']} {g['lr']:.3g}" for g in self.optimizer.param_groups if "no decay" not in g["name"]
+        )
+        advice = "Try a lower learning_rate (and projector_lr) or a longer warmup, in another output_dir"
+        raise Diverged(
+            f"training diverged at step {step or self.state.global_step}: {what}. The rates are {rates}; the last good "
+            f"checkpoint is {self.folder.newest_checkpoint() or 'none yet'}. {advice}"
+        )
 
     # ---- checkpoints
 
@@ -118,14 +161,13 @@ class LlavaSPTrainer(Trainer):
         state = trainable_state_dict(self.model)  # all processes: ZeRO-3 gathers
         unsaved = trained_names(self.model) - set(state)
         assert not unsaved, f"trained, but not in the checkpoint: {sorted(unsaved)[:3]}"
-        save_adapter(
-            self.model,
-            self.processing_class,
-            str(self.args.output_dir if output_dir is None else output_dir),
-            run=run,
-            state_dict=state,
-            write=self.args.should_save,
-        )
+        path = str(self.args.output_dir if output_dir is None else output_dir)
+        try:
+            save_adapter(
+                self.model, self.processing_class, path, run=run, state_dict=state, write=self.args.should_save
+            )
+        except ValueError as error:  # about values
+            self._diverged(error)
         self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -137,7 +179,7 @@ class LlavaSPTrainer(Trainer):
         try:
             with self.folder.writing(name, (*WRITE_ERRORS, RuntimeError)):  # torch.save's error is a RuntimeError
                 self._write_and_publish(name, model, trial)
-        except FailedHere:
+        except (FailedHere, Diverged):
             if self.args.should_save:  # the other ranks' files are in it; they may still be writing them
                 shutil.rmtree(self._staging, ignore_errors=True)
             raise
@@ -148,6 +190,15 @@ class LlavaSPTrainer(Trainer):
     def _write_and_publish(self, name: str, model: nn.Module, trial: Any) -> None:
         assert self._staging is not None
         super()._save_checkpoint(model, trial)
+        losses = self.accelerator.gather(self._tr_loss.reshape(1)).tolist()
+        if self.args.should_save:
+            state = {
+                "losses": losses,
+                "last_logged": self._globalstep_last_logged,
+                "total_loss": self._total_loss_scalar,
+                "data": self.data,
+            }
+            write_json(self._staging / name / RUN_STATE_FILE, state)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             best = self.state.best_model_checkpoint
@@ -174,6 +225,30 @@ def allow_missing_frozen(model: nn.Module, keys: Any) -> None:
     """After `load_state_dict`: frozen weights come from the base models, so a checkpoint without them is complete."""
     trained = trained_names(model)
     keys.missing_keys[:] = [name for name in keys.missing_keys if name in trained]
+
+
+class RestoreLosses(TrainerCallback):
+    """Sets the losses since the last log, which Trainer forgets, as they were when the checkpoint was written."""
+
+    def __init__(self, trainer: LlavaSPTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            return
+        saved = read_run_state(self.trainer.folder.path / f"checkpoint-{state.global_step}")
+        losses = saved["losses"]
+        own = losses[args.process_index] if len(losses) == args.world_size else sum(losses) / len(losses)
+        if len(losses) != args.world_size:
+            words = "The checkpoint was written with a process count of %s, now it is %s: dropout draws other random numbers."
+            logger.warning(words, len(losses), args.world_size)
+        self.trainer._tr_loss.fill_(own)
+        self.trainer._globalstep_last_logged = saved["last_logged"]
+        self.trainer._total_loss_scalar = saved["total_loss"]
+
+
+def read_run_state(checkpoint: Path) -> dict[str, Any]:
+    return read_json(checkpoint / RUN_STATE_FILE, RUN_STATE)
 
 
 class SetEpoch(TrainerCallback):

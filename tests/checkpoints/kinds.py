@@ -14,6 +14,7 @@ from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints.opening.adapter import save_adapter
+from llava_sp.common.files import sha256
 from tests.released import load_released, released_folder
 
 NAMES = ("original_lora", "original_projector", "original_full", "llava_sp_adapter", "llava_sp", "llava_hf")
@@ -49,7 +50,8 @@ class Kind:
         manifest = self.folder / "llava_sp.json"
         if manifest.is_file():
             about = json.loads(manifest.read_text())
-            about["files"][str(file.relative_to(self.folder))]["bytes"] = file.stat().st_size
+            now = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+            about["files"][str(file.relative_to(self.folder))] = now
             manifest.write_text(json.dumps(about))
         return file
 

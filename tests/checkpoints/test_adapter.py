@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import IA3Config, LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
@@ -19,9 +19,14 @@ from llava_sp.checkpoints.opening.adapter import (
     load_projector,
     save_adapter,
 )
+from llava_sp.checkpoints.opening.warm_start import start_from
 from llava_sp.checkpoints.reading.fingerprint import checkpoint_hash
 from llava_sp.checkpoints.reading.formats import UnknownFormat, recognise
 from llava_sp.checkpoints.reading.manifest import describe
+from llava_sp.checkpoints.writing.conversion import convert
+from llava_sp.checkpoints.writing.merging import merge
+from llava_sp.common.files import sha256
+from llava_sp.common.schema import expect, one_of
 from tests.released import variant
 
 
@@ -165,7 +170,8 @@ def test_missing_and_renamed_tensors_are_named(copy):
     tensors["spatial.linear.wait"] = tensors.pop("spatial.linear.weight")
     save_file(tensors, copy / "projector.safetensors")
     about = json.loads((copy / "llava_sp.json").read_text())
-    about["files"]["projector.safetensors"]["bytes"] = (copy / "projector.safetensors").stat().st_size
+    file = copy / "projector.safetensors"
+    about["files"]["projector.safetensors"] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     (copy / "llava_sp.json").write_text(json.dumps(about))
     with pytest.raises(
         ValueError,
@@ -182,6 +188,116 @@ def test_a_truncated_file_is_named_with_its_sizes(copy, file):
         ValueError, match=f"{file} is {len(data) - 100} bytes long, but llava_sp.json records {len(data)}"
     ):
         LlavaSPForCausalLM.from_pretrained(copy)
+
+
+WAYS = {  # every way in which an adapter's files are read
+    "open": lambda copy, model, to: LlavaSPForCausalLM.from_pretrained(copy),
+    "resume": lambda copy, model, to: load_adapter(model, copy),
+    "second stage": lambda copy, model, to: load_projector(model, copy),
+    "warm start": lambda copy, model, to: start_from(model, copy),
+    "convert": lambda copy, model, to: convert(copy, to, target="original"),
+    "merge": lambda copy, model, to: merge(copy, to),
+    "inspect": lambda copy, model, to: expect(inspect(copy), {"loads": one_of(True)}, inspect(copy)["problems"]),
+}
+
+
+@pytest.mark.parametrize("file", ["projector.safetensors", "lora/adapter_model.safetensors"])
+@pytest.mark.parametrize("way", WAYS)
+def test_other_bytes_of_the_same_length(trained, copy, tmp_path, way, file):
+    """Such as those of another run: all that is there is well, but it is not what was saved."""
+    tensors = load_file(copy / file)
+    key = "linear_1.weight" if "linear_1.weight" in tensors else next(iter(tensors))
+    tensors[key] *= 2
+    save_file(tensors, copy / file, {"format": "pt"})
+    before = {name: tensor.clone() for name, tensor in trained.state_dict().items()}
+    if (way, file) == ("second stage", "lora/adapter_model.safetensors"):
+        load_projector(trained, copy)  # reads the projector alone
+        return
+    with pytest.raises(
+        ValueError, match=f"{file} is not the file that was saved: its sha256 is .*; expected .*, as in llava_sp.json"
+    ):
+        WAYS[way](copy, trained, tmp_path / "to")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained.state_dict().items())
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_file_that_the_manifest_does_not_know(copy):
+    about = json.loads((copy / "llava_sp.json").read_text())
+    del about["files"]["lora/adapter_model.safetensors"]
+    (copy / "llava_sp.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"llava_sp.json: files has no lora/adapter_model.safetensors"):
+        LlavaSPForCausalLM.from_pretrained(copy)
+
+
+def test_two_checkpoints_in_one_folder(golden, copy):
+    """A whole model saved where an adapter was: neither is the one that is meant."""
+    shutil.copyfile(golden / "projector_cropping.safetensors", copy / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{copy} holds a whole model beside projector.safetensors"):
+        LlavaSPForCausalLM.from_pretrained(copy)
+
+
+# ---- adapters beside the one that is saved
+
+
+@pytest.fixture
+def two(saved):
+    """Opened, with a second adapter, which is active."""
+    model = LlavaSPForCausalLM.from_pretrained(saved)
+    target = r"model\.language_model\..*\.k_proj"
+    torch.manual_seed(1)
+    model.add_adapter(LoraConfig(r=2, target_modules=target, init_lora_weights=False), adapter_name="weight")
+    return model
+
+
+def test_the_active_adapter_is_the_one_that_is_saved(two, trained, tmp_path):
+    two.save_pretrained(tmp_path)
+    assert recognise(tmp_path).lora["r"] == 2
+    assert torch.equal(logits(LlavaSPForCausalLM.from_pretrained(tmp_path)), logits(two))
+    two.set_adapter("default")
+    two.save_pretrained(tmp_path)
+    assert torch.equal(logits(LlavaSPForCausalLM.from_pretrained(tmp_path)), logits(trained))
+
+
+def test_two_active_adapters_are_not_saved(two, tmp_path):
+    two.set_adapter(["default", "weight"])
+    with pytest.raises(ValueError, match=r"the adapters default, weight are active; .* model.set_adapter\(NAME\)"):
+        two.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+TARGET = r"model\.language_model\..*\.(q_proj|v_proj)"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "peft_type is 'IA3'; expected 'LORA'"),
+        (LoraConfig(target_modules=TARGET, bias="all"), "bias is 'all'"),
+        (LoraConfig(target_modules=TARGET, modules_to_save=["lm_head"]), r"modules_to_save is \['lm_head'\]"),
+        (LoraConfig(target_modules=TARGET, trainable_token_indices=[3]), "trainable_token_indices is"),
+    ],
+)
+def test_an_adapter_that_would_not_open_again_is_not_saved(golden, tmp_path, settings, message):
+    model = assemble(golden)
+    model.add_adapter(settings)
+    with pytest.raises(ValueError, match=f"adapter_config.json: {message}"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}]
+)
+def test_kinds_of_lora_that_open_again(golden, tmp_path, settings):
+    model = assemble(golden)
+    add_lora(model, **settings)
+    model.eval().save_pretrained(tmp_path)
+    assert torch.equal(logits(LlavaSPForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_a_save_without_lora_leaves_no_older_one(golden, copy):
+    save_adapter(assemble(golden), None, copy)
+    assert recognise(copy).lora is None and not (copy / "lora").exists()
 
 
 def test_a_save_that_was_cut_off_is_not_opened(copy):

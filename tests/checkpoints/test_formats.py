@@ -225,7 +225,7 @@ def test_settings_that_would_change_the_model_are_refused(kinds, tmp_path, file,
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"r": "eight"}, "r is 'eight'; expected a whole number above 0"),
+        ({"r": "eight"}, "r is 'eight'; expected a whole number"),
         ({"r": 0}, "r is 0; expected a whole number"),
         ({"lora_alpha": None}, "lora_alpha is None; expected a number"),
         ({"lora_dropout": "much"}, "lora_dropout is 'much'; expected a number from 0 to 1"),

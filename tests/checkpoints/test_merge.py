@@ -23,6 +23,7 @@ from llava_sp.checkpoints.reading.fingerprint import checkpoint_hash
 from llava_sp.checkpoints.writing.merging import lora_layers, merge_layers
 from llava_sp.checkpoints.writing.merging import merge as merge_adapter
 from llava_sp.checkpoints.writing.proof import proof_sample, text_logits
+from llava_sp.common.folders import new_folder
 from tests.checkpoints.test_adapter import add_lora, assemble
 from tests.released import LAYOUTS
 
@@ -202,11 +203,19 @@ def test_where_it_must_not_go(golden, adapter, merged, tmp_path):
         with pytest.raises(ValueError, match=f"is inside {source}, which is read"):
             merge_adapter(adapter, source / "merged")
         assert not (source / "merged").exists()
-    (tmp_path / ".out.part").mkdir()
-    with pytest.raises(ValueError, match=r"\.out\.part exists: another command is writing it, or was killed"):
+    being_written = pytest.raises(ValueError, match=r"\.out\.part is being written by another command")
+    with new_folder(tmp_path / "out", 0), being_written:
         merge_adapter(adapter, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="there is no folder ./nowhere"):
         merge_adapter("./nowhere", tmp_path / "out")
+
+
+def test_what_a_killed_merge_left_is_removed(adapter, tmp_path):
+    (tmp_path / ".out.part/deep").mkdir(parents=True)
+    (tmp_path / ".out.part/deep/model.safetensors").write_bytes(b"half")
+    merge_adapter(adapter, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not list((tmp_path / "out").glob(".*"))
 
 
 def test_an_empty_folder_and_missing_parents_are_fine(adapter, tmp_path):

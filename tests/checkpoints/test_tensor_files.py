@@ -203,7 +203,7 @@ def shards(tmp_path):
     for name, key in (("m-1.safetensors", "a"), ("m-2.safetensors", "b")):
         save_file({key: torch.ones(2), f"{key}.bias": torch.ones(1)}, tmp_path / name)
     held = {"a": "m-1.safetensors", "b": "m-2.safetensors", "b.bias": "m-2.safetensors"}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": held}))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": held}))
     return tmp_path
 
 
@@ -226,7 +226,7 @@ def test_a_missing_shard_is_named_with_a_key(shards):
 def test_an_index_that_is_not_valid(shards, content):
     index = shards / "model.safetensors.index.json"
     index.write_text(content)
-    with pytest.raises(ValueError, match=r"index.json.* weight_map"):
+    with pytest.raises(ValueError, match=r"index.json.* (weight_map|metadata)"):
         read_index(index)
 
 

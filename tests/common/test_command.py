@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -57,6 +58,21 @@ def test_a_reader_that_went_away_is_not_an_error(repo):
     assert process.stdout.readline() == b"0\n"
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(timeout=600) == 128 + signal.SIGPIPE
+
+
+@pytest.mark.parametrize(
+    "what", ["run_command(lambda: print('x' * 99))", "command_parser('x', 'y' * 999).parse_args(['--help'])"]
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_went_away_before_the_end(repo, what, unbuffered):
+    """What is short is written when Python ends, unless it is asked for before."""
+    code = f"import sys; from llava_sp.common.command import *; sys.stdin.read(); sys.exit({what})"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=repo, env=environment, **pipes)
+    process.stdout.close()
+    process.stdin.close()
+    assert process.stderr.read() == b"" and process.wait(timeout=600) in (0, 128 + signal.SIGPIPE)
 
 
 def test_sigterm_runs_finally_blocks(repo, tmp_path):

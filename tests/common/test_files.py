@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import subprocess
 
 import pytest
 
@@ -36,6 +37,9 @@ from llava_sp.common.files import (
         (b'{"a": [1, 2', r"x.json is not valid JSON: .* \(it ends in the middle"),
         (b'{"a": "cut', r"x.json is not valid JSON: .* \(it ends in the middle"),
         (b'{"a": "1"}', "x.json: a is '1'; expected a whole number"),
+        (b"[" * 100_000 + b"]" * 100_000, "x.json is not valid JSON: brackets within brackets, too deep to be read"),
+        (b'{"a":' * 100_000, "x.json is not valid JSON: brackets within brackets"),
+        (b'{"a": ' + b"7" * 5000 + b"}", r"x.json is not valid JSON: Exceeds the limit \(4300 digits\)"),
     ],
 )
 def test_json_that_cannot_be_read(tmp_path, content, message):
@@ -43,6 +47,12 @@ def test_json_that_cannot_be_read(tmp_path, content, message):
         (tmp_path / "x.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_json(tmp_path / "x.json", {"a": int})
+
+
+def test_a_line_too_deep_is_named(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b"{}\n" + b'{"a":' * 100_000 + b"1" + b"}" * 100_000)
+    with pytest.raises(ValueError, match="x.jsonl, line 2 is not valid JSON: brackets within brackets"):
+        read_jsonl(tmp_path / "x.jsonl")
 
 
 def test_a_folder_is_not_a_file(tmp_path):
@@ -105,6 +115,18 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="cannot write .*folder"):
         write_atomic(tmp_path / "folder", "text")
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left, others, running = (
+        tmp_path / f".{name}.part" for name in (f"x.txt.{gone.pid}", f"y.txt.{gone.pid}", "x.txt.1")
+    )
+    for file in (left, others, running):
+        file.touch()
+    write_atomic(tmp_path / "x.txt", "text")
+    assert not left.exists() and others.exists() and running.exists()
 
 
 def test_written_files_have_the_modes_of_the_umask(tmp_path):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections import namedtuple
 
 import pytest
@@ -16,7 +19,10 @@ def test_a_folder_appears_at_the_end(tmp_path):
     with new_folder(target, needed=0) as stage:
         (stage / "x").write_text("text")
         assert not target.exists()
-        with pytest.raises(ValueError, match="target.part exists"), new_folder(target, needed=0):
+        with (
+            pytest.raises(ValueError, match="target.part is being written by another command"),
+            new_folder(target, needed=0),
+        ):
             pass
     assert (target / "x").read_text() == "text" and os.listdir(tmp_path) == ["deep"]
 
@@ -26,6 +32,21 @@ def test_a_failure_leaves_nothing(tmp_path):
         (stage / "x").write_text("text")
         raise RuntimeError
     assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_command_left_is_removed(tmp_path, repo):
+    code = (
+        "import os, signal, sys, pathlib; from llava_sp.common.folders import new_folder\n"
+        "with new_folder(pathlib.Path(sys.argv[1]), 0) as stage:\n"
+        "    (stage / 'deep').mkdir(); (stage / 'deep' / 'half').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, tmp_path / "target"], cwd=repo).returncode == -signal.SIGKILL
+    assert (tmp_path / ".target.part/deep/half").exists()
+    with new_folder(tmp_path / "target", needed=0) as stage:
+        (stage / "whole").touch()
+        assert sorted(os.listdir(stage)) == [".lock", "whole"]
+    assert os.listdir(tmp_path) == ["target"] and os.listdir(tmp_path / "target") == ["whole"]
 
 
 def test_too_little_room_is_an_error_before_anything_is_written(tmp_path, monkeypatch):

@@ -19,6 +19,10 @@ def test_places_from_the_environment(monkeypatch):
         monkeypatch.setenv(name, value)
     place = Processes.from_environment()
     assert place == Processes(3, 8, 1) and place.name == "process 3: " and not (place.is_main or place.is_local_main)
+    for bad in ("", "x", "-1", "9" * 5000, "1.5"):
+        monkeypatch.setenv("RANK", bad)
+        with pytest.raises(ValueError, match=r"RANK is "):
+            Processes.from_environment()
     monkeypatch.setenv("RANK", "8")
     with pytest.raises(ValueError, match=r"RANK is 8 .* WORLD_SIZE \(8\)"):
         Processes.from_environment()

@@ -112,8 +112,52 @@ def test_parsed_record():
         ({"image": 3}, "image is 3; expected null or a path or a list of a path"),
         ({"image": ["a", None]}, r"image is \['a', None\]; expected"),
         ({"image": ""}, "image is ''; expected"),
+        ({"image": "a\ud83d"}, r"image is 'a\\ud83d'; expected null or a path"),
+        ({"images": {"bytes": "x"}}, "images is {'bytes': 'x'}; expected null or a path or a list of a path"),
+        ({"images": ["other.jpg"]}, r"images is \['other.jpg'\]: media that are not used"),
+        ({"image": ["x.jpg", "y\udcff"]}, "image is .* expected"),
+        (
+            {"conversations": [{"from": "human", "value": "a \udc00 b"}]},
+            r"conversations\[0\].value is 'a \\udc00 b'; expected text, without half a surrogate pair",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a", "image": "z.jpg"}]},
+            r"id 'a': conversations\[0\].image is 'z.jpg': media that are not used",
+        ),
     ],
 )
 def test_bad_records(change, message):
     with pytest.raises(BadSample, match=message):
         parse_record({**RECORDS[0], **change})
+
+
+MEDIA = {
+    "video": "clip.mp4", "videos": ["clip.mp4"], "video_path": "clip.mp4", "audio": {"path": "a.wav"}, "audios": ["a.wav"],
+    "image_path": "x.jpg", "imageFile": "x.jpg", "image-url": "http://x/x.jpg", "image_name": "x.jpg", "img": "x.jpg", "Image": "x.jpg",
+    "pictures": ["x.jpg"], "frames": ["0.jpg"], "frame_list": ["0.jpg"], "sound": "a.wav", "point_cloud": "p.npy", "depth": "d.png",
+    "jpg": "x", "mp4": "x", "media": ["x"],
+}  # fmt: skip
+# Of the annotation files in the field: LLaVA, ShareGPT4V, ALLaVA, Cambrian, OneVision, LLaVA-Med, InternVL.
+METADATA = {
+    "id": 7, "model": "gpt-4", "source": "coco/x.jpg", "data_source": "vg", "url": "http://x/x.jpg", "type": "conv", "domain": {"ct": True},
+    "image_id": "0001", "image_size": [3, 4], "width": 3, "height": 4, "width_list": [3], "video_id": "v", "depth": 2, "frames": 8,
+    "metadata": {"image": "x.jpg"}, "split": "train", "task": "vqa", "score": 0.5, "language": "en", "caption": "a video", "system": None,
+    "video": None, "videos": [], "audio": "", "img": {}, "imagenet": "n0", "media_type": "text",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", MEDIA)
+def test_media_that_are_not_used_are_refused_by_name(key):
+    with pytest.raises(BadSample, match=rf"id 'b': {key} is .*: media that are not used .the key `image` names images"):
+        parse_record({**RECORDS[1], key: MEDIA[key]})
+
+
+@pytest.mark.parametrize("key", METADATA)
+def test_metadata_stay_unread(key):
+    for record in RECORDS[:2]:
+        assert parse_record({**record, key: METADATA[key]}).turns == parse_record(record).turns
+
+
+def test_where_the_image_is_from_stands_beside_it():
+    record = RECORDS[0] | {"image_url": "http://x/x.jpg", "image_path": "/data/x.jpg", "img_name": "x"}
+    assert parse_record(record).images == ["x.jpg"]

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from llava_sp.data import preview
 from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.mixture import load_mixture
@@ -53,9 +54,8 @@ BAD = {
     "image outside": (("<image>\nWhat?", "x", "../../x.jpg"), "outside the image folder"),
     "zero bytes": (("<image>\nWhat?", "x", "empty.png"), r"is empty \(0 bytes\)"),
     "text as image": (("<image>\nWhat?", "x", "text.jpg"), "is not an image"),
-    "mark without image": (("<image>\nWhat?", "x", None), r"1 <image> mark in the text, but 0 images in the record"),
     "image without mark": (("What?", "x", "a.png"), r"0 <image> marks in the text, but 1 image"),
-    "two marks, one image": (("<image>\n<image>\nWhat?", "x", "a.png"), r"2 <image> marks in the text, but 1 image"),
+    "two marks, one image": (("<image>\n<image>\nWhat?", "x", "a.png"), r"2 <image> marks in the text, but 1 image in the record"),
     "one mark, two images": (("<image>\nWhat?", "x", ["a.png", "b.png"]), r"1 <image> mark in the text, but 2 images"),
     "empty answer": (("What?", "", None), "nothing to learn: the conversation holds no answer"),
     "image cut": (("1 2 3 4 5 6 7 8 9 10 11 12 <image> <image>", "x", ["a.png", "b.png"]), r"its last image ends at token \d+, but model_max_length is 60"),
@@ -126,7 +126,16 @@ def test_workers_list_each_bad_sample_once(world, make_record):
 
 def test_nothing_but_bad_samples(world, make_record):
     dataset = world([make_record("Hello", "")] * 3, on_bad_sample="skip", skipped_path=world.folder / "s.jsonl")
-    with pytest.raises(ValueError, match=r"3 bad samples in a row from .*data\.json, record 0 on"):
+    bad = r"3 bad samples in a row from .*data\.json, record 1 on \(which is every one\); .*s\.jsonl lists them\. The first: nothing"
+    with pytest.raises(ValueError, match=bad):
+        dataset[1]
+
+
+def test_a_full_disk_names_the_list_of_skipped_samples(world, make_record):
+    listed = world.folder / "s.jsonl"
+    listed.symlink_to("/dev/full")
+    dataset = world([make_record("Hello", ""), make_record("Hello", "Hi.")], on_bad_sample="skip", skipped_path=listed)
+    with pytest.raises(OSError, match=f"cannot write {listed}: No space left on device"):
         dataset[0]
 
 
@@ -171,7 +180,6 @@ def test_golden_samples_that_are_bad_here(golden, tmp_path, processor):
     cases = {case["name"]: case["sample"] for case in json.loads((golden / "tokenization.json").read_text())["cases"]}
     Image.new("RGB", (4, 4)).save(tmp_path / "tiny.png")
     counts = {
-        "mark_but_no_image_key": "1 .* but 0",
         "image_key_but_no_mark": "0 .* but 1",
         "two_image_marks_in_one_turn": "2 .* but 1",
         "image_marks_in_two_turns": "2 .* but 1",
@@ -181,6 +189,40 @@ def test_golden_samples_that_are_bad_here(golden, tmp_path, processor):
         dataset = ConversationDataset(load_mixture([{"annotations": tmp_path / "data.json"}]), processor)
         with pytest.raises(ValueError, match=f"record 0: {numbers} image"):
             dataset[0]
+
+
+def test_a_mark_in_a_record_without_images_is_spelled_like_the_original(golden, tmp_path, processor):
+    cases = json.loads((golden / "tokenization.json").read_text(encoding="utf-8"))["cases"]
+    case = next(case for case in cases if case["name"] == "mark_but_no_image_key")
+    result = next(result for result in case["results"] if not result["legacy"])
+    for name, empty in enumerate(({}, {"image": None}, {"image": []}, {"images": []}, {"video": None})):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps([case["sample"] | empty]))
+        dataset = ConversationDataset(load_mixture([{"annotations": file}]), processor, "vicuna_v1")
+        sample = pickle.loads(pickle.dumps(dataset))[0]
+        assert (sample["input_ids"].tolist(), sample["labels"].tolist()) == (result["input_ids"], result["labels"])
+        assert dataset.modality_lengths[0] < 0 and "pixel_values" not in sample
+
+
+@pytest.mark.parametrize(
+    "question", ["<image>", "Is <image> an <image><image>?", "a <IMAGE> </s><image>\n", "x<image>"]
+)
+def test_no_spelled_mark_is_a_placeholder(world, make_record, question):
+    dataset = world([make_record(question, f"{question} it is")])
+    ids = dataset[0]["input_ids"]
+    assert dataset.processor.image_token_id not in ids and question.strip() in dataset.processor.tokenizer.decode(ids)
+    assert preview.marked_text(dataset, 0).count("<image>") == 2 * question.count("<image>")
+
+
+def test_images_is_read_as_image_is(world, make_record):
+    turns = make_record("Compare <image> and <image>", "Same.")["conversations"]
+    names = ["a.png", "b.png"]
+    forms = [{"image": names}, {"images": names}, {"image": [], "images": names}, {"image": names, "images": names}]
+    dataset = world([{"id": "x", "conversations": turns, **form} for form in forms])
+    first = dataset[0]
+    assert dataset.modality_lengths == [dataset.modality_lengths[0]] * 4 and dataset.modality_lengths[0] > 0
+    for sample in dataset:
+        assert all(torch.equal(sample[key], first[key]) for key in first) and first.keys() == sample.keys()
 
 
 def test_constructor_checks(world, make_record, processor):

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_sp.config.arguments import load_config
 from llava_sp.data import check, preview
+from llava_sp.data.build import build_datasets, dataset_of_config
 
 
 def test_preview_shows_text_and_image(golden, run_yaml, tmp_path, capsys):
@@ -81,6 +83,50 @@ def test_check_lists_what_is_bad(run_yaml, tmp_path, capsys, workers):
     assert "record 0: image" in out and "... and 2 more" in out
     entries = [json.loads(line) for line in listed.read_text().splitlines()]
     assert [entry["index"] for entry in entries] == [0, 1, 3] and "cannot be opened" in entries[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    "record, reason",
+    [
+        ({"video": "clip.mp4"}, "video is 'clip.mp4': media that are not used"),
+        ({"images": ["nothing.png"]}, "0 <image> marks in the text, but 1 image in the record"),
+        (
+            {"conversations": [{"from": "human", "value": "\ud83d"}]},
+            "conversations[0].value is '\\ud83d'; expected text",
+        ),
+        ({"image": "\udcff.png"}, "image is '\\udcff.png'; expected null or a path"),
+        ({"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "<image>"}]}, ""),
+    ],
+)
+def test_check_preview_and_training_agree(run_yaml, tmp_path, capsys, record, reason):
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{"id": "x", "conversations": turns} | record] * 2))
+    arguments = ["--config", str(run_yaml), "--data_path", str(data)]
+    bad = 1 if reason else 0
+    assert check.main([*arguments, "--workers", "0"]) == bad
+    out, err = capsys.readouterr()
+    assert f"2 records: {0 if bad else 2} good (0 with images), {2 * bad} bad" in out and "Traceback" not in err
+    assert out.count(reason) == 2 if bad else "2 good records without an image hold <image>: it is text there" in out
+    assert preview.main([*arguments, "--index", "1"]) == 2 * bad
+    out, err = capsys.readouterr()
+    assert (
+        f"error: {data}, record 1 is bad: " in err and reason in err
+        if bad
+        else "USER: <image> ASSISTANT:[[ <image>" in out
+    )
+    skipped = ["--on_bad_sample", "skip", "--output_dir", str(tmp_path)]
+    dataset, _ = build_datasets(
+        dataset_of_config(run_yaml, arguments[2:]).processor, load_config(run_yaml, [*arguments[2:], *skipped])
+    )
+    if not bad:
+        assert dataset.processor.image_token_id not in dataset[0]["input_ids"]
+        return
+    with pytest.raises(
+        ValueError, match=rf"2 bad samples in a row from .*record 0 on .* The first: .*{re.escape(reason)}"
+    ):
+        dataset[0]
+    assert dataset.close_report()["skipped"] == 2
 
 
 def test_check_counts_what_is_cut(run_yaml, capsys):

@@ -14,8 +14,10 @@ import pytest
 
 from llava_sp.eval.__main__ import main
 from llava_sp.eval.base import SOURCES
+from llava_sp.eval.cli import main as run_one
 from llava_sp.eval.compare import main as compare
 from llava_sp.eval.report.html import worst_items
+from llava_sp.eval.run.output import exclusive
 from llava_sp.eval.run.registry import ORDER, load_benchmark
 from llava_sp.shapes.benchmarks import Settings, write_all
 
@@ -162,6 +164,45 @@ def test_protocol_goes_to_the_benchmarks_that_have_it(model, data, tmp_path, cap
     )
 
 
+def test_one_command_at_a_time_in_a_root(model, data, tmp_path, capsys):
+    """Two of them would leave out what the other one holds, each in its own results."""
+    output = tmp_path / "out"
+    arguments = ["--only", "pope", "--data", data, "--model", model, "--output", output, *SMALL, "--limit", 2]
+    arguments = [str(argument) for argument in arguments]
+    with exclusive(output):
+        assert main(arguments) == 2
+    err = capsys.readouterr().err
+    assert f"error: {output / '.lock'} is being written by another process" in err
+    assert [path.name for path in output.iterdir()] == [".lock"]
+    assert main(arguments) == 0
+    (output / "pope" / "metrics.json").write_text("[]")
+    assert main(arguments) == 2
+    assert f"error: pope: {output / 'pope' / 'metrics.json'} is []; expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_a_checkpoint_of_stage_1_is_not_asked_questions(model, data, tmp_path, capsys, size):
+    stage1 = tmp_path / "stage1"
+    shutil.copytree(model, stage1, ignore=shutil.ignore_patterns("chat_template.jinja"))
+    settings = json.loads((stage1 / "processor_config.json").read_text())
+    (stage1 / "processor_config.json").write_text(json.dumps(settings | {"conversation_template": "plain"}))
+    arguments = [
+        "--model",
+        stage1,
+        "--data",
+        data / "vqav2",
+        "--output",
+        tmp_path / "out",
+        *SMALL,
+        "--batch-size",
+        size,
+    ]
+    assert run_one(load_benchmark("vqav2"), [str(argument) for argument in arguments]) == 2
+    err = capsys.readouterr().err
+    assert "error: the conversation template 'plain' (captions, of stage 1) would drop the question" in err
+    assert "ask a checkpoint of stage 2" in err and not list((tmp_path / "out").glob("**/rank-*.jsonl"))
+
+
 def test_fewer_questions_do_not_replace_more(model, data, tmp_path, capsys):
     arguments = [
         "--only",
@@ -200,7 +241,6 @@ def test_chinese_tables_in_the_english_folder(model, data, tmp_path, capsys):
         (["--all", "--split", "val"], "--split is for a single benchmark"),
         (["--all", "--outp", "x"], "unknown arguments: --outp x"),
         (["--all", "--answers", "x"], "--answers is for a single benchmark"),
-        (["--all", "--batch-size", "0"], "--batch-size is 0; it must be at least 1"),
         (["--only", "gqa", "--model", "nowhere/at/all"], "nowhere/at/all"),
     ],
 )

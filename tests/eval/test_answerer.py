@@ -115,3 +115,22 @@ def test_questions_of_an_image_stay_together_longest_first(files):
     a, b, *_ = ((image,) for image in files)
     items = [Item(i, "x" * n, images) for i, (n, images) in enumerate([(5, a), (9, b), (30, a), (9, ()), (40, ())])]
     assert [item.id for item in in_order(Plain(), items)] == [2, 0, 1, 4, 3]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("text", ["<image>", "Is <image> a tag?", "<image><image>"])
+def test_a_question_with_marks_of_its_own_is_refused(opened, files, text, count):
+    """Of a benchmark, a mark that no image belongs to is an image that was lost."""
+    model, processor = opened
+    answerer = ModelAnswerer(SimpleNamespace(model=model), processor, Plain(), Generation())
+    with pytest.raises(
+        ValueError, match=rf"question 7: {count + text.count('<image>')} <image> marks? for {count} image"
+    ):
+        answerer.prepare([Item(7, text, tuple(files[:count]))])
+
+
+def test_half_a_surrogate_pair_names_the_question(opened):
+    model, processor = opened
+    answerer = ModelAnswerer(SimpleNamespace(model=model), processor, Plain(), Generation())
+    with pytest.raises(ValueError, match="question 3: half a surrogate pair"):
+        answerer.prepare([Item(3, "a \ud83d")])

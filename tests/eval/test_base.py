@@ -96,6 +96,20 @@ def test_a_folder_belongs_to_one_command_at_a_time(colour_qa, data, tmp_path, ca
     assert main(colour_qa, arguments) == 0
 
 
+@pytest.mark.parametrize(
+    "content", ["[]", "", '{"score": 1', "null", '{"provenance": []}', '{"provenance": {"count": "2"}}']
+)
+def test_damaged_results_are_named(colour_qa, data, tmp_path, capsys, content):
+    (tmp_path / "a.jsonl").write_text('{"question_id": "q0", "text": "red"}\n{"question_id": "q1", "text": "red"}\n')
+    arguments = ["--answers", str(tmp_path / "a.jsonl"), "--data", str(data), "--output", str(tmp_path / "out")]
+    assert main(colour_qa, arguments) == 0
+    metrics = tmp_path / "out" / "metrics.json"
+    metrics.write_text(content)
+    capsys.readouterr()
+    assert main(colour_qa, arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {metrics}") and metrics.read_text() == content
+
+
 def test_arguments_are_not_abbreviated(colour_qa, data, capsys):
     with pytest.raises(SystemExit):
         main(colour_qa, ["--answ", "x", "--data", str(data)])

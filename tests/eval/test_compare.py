@@ -171,3 +171,56 @@ def test_run_without_a_score(outputs):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"score": None}))
     with pytest.raises(ValueError, match="has answers of vqav2 but no score"):
         module.read_run(outputs[0] / "vqav2")
+
+
+DAMAGE = {
+    "metrics.json": {
+        "[]": "is []; expected an object with score",
+        "": "is empty",
+        '{"score": 70.25, "metr': "ends in the middle",
+        "null": "is None; expected an object",
+        '{"score": "70", "metrics": {}, "provenance": {}}': "score is '70'; expected a number or null",
+        '{"score": 1, "metrics": {}, "provenance": {"benchmark": "vqav2"}}': "provenance has no protocol",
+        '{"score": 1, "metrics": {}, "provenance": {"benchmark": "x", "protocol": "p", "split": null, "count": 40}}': "no benchmark 'x'",
+    },
+    "per_item.jsonl": {
+        "[]": "line 1 is []; expected an object",
+        "": "is empty",
+        '{"question_id": 1, "score": "a"}': "line 1: score is 'a'; expected a number",
+        '{"question_id": 1, "score": NaN}': "line 1: score is nan; expected a number",
+        '{"question_id": null, "score": 1}': "line 1: question_id is None",
+        '{"question_id": 1, "score": 1, "unit": [2]}': "line 1: unit is [2]",
+        '{"question_id": 1}': "line 1 has no score",
+        '{"question_id": 1, "score": 1}': "has 1 questions, which make the score None, metrics.json has 40 and 70.25",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file, content", [(file, content) for file in DAMAGE for content in DAMAGE[file]])
+def test_damaged_results_are_named(outputs, capsys, file, content):
+    a, b = (str(folder / "vqav2") for folder in outputs)
+    (outputs[0] / "vqav2" / file).write_text(content)
+    capsys.readouterr()
+    assert main([a, b, "--samples", "20"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and DAMAGE[file][content] in err
+    assert a in err or "no benchmark 'x'" in err
+
+
+def test_results_of_which_lines_were_lost(outputs, capsys):
+    for folder in outputs:
+        file = folder / "vqav2" / "per_item.jsonl"
+        file.write_text("".join(file.read_text().splitlines(keepends=True)[:-3]))
+    assert main([*map(str, outputs), "--samples", "20"]) == 2
+    assert "vqav2/per_item.jsonl has 37 questions" in capsys.readouterr().err
+
+
+def test_lone_surrogates_are_printed(outputs, monkeypatch):
+    """Python's standard output takes no half of a pair; a file, or a pipe, is such an output."""
+    for folder in outputs:
+        file = folder / "vqav2" / "per_item.jsonl"
+        file.write_text(file.read_text().replace('"question": "', '"question": "\\ud83d '))
+    with (outputs[0] / "printed.txt").open("w", encoding="utf-8") as printed, monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", printed)
+        assert main([*map(str, outputs), "--samples", "20"]) == 0
+    assert "\\ud83d " in (outputs[0] / "printed.txt").read_text()

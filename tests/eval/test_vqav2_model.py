@@ -223,7 +223,9 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", ["torchrun", pytest.param("accelerate launch", marks=pytest.mark.slow), "deepspeed"]
+)
 def test_several_processes_under_each_launcher(checkpoint, data, whole, tmp_path, launcher):
     output = tmp_path / "out"
     processes, words = LAUNCHERS[launcher]

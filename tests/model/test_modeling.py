@@ -162,17 +162,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(golden, processor, imag
 def test_counts_that_do_not_fit(model, processor, images):
     pixels = processor.preprocess_images(images[:2])
     one = torch.tensor([[1, *[1000] * 582, 5]])
-    with pytest.raises(ValueError, match="input_ids hold 582 .*pixel_values hold 2 images of 582"):
+    with pytest.raises(ValueError, match="input_ids hold 582 .*pixel_values hold 2 x 582"):
         model(input_ids=one, pixel_values=pixels)
     with pytest.raises(ValueError, match="input_ids hold 581"):
         model(input_ids=one[:, 1:-1][:, :581], pixel_values=pixels[:1])
-    with pytest.raises(ValueError, match="pixel_values hold 0 images"):
+    with pytest.raises(ValueError, match="pixel_values hold 0 x 582"):
         model(input_ids=one)
     with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
         model()
     with pytest.raises(ValueError, match="pixel_values need input_ids"):
         model(inputs_embeds=torch.zeros(1, 584, 96), pixel_values=pixels[:1])
-    with pytest.raises(ValueError, match="pixel_values hold 2 images"):
+    with pytest.raises(ValueError, match="pixel_values hold 2 x 582"):
         model.generate(input_ids=one, pixel_values=pixels, num_beams=2, max_new_tokens=1)
 
 

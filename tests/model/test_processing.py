@@ -34,9 +34,7 @@ LEARNED_BY_US = {
 # Different on purpose: the original merges the marks of one turn into one, whatever the number of images; ours keeps them (and
 # the data set refuses the sample, which has one image).
 MARKS_KEPT = {"two_image_marks_in_one_turn"}
-# The original tokenizes the mark of a sample without image as plain text; ours is a placeholder (and the data set refuses
-# it). The reverse, `image_key_but_no_mark`, has equal ids in vicuna_v1 and is refused by the data set too.
-MARK_WITHOUT_IMAGE = {"mark_but_no_image_key"}
+# `image_key_but_no_mark` has equal ids in vicuna_v1, and is refused by the data set too.
 # Errors on both sides, and one that is an error only there: a system turn is the system text here.
 ERRORS = {("image_key_but_no_mark", "plain"), ("two_human_turns_in_a_row", "v1")}
 SYSTEM_TURN = {"unknown_role"}
@@ -87,13 +85,13 @@ def test_ids_and_labels_of_the_original(by_legacy, case, result):
         with pytest.raises(ValueError):
             processor.encode_conversation(conversation(case), template)
         return
-    ids, labels = processor.encode_conversation(conversation(case), template)
+    ids, labels = processor.encode_conversation(conversation(case), template, images="image" in case["sample"])
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
     if name in SYSTEM_TURN:
         assert result["error"] == "KeyError" and "Be nice. USER: Hello." in processor.tokenizer.decode(ids)
         return
     expected_ids, expected_labels = expanded(processor, result["input_ids"], result["labels"])
-    if name in MARKS_KEPT | MARK_WITHOUT_IMAGE:
+    if name in MARKS_KEPT:
         kept = [label for label in labels if label != -100]
         assert kept == [label for label in expected_labels if label != -100] and ids != expected_ids
         return

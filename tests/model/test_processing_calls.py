@@ -70,10 +70,8 @@ def test_images_per_prompt_must_agree(processor):
 
 
 def test_what_a_call_refuses(processor):
-    with pytest.raises(ValueError, match="truncation is True"):
-        processor(text="hi", truncation=True)
-    with pytest.raises(ValueError, match="return_offsets_mapping; it takes padding"):
-        processor(text="hi", return_offsets_mapping=True, other=False)
+    with pytest.raises(ValueError, match="return_length; it takes padding"):
+        processor(text="hi", return_length=True, other=False)
     assert "pixel_values" in processor(text="<image>", images=Image.new("RGB", (4, 4)), do_normalize=False, other=None)
     with pytest.raises(ValueError, match="images or text"):
         processor()
@@ -239,3 +237,81 @@ def test_chat_template_that_rewrites_history_is_refused():
 def test_byte_level_text_is_not_touched_by_the_space_rule():
     ours = LlavaSPProcessor(CLIPImageProcessorPil(), byte_level_tokenizer(), 3)
     assert ours.tokenizer.decode(ours.encode_segments([(" the cat", False)])[0]) == " the cat"
+
+
+ASK = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
+
+
+@pytest.mark.parametrize("conversation", [ASK, [ASK, ASK], [{"role": "user", "content": "<image>\nWhat is it?"}]])
+@pytest.mark.parametrize("options", [{}, {"tokenize": True, "return_dict": True}])
+def test_a_template_of_captions_drops_no_question(processor, conversation, options):
+    words = r"'plain' \(captions, of stage 1\) would drop the question '.*What is it\?'"
+    with pytest.raises(ValueError, match=words):
+        processor.apply_chat_template(
+            conversation, conversation_template="plain", add_generation_prompt=True, **options
+        )
+    caption = [{"role": "user", "content": [{"type": "image"}]}]
+    for given in (caption, [{"role": "user", "content": "<image>"}]):
+        assert (
+            processor.apply_chat_template(given, conversation_template="plain", add_generation_prompt=True).strip()
+            == "<image>"
+        )
+
+
+def test_another_template_of_a_call(processor):
+    for name in ("vicuna_v1", "llava_v1", "llama_2"):
+        other = LlavaSPProcessor(
+            processor.image_processor, processor.tokenizer, processor.num_image_tokens, conversation_template=name
+        )
+        options = {"add_generation_prompt": True}
+        assert processor.apply_chat_template(ASK, conversation_template=name, **options) == other.apply_chat_template(
+            ASK, **options
+        )
+    with pytest.raises(ValueError, match="unknown conversation template 'v9'"):
+        processor.apply_chat_template(ASK, conversation_template="v9")
+
+
+BROKEN = {
+    "{% if %}": "Expected an expression",
+    "{% for message in messages %}{{ message.content }}": "Unexpected end of template",
+    "{{ messages[0].nope.x }}": "has no attribute 'nope'",
+    "{{ messages[9].content }}": "has no element 9",
+    "{{ 1 / 0 }}": "division by zero",
+    "{{ bos_token + 3 }}": "can only concatenate str",
+    "{% include 'x' %}": "no loader",
+    "{{ raise_exception('not for you') }}": "not for you",
+    "{{ range(1000000000) | list }}": "Range too big",
+    "{{ messages.__class__.__mro__ }}": "is unsafe",
+    "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}": "recursion",
+    "always the same": "makes 'always the same' of",
+    "{% for message in messages %}{{ message.role }}{% endfor %}": "makes 'user' of",
+}
+
+
+@pytest.mark.parametrize("template", BROKEN)
+def test_a_broken_chat_template_is_named_where_it_is_opened(processor, tmp_path, template):
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=rf"^{tmp_path}: .*chat template.*{re.escape(BROKEN[template])}"):
+        LlavaSPProcessor.from_pretrained(tmp_path)
+
+
+def test_a_chat_template_that_is_no_text(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes("{{ messages }} é".encode("utf-16"))
+    with pytest.raises(ValueError, match=f"^{tmp_path}: a file of the processor .* can't decode"):
+        LlavaSPProcessor.from_pretrained(tmp_path)
+
+
+def test_a_template_that_refuses_a_conversation(processor):
+    with pytest.raises(ValueError, match="chat template cannot render this conversation .turn 0 is by assistant"):
+        processor.apply_chat_template([{"role": "assistant", "content": "Hello"}])
+
+
+@pytest.mark.parametrize("text", ["a \ud83d b", "\udcff", "<image>\ude00"])
+def test_half_a_surrogate_pair_is_no_text(processor, text):
+    image = Image.new("RGB", (4, 4)) if "<image>" in text else None
+    with pytest.raises(ValueError, match=r"half a surrogate pair in '.*.u(d83d|dcff|de00)': not text"):
+        processor(text=text, images=image)
+    with pytest.raises(ValueError, match="half a surrogate pair"):
+        processor.encode_conversation([{"role": "user", "content": text}, {"role": "assistant", "content": "x"}])

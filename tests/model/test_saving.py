@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, pipeline
 
 from llava_sp import LlavaSPConfig, LlavaSPForCausalLM, LlavaSPProcessor
+from llava_sp.checkpoints.opening.adapter import save_adapter
 
 PROMPT = "USER: <image>\nWhat is this? ASSISTANT:"
 
@@ -41,10 +42,11 @@ def test_pipeline(saved, images):
     assert isinstance(result[0]["generated_text"], str)
 
 
-def test_a_saved_folder_opens_where_the_package_is_not_installed(saved, tmp_path):
-    """The folder carries its code: `trust_remote_code` in a process that cannot import llava_sp."""
-    folder = tmp_path / "pushed"
+def test_a_saved_folder_opens_where_the_package_is_not_installed(model, processor, saved, tmp_path):
+    """The folder carries its code: `trust_remote_code` in a process that cannot import llava_sp; an adapter says what it needs."""
+    folder, adapter = tmp_path / "pushed", tmp_path / "adapter"
     shutil.copytree(saved, folder)
+    save_adapter(model, processor, adapter)
     script = tmp_path / "open.py"
     script.write_text(
         "import importlib.util, torch\n"
@@ -55,6 +57,12 @@ def test_a_saved_folder_opens_where_the_package_is_not_installed(saved, tmp_path
         "from PIL import Image\n"
         "inputs = processor(text='USER: <image>\\nHi ASSISTANT:', images=Image.new('RGB', (50, 40)))\n"
         "print(type(model).__module__, model.generate(**inputs, max_new_tokens=3).shape[1])\n"
+        "from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM\n"
+        f"print(type(AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)).__name__)\n"
+        f"print(type(AutoConfig.from_pretrained({str(adapter)!r}, trust_remote_code=True)).__name__)\n"
+        f"print(type(AutoProcessor.from_pretrained({str(adapter)!r}, trust_remote_code=True)).__name__)\n"
+        f"try: AutoModelForMultimodalLM.from_pretrained({str(adapter)!r}, trust_remote_code=True)\n"
+        "except ImportError as error: print(error)\n"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
@@ -65,7 +73,10 @@ def test_a_saved_folder_opens_where_the_package_is_not_installed(saved, tmp_path
         [sys.executable, "-I", "-S", "-c", runner], capture_output=True, text=True, env=environment, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("transformers_modules.")
+    model, *others, needed = done.stdout.splitlines()
+    assert model.startswith("transformers_modules.")
+    assert others == ["LlavaSPModel", "LlavaSPConfig", "LlavaSPProcessor"]
+    assert needed == f"{adapter} is an adapter checkpoint: pip install llava_sp, and import it, to open it"
 
 
 def test_import_is_light():
@@ -99,8 +110,6 @@ def test_bitsandbytes(model, saved, processor, images, tmp_path, as_adapter):
     """The language model is loaded in 8 bits; tower, projector and head keep their precision."""
     pytest.importorskip("bitsandbytes", reason="the extra llava_sp[quantize] is not installed")
     from transformers import BitsAndBytesConfig
-
-    from llava_sp.checkpoints.opening.adapter import save_adapter
 
     if as_adapter:
         save_adapter(model, processor, tmp_path)

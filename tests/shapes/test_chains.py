@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -67,3 +71,29 @@ def test_each_command_gets_its_share_of_the_threads(scripts, monkeypatch):
     assert Chains(16).environment["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert Chains(3).environment["OMP_NUM_THREADS"] == "5"
+
+
+def test_ctrl_c_ends_all_and_says_one_line(scripts, repo, monkeypatch):
+    """As a terminal sends it, to every process of the group."""
+    (scripts / "ready.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    code = (
+        "import signal, sys; from pathlib import Path; from llava_sp.common.command import run_command\n"
+        "from llava_sp.shapes.chains import Chains, Command\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
+        "chains = {name: [Command('waits', ['-m', 'ready'], Path(sys.argv[1]) / name)] for name in 'ab'}\n"
+        "sys.exit(run_command(lambda: Chains(2).run(chains), on_interrupt='interrupted'))"
+    )
+    command = [sys.executable, "-c", code, str(scripts / "logs")]
+    monkeypatch.setenv("PYTHONPATH", f"{repo}:{scripts}")
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, **options)
+    while not all((scripts / "logs" / name).is_file() for name in "ab"):
+        time.sleep(0.02)
+    seen = ""
+    while seen.count("ready\n") < 2:
+        seen += process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "\ninterrupted\n")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from llava_sp.shapes.benchmarks.__main__ import main as benchmarks
 from llava_sp.shapes.language import FAMILIES, SUFFIX, questions
 from llava_sp.shapes.make import ANNOTATIONS_FILE, QUESTIONS_FILE, Settings, main, make
 from llava_sp.shapes.world import Scene, Thing, digit_instances, split_of
@@ -103,5 +104,32 @@ def test_made_once_and_never_over_other_files(data, tmp_path, capsys):
     (tmp_path / "thesis.tex").write_text("years of work")
     assert main(["--output", str(tmp_path)]) == 2
     assert "other files" in capsys.readouterr().err
-    assert main(["--output", str(tmp_path / "new"), "--captions", "0"]) == 2
-    assert "error: --captions is 0" in capsys.readouterr().err and not (tmp_path / "new").exists()
+    with pytest.raises(SystemExit, match="2"):
+        main(["--output", str(tmp_path / "new"), "--captions", "0"])
+    assert "error: --captions is '0'" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_is_one_line_with_the_file(tmp_path, capsys):
+    """/dev/full takes no byte."""
+    small = ["--captions", "1", "--conversations", "1", "--questions", "3"]
+    for file in ("images/caption_000000.jpg", "vqav2/val2014/COCO_val2014_000000000001.jpg"):
+        output = tmp_path / file.partition("/")[0]
+        (output / "images").mkdir(parents=True)
+        (output / file).parent.mkdir(parents=True, exist_ok=True)
+        (output / file).symlink_to("/dev/full")
+        assert main(["--output", str(output), *small]) == 2
+        assert capsys.readouterr().err == f"error: cannot write {output / file}: No space left on device\n"
+        assert not (output / "world.json").exists()
+        (output / file).unlink(missing_ok=True)
+        assert main(["--output", str(output), *small]) == 0
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"settings": 3}', "null", "\xff"])
+@pytest.mark.parametrize("command", [main, benchmarks])
+def test_a_damaged_record_is_named(command, content, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "world.json").write_text(content, encoding="latin-1")
+    assert command(["--output", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and str(tmp_path) in err and "Traceback" not in err
+    assert (tmp_path / "world.json").read_text(encoding="latin-1") == content

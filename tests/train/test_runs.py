@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -106,6 +107,37 @@ def test_another_runs_folder(whole, capsys):
     assert "belongs to another run" in message
     assert "learning_rate: 0.002 there, 0.001 now" in message and "seed: 42 there, 7 now" in message
     assert "logging_steps" not in message
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda content: content[: content.index(b"provenance")], "has no provenance; it has "),
+        (lambda content: content[:100], "(has no provenance|is not valid YAML)"),
+        (lambda content: bytes(len(content)), "is not valid YAML: .*#x0000"),
+        (lambda content: b"", "is empty"),
+        (lambda content: content.decode().encode("utf-16"), "is not UTF-8 text"),
+    ],
+    ids=["cut", "cut short", "zeroed", "empty", "UTF-16"],
+)
+def test_a_damaged_run_file(whole, tmp_path, capsys, damage, message):
+    shutil.copytree(whole / "out", tmp_path / "out")
+    file = tmp_path / "out" / "run.yaml"
+    file.write_bytes(damage(file.read_bytes()))
+    assert main(["--config", str(whole / "run.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(rf"^error: {re.escape(str(file))} {message}", error) and error.count("\n") == 1
+
+
+def test_a_launcher_that_counts_in_words(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "first")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as end:
+        main(["--config", "c.yaml"])
+    assert end.value.code == 2
+    assert (
+        capsys.readouterr().err == "error: RANK is 'first' in the environment; it must be a whole number, 0 or more\n"
+    )
 
 
 def test_a_folder_that_is_no_run(whole, tmp_path):

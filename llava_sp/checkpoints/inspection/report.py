@@ -14,20 +14,21 @@ from huggingface_hub.errors import HFValidationError
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
 from llava_sp.checkpoints.opening.backbones import read_vocabulary
+from llava_sp.checkpoints.opening.ends import never_stops
 from llava_sp.checkpoints.opening.fit import Comparison, compare
 from llava_sp.checkpoints.opening.foreign import check_language_model, has_tokenizer
 from llava_sp.checkpoints.opening.full import recorded_config
-from llava_sp.checkpoints.opening.processors import make_processor
+from llava_sp.checkpoints.opening.processors import make_processor, open_processor
 from llava_sp.checkpoints.reading.formats import (
     OURS,
     Checkpoint,
     UnknownFormat,
-    read_generation_config,
     recognise,
 )
-from llava_sp.checkpoints.reading.manifest import MERGE_RECORD, MERGED
+from llava_sp.checkpoints.reading.manifest import MERGE_RECORD, MERGED, hold_to_sha256
 from llava_sp.checkpoints.reading.names import HEAD, LANGUAGE, LORA, ORIGINAL_GRID, PROJECTOR, TOWER
 from llava_sp.checkpoints.reading.places import base_folder
+from llava_sp.checkpoints.reading.settings import read_all_settings
 from llava_sp.checkpoints.reading.tensor_files import stored_tensors, weight_files
 from llava_sp.common.files import is_missing_folder, read_json
 from llava_sp.model.backbone_configs import is_original, language_config, vision_config
@@ -36,6 +37,7 @@ from llava_sp.model.processing_llava_sp import LlavaSPProcessor
 
 PLACEHOLDERS = {"language_model": "LANGUAGE_MODEL", "vision_tower": "VISION_TOWER"}
 UNREAD = "not read; checked on opening"
+UNCHANGED = "those that were saved, by their sha256"
 # The report's keys: None, or an empty list, where nothing was recognised.
 _KEYS = (
     "format",
@@ -49,7 +51,7 @@ _KEYS = (
     "run",
     "merged_from",
 )
-_LISTS = ("files", "missing", "unexpected", "wrong_shape", "empty", "problems", "needs", "call")
+_LISTS = ("files", "missing", "unexpected", "wrong_shape", "empty", "problems", "warnings", "needs", "call")
 PARTS = {
     "language model": (LANGUAGE, HEAD),
     "vision tower": (TOWER,),
@@ -93,7 +95,7 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         return report | {"problems": [str(error)]}
     bases = _language(found), _tower(found)
-    config, comparison, problems = _problems(found, *bases)
+    config, comparison, problems, warnings = _problems(found, *bases)
     given = [keyword for keyword, one in zip(PLACEHOLDERS, bases) if one.status == "missing"]
     return report | {
         "format": found.format,
@@ -108,7 +110,9 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
         "run": (found.manifest or {}).get("run") or None,
         "merged_from": _merged(found),
         **vars(comparison),
+        "values": UNCHANGED if found.manifest and not problems else UNREAD,
         "problems": problems,
+        "warnings": warnings,
         "loads": not problems,
         "needs": given,
         "call": _calls(path, found, given, bases),
@@ -117,22 +121,25 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
 
 def _problems(
     found: Checkpoint, language: Backbone, tower: Backbone
-) -> tuple[LlavaSPConfig | None, Comparison, list[str]]:
-    """The configuration that opening would use, the tensors that differ from it, and every error of opening."""
+) -> tuple[LlavaSPConfig | None, Comparison, list[str], list[str]]:
+    """The configuration that opening would use, the tensors that differ from it, every error of opening, and warnings."""
     problems = [
         f"its {what}: {backbone.problem}"
         for what, backbone in (("language model", language), ("vision tower", tower))
         if backbone.problem is not None
     ]
     config, comparison = None, compare(found, None)
+    warnings: list[str] = []
     try:
         config = _config(found, language, tower)
         comparison = compare(found, config)
+        for tensor in {tensor.file: tensor for tensor in found.tensors.values()}.values():
+            hold_to_sha256(tensor.file, tensor.sha256)
         if not problems:
-            problems += _processor_problems(found, language, tower)
+            problems, warnings = _try_processor(found, language, tower)
     except (ValueError, TypeError, KeyError, ImportError, OSError) as error:
         problems.append(f"its configuration: {error}")
-    return config, comparison, problems + comparison.lines()
+    return config, comparison, problems + comparison.lines(), warnings
 
 
 # ---- the backbones
@@ -172,7 +179,7 @@ def _place(found: Checkpoint, recorded: str | None, fingerprint: str | None) -> 
 def _weights_problem(folder: Path) -> str | None:
     """A problem of its files or their headers; whether the model is complete is checked on opening."""
     try:
-        read_generation_config(folder)
+        read_all_settings(folder)
         for file in weight_files(folder):
             stored_tensors(file)
     except (ValueError, OSError) as error:
@@ -239,8 +246,9 @@ def _side(found: Checkpoint, name: str, dim: int) -> int | None:
     return None if tensor is None or len(tensor.shape) <= dim else tensor.shape[dim]
 
 
-def _processor_problems(found: Checkpoint, language: Backbone, tower: Backbone) -> list[str]:
-    """Problems of tokenizers and image settings, built as on opening, as far as they are on this machine."""
+def _try_processor(found: Checkpoint, language: Backbone, tower: Backbone) -> tuple[list[str], list[str]]:
+    """Problems of tokenizers and image settings, built as on opening, as far as they are on this machine, and warnings."""
+    processor: LlavaSPProcessor | None = None
     bases = {"language_model": language.folder, "vision_tower": tower.folder}
     try:
         if found.format not in OURS and has_tokenizer(found):
@@ -250,14 +258,17 @@ def _processor_problems(found: Checkpoint, language: Backbone, tower: Backbone) 
             if found.format not in OURS:
                 check_language_model(found, language_config(language.folder), tuple(ids))
         if found.format in OURS and _has_processor(found):
-            LlavaSPProcessor.from_saved(found.folder)
+            processor = open_processor(LlavaSPProcessor, found)
         elif found.format not in OURS and None not in bases.values():
             own = {"language_model": found.holds_language_model, "vision_tower": found.holds_vision_tower}
             given: dict[str, Any] = {keyword: folder for keyword, folder in bases.items() if not own[keyword]}
-            make_processor(LlavaSPProcessor, found, **given, local_files_only=True)
+            processor = make_processor(LlavaSPProcessor, found, **given, local_files_only=True)
     except (ValueError, OSError) as error:
-        return [f"its processor: {error}"]
-    return []
+        return [f"its processor: {error}"], []
+    with contextlib.suppress(ValueError, OSError):  # a template that cannot train
+        warning = processor and never_stops(processor, language.folder or found.folder, local_files_only=True)
+        return [], [warning] if warning else []
+    return [], []
 
 
 def _has_processor(found: Checkpoint) -> bool:

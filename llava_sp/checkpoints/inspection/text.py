@@ -22,6 +22,7 @@ def text(report: dict[str, Any]) -> str:
         rows += _rows("loads", [verdict, *report["call"]])
     else:
         rows += _rows("loads", ["no", *_cut(_reasons(report))])
+    rows += [("warning", warning) for warning in report["warnings"]]
     return "\n".join([report["path"], *(f"  {label:<15}{value}".rstrip() for label, value in rows)])
 
 

@@ -40,6 +40,8 @@ def open_model(cls, checkpoint: str | os.PathLike | Checkpoint, *args, output_lo
     if any(kwargs.get(name) for name in _ELSEWHERE):
         return cls.from_full(checkpoint, *args, output_loading_info=output_loading_info, **kwargs)
     found = checkpoint if isinstance(checkpoint, Checkpoint) else recognise(fetch(checkpoint, **kwargs))
+    if found.format in ("llava_sp", "llava_hf"):
+        kwargs.pop("is_trainable", None)  # all of a full model trains
     if found.format == "llava_sp":
         return open_full(cls, found, *args, output_loading_info=output_loading_info, **kwargs)
     if output_loading_info or args:

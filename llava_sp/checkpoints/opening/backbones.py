@@ -26,10 +26,18 @@ from transformers.integrations import deepspeed as integration
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from llava_sp.checkpoints.opening.fill import check_model, gathered
+from llava_sp.checkpoints.opening.fill import check_model, gathered, integer_weights
+from llava_sp.checkpoints.opening.probes import (
+    features_problem,
+    head_problem,
+    head_steps,
+    leading_tokens,
+    tower_problem,
+)
 from llava_sp.checkpoints.reading.fingerprint import weights_fingerprint
-from llava_sp.checkpoints.reading.formats import read_generation_config, recognise
+from llava_sp.checkpoints.reading.formats import recognise
 from llava_sp.checkpoints.reading.places import fetch, hub_kwargs
+from llava_sp.checkpoints.reading.settings import read_all_settings
 from llava_sp.checkpoints.reading.tensor_files import stored_tensors, weight_files
 from llava_sp.common.files import counted
 from llava_sp.model.backbone_configs import (
@@ -163,14 +171,21 @@ class Backbones:
         return self.assemble(cls, config, language, tower, fresh_projector(config, dtype, seed), recorded)
 
     def assemble(self, cls, config: LlavaSPConfig, language, tower, projector, recorded: bool = False):
-        """Loaded parts in an empty model, nothing copied; unless `recorded`, `config` becomes that of the parts."""
+        """Loaded parts in an empty model, nothing copied; unless `recorded`, `config` becomes that of the parts.
+
+        Raises `ValueError` for a tower or language model that computes something else than our model would.
+        """
         grow_vocabulary(language, self.rows)
         if not recorded:
             language.config.pad_token_id = self.pad_token_id
             config.text_config, config.vision_config = language.config, tower.config
-            config.vision_feature_select_strategy = "default" if _has_class_token(tower) else "full"
+            _record_ends(config, language, tower)
+        problem = tower_problem(tower, config) or (None if recorded else head_problem(language, self.language))
         with zero3_set_aside(), torch.device("meta"), as_value_error(config.name_or_path or "this model"):
             model = cls(config)
+            problem = problem or features_problem(tower, model)
+        if problem:
+            raise ValueError(problem)
         model.model.vision_tower = tower
         model.model.multi_modal_projector = projector.to(tower.device)
         model.model.language_model = language.base_model
@@ -196,7 +211,11 @@ def from_llava_hf(cls: type[PreTrainedModel], backbones: Backbones, config: Llav
     config.dtype = llava.dtype
     projector = SpatialProjector(config).to(llava.dtype)
     projector.load_state_dict(llava.model.multi_modal_projector.state_dict())
-    return backbones.assemble(cls, config, _language_half(llava), llava.model.vision_tower, projector)
+    model = backbones.assemble(cls, config, _language_half(llava), llava.model.vision_tower, projector)
+    if model.config.vision_tower_leading_tokens is not None:
+        raise ValueError(f"{backbones.tower}: transformers' LLaVA leaves registers of this tower among the patches")
+    model.config.language_model_logit_scale = model.config.language_model_logit_softcap = None  # it has the head alone
+    return model
 
 
 def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
@@ -300,7 +319,7 @@ def _load_complete(auto_class, path: str | os.PathLike, zeros_allowed: bool = Tr
     """
     stored = []
     if (Path(path) / "config.json").is_file():  # before anything is read; without it, transformers' own message
-        read_generation_config(Path(path))
+        read_all_settings(Path(path))
         stored = [tensor for file in weight_files(Path(path)) for tensor in stored_tensors(file)]
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # else the keys of a CLIP's text half are reported as unexpected
@@ -309,10 +328,11 @@ def _load_complete(auto_class, path: str | os.PathLike, zeros_allowed: bool = Tr
     finally:
         logging.set_verbosity(verbosity)
     problems = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    problems += integer_weights(model, stored)
     if problems:
         raise ValueError(
-            f"{path} does not hold all weights of {type(model).__name__}: {len(problems)} missing or of another shape, "
-            f"such as {', '.join(problems[:5])}"
+            f"{path} does not hold all weights of {type(model).__name__}: {len(problems)} missing, integers or of another "
+            f"shape, such as {', '.join(problems[:5])}"
         )
     check_model(model, path, stored, zeros_allowed)
     return model
@@ -330,9 +350,13 @@ def zero3_set_aside() -> Iterator[None]:
             integration.set_hf_deepspeed_config(current)
 
 
-def _has_class_token(tower: PreTrainedModel) -> bool:
-    """Whether the tower's hidden states begin with a class token (CLIP: yes; SigLIP and timm's spatial maps: no)."""
-    return any(name.endswith("class_embedding") for name, _ in tower.named_parameters())
+def _record_ends(config: LlavaSPConfig, language: PreTrainedModel, tower: PreTrainedModel) -> None:
+    """Enter what the tower gives before its patches, and what the language model does after its head."""
+    leading = leading_tokens(tower, config) or 0
+    config.vision_feature_select_strategy = "default" if leading else "full"
+    config.vision_tower_leading_tokens = leading if leading > 1 else None
+    config.language_model_logit_scale, config.language_model_logit_softcap = head_steps(language) or (None, None)
+    config.language_model_head_bias = getattr(language.get_output_embeddings(), "bias", None) is not None
 
 
 def _recorded(path: str) -> str:

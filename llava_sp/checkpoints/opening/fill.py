@@ -81,12 +81,17 @@ def copy_strictly(
                 parameter.copy_(tensors[name])
 
 
-def freeze(model: PreTrainedModel) -> PreTrainedModel:
-    """A model as opened: nothing trains, LoRA is in the model's own type, dropout is off."""
+def freeze(model: PreTrainedModel, is_trainable: bool = False) -> PreTrainedModel:
+    """A model as opened: nothing trains, LoRA is in the model's own type, dropout is off.
+
+    With `is_trainable`, LoRA and projector train, in float32; call it before they are filled.
+    """
+    dtype = model.dtype
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(False)
-        if LORA in name:
-            parameter.data = parameter.data.to(model.dtype)
+        trains = is_trainable and _within(tower_name(name), (PROJECTOR, LORA))
+        parameter.requires_grad_(trains)
+        if trains or LORA in name:
+            parameter.data = parameter.data.to(torch.float32 if trains else dtype)
     return model.eval()
 
 
@@ -101,13 +106,26 @@ def check_model(model: nn.Module, path: object, stored: Iterable[StoredTensor], 
     check_values(
         (_described(name, path, stored), parameter.detach(), zeros_allowed)
         for name, parameter in model.named_parameters()
-        if not parameter.is_meta and not hasattr(parameter, "ds_id")  # offloaded to disk; split by ZeRO-3
+        if not parameter.is_meta
+        and not hasattr(parameter, "ds_id")  # offloaded to disk; split by ZeRO-3
+        and type(parameter.detach()) is torch.Tensor  # else quantised: its values cannot be checked
     )
+
+
+def integer_weights(model: PreTrainedModel, stored: list[StoredTensor]) -> list[str]:
+    """Stored integers, by key and file, that a model without quantization took as floating-point weights."""
+    floating = tuple(_tail(name) for name, parameter in model.named_parameters() if parameter.is_floating_point())
+    integers = [] if getattr(model, "is_quantized", False) else [t for t in stored if not t.dtype.is_floating_point]
+    return [f"{t.key} in {t.file} ({t.dtype})" for t in integers if f".{t.key}".endswith(floating)]
 
 
 def _described(name: str, path: object, stored: list[StoredTensor]) -> str:
     """The tensor that became a parameter, with its file: files have prefixes or not, in one order or another."""
-    tail, words = f".{'.'.join(name.split('.')[-5:])}", set(name.split("."))
+    tail, words = _tail(name), set(name.split("."))
     alike = [tensor for tensor in stored if f".{tensor.key}".endswith(tail)]  # a tower's layers end as a decoder's do
     held = min(alike, key=lambda tensor: len(words ^ set(tensor.key.split("."))), default=None)
     return f"{held.key} in {held.file}" if held else f"{name} in {path}"
+
+
+def _tail(name: str) -> str:
+    return f".{'.'.join(name.split('.')[-5:])}"

@@ -39,6 +39,7 @@ def open_original(
     language_model: str | os.PathLike | None = None,
     vision_tower: str | os.PathLike | None = None,
     dtype: torch.dtype | str = "auto",
+    is_trainable: bool = False,
     **load_kwargs,
 ):
     """Open a checkpoint of the original code.
@@ -46,6 +47,7 @@ def open_original(
     Args:
         language_model, vision_tower: instead of the recorded ones, which are often paths on their authors' machines.
         dtype: of all weights; `"auto"` is the one that the checkpoint records, else the language model's own.
+        is_trainable: leaves LoRA and projector trainable, in float32; by default nothing trains.
         load_kwargs: for the backbones, see `from_backbones`.
 
     Raises:
@@ -60,8 +62,8 @@ def open_original(
     model = backbones.load(cls, config, dtype, **load_kwargs)
     if found.lora is not None:
         model.add_adapter(found.lora_config(), adapter_name=ADAPTER_NAME)
-    fill(model, found)
-    return freeze(model)
+    fill(freeze(model, is_trainable), found)
+    return model
 
 
 def open_llava_hf(cls, found: Checkpoint, *, language_model=None, vision_tower=None, dtype="auto", **load_kwargs):

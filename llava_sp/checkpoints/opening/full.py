@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import transformers
 from transformers import PreTrainedConfig
 
 from llava_sp.checkpoints.opening.fill import check_model
 from llava_sp.checkpoints.opening.fit import check_fits
 from llava_sp.checkpoints.opening.foreign import bases_of
+from llava_sp.checkpoints.opening.probes import tower_problem
 from llava_sp.checkpoints.reading.formats import Checkpoint
+from llava_sp.common.schema import expect
 from llava_sp.model.backbone_configs import as_value_error
-from llava_sp.model.configuration_llava_sp import LlavaSPConfig
+from llava_sp.model.configuration_llava_sp import PROJECTOR_SETTINGS, LlavaSPConfig
 
 # Must agree for one model's projector to fit into another.
 _SHAPE_FIELDS = (
@@ -39,18 +43,39 @@ def open_full(cls, found: Checkpoint, *args, config=None, output_loading_info: b
     model, info = cls.from_full(found.folder, *args, config=config, output_loading_info=True, **kwargs)
     if not quantized:
         check_model(model, found.folder, found.tensors.values())
+    problem = tower_problem(model.model.vision_tower, config)
+    if problem:
+        raise ValueError(problem)
     return (model, info) if output_loading_info else model
 
 
 def recorded_config(found: Checkpoint, given: LlavaSPConfig | None = None, **settings) -> LlavaSPConfig:
-    """config.json of a checkpoint of ours, or `given`. Raises `ValueError` for invalid values or contradictions."""
+    """config.json of a checkpoint in our formats, or `given`.
+
+    Raises `ValueError` for invalid values, a setting that is not stated, or contradictions.
+    """
     differences = [] if given is None else config_differences(found, given)
     if differences:  # the Auto classes turn the keywords into a configuration
         raise ValueError(f"{found.folder}: the configuration is not that of the weights: {'; '.join(differences)}")
     if given is not None:
         return given
     with as_value_error(found.folder):
-        return LlavaSPConfig.from_pretrained(found.folder, **settings)
+        config = LlavaSPConfig.from_pretrained(found.folder, **settings)
+    for part, made in {"": config, "text_config": config.text_config, "vision_config": config.vision_config}.items():
+        stated = found.config.get(part, {}) if part else found.config
+        needed = dict.fromkeys(_decisive(made, found.config.get("transformers_version")), Any)
+        expect(stated, needed, f"{found.folder / 'config.json'}: {part}".removesuffix(": "))
+    return config
+
+
+def _decisive(config: PreTrainedConfig, version: str | None) -> set[str]:
+    """The settings that a config.json states which this version, or another one, of transformers has saved.
+
+    Where one is lost, a default would silently make another model.
+    """
+    own = set(PROJECTOR_SETTINGS) if isinstance(config, LlavaSPConfig) else set()
+    of_this = config.to_dict().keys() - PreTrainedConfig().to_dict().keys()
+    return own | (of_this if version in (None, transformers.__version__) else set())
 
 
 def config_differences(found: Checkpoint, config: LlavaSPConfig) -> list[str]:

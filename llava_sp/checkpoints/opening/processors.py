@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
+
+from PIL import Image
 
 from llava_sp.checkpoints.opening.foreign import bases_of, check_language_model, has_tokenizer
 from llava_sp.checkpoints.reading.formats import OURS, Checkpoint, recognise
 from llava_sp.checkpoints.reading.places import base_kwargs, fetch, fetch_config, hub_kwargs
+from llava_sp.checkpoints.reading.settings import read_all_settings
 from llava_sp.common.files import read_json
-from llava_sp.model.backbone_configs import language_config, load_tokenizer, vision_config
+from llava_sp.common.schema import Check, expect, one_of
+from llava_sp.model.backbone_configs import as_value_error, language_config, load_tokenizer, vision_config
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from llava_sp.model.processing_llava_sp import LlavaSPProcessor, add_special_tokens
 
@@ -32,11 +37,36 @@ def open_processor(
     """
     if not isinstance(checkpoint, Checkpoint):
         if is_saved(checkpoint, **kwargs):
-            return cls.from_saved(checkpoint, *args, **kwargs)
+            return _saved(cls, checkpoint, *args, **kwargs)
         checkpoint = recognise(fetch(checkpoint, **kwargs))
     if checkpoint.format in OURS or is_saved(checkpoint.folder):
-        return cls.from_saved(checkpoint.folder, *args, **kwargs)
+        return _saved(cls, checkpoint.folder, *args, **kwargs)
     return make_processor(cls, checkpoint, language_model, vision_tower, **kwargs)
+
+
+def _saved(cls: type[LlavaSPProcessor], path: str | os.PathLike, *args, **kwargs) -> LlavaSPProcessor:
+    """The processor that was saved in a folder or on the hub; it is tried, and held to the model's configuration beside it.
+
+    Raises `ValueError` for what would fail, or mean other tokens than the model's, with the first image and text.
+    """
+    if Path(path).is_dir():
+        read_all_settings(Path(path), "ours")
+    processor = cls.from_saved(path, *args, **kwargs)
+    config = fetch_config(path, **hub_kwargs(kwargs))
+    if config is None or read_json(config, dict).get("model_type") != LlavaSPConfig.model_type:
+        return processor
+    with as_value_error(path):
+        model = LlavaSPConfig.from_pretrained(config.parent)
+        pixels = processor(images=Image.new("RGB", (48, 32)), text=f"{processor.image_token} a")["pixel_values"]
+    made = {name: getattr(processor, name) for name in ("image_token_id", "pad_token_id", "num_image_tokens")}
+    spec = {name: one_of(getattr(model, name)) for name in made} | {
+        "image": one_of([1, 3, model.image_size, model.image_size]),
+        "pixels": Check(math.isfinite, "numbers"),
+        "tokens": Check(lambda count: count <= model.text_config.vocab_size, "no more than the model has"),
+    }
+    made |= {"image": [*pixels.shape], "pixels": pixels.sum().item(), "tokens": len(processor.tokenizer)}
+    expect(made, spec, f"the processor of {path} is not that of its model")
+    return processor
 
 
 def is_saved(path: str | os.PathLike, **kwargs) -> bool:

@@ -37,7 +37,7 @@ def from_backbones(
         language_model, vision_tower: hub ids or local folders; also those within a full LLaVA.
         warm_start: a trained LLaVA-1.5 (any format, or its projector alone) whose patch MLP and LoRA are kept; a full
             one's language model replaces `language_model`. The spatial branch is new.
-        check_base: compare the bases' fingerprints with those that LoRA of ours records.
+        check_base: compare the bases' fingerprints with those that an adapter of ours records.
         settings: those of `backbones.from_backbones`, whose errors are raised too.
     """
     start = None if warm_start is None else recognise(fetch(warm_start, **hub_kwargs(base_kwargs(settings))))
@@ -86,7 +86,7 @@ def start_from(
     found = start if isinstance(start, Checkpoint) else recognise(fetch(start))
     check_fits(found, None)
     if found.manifest is not None:
-        if check_base and found.lora:
+        if check_base:
             check_bases(found, model.config)
     elif found.lora:
         check_language_model(found, model.config.text_config, (model.config.image_token_id, model.config.pad_token_id))

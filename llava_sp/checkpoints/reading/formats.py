@@ -14,21 +14,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig
 
 from llava_sp.checkpoints.reading.lora_settings import (
     OPENED,
     ORIGINAL_SETTINGS,
-    SETTINGS,
     check_plain_lora,
     original_lora_config,
+    our_settings,
 )
-from llava_sp.checkpoints.reading.manifest import describe
+from llava_sp.checkpoints.reading.manifest import MANIFEST, describe
 from llava_sp.checkpoints.reading.names import (
     CONSTANTS,
     HEAD,
@@ -44,6 +43,7 @@ from llava_sp.checkpoints.reading.names import (
     tower_name,
     unwrapped,
 )
+from llava_sp.checkpoints.reading.settings import read_all_settings
 from llava_sp.checkpoints.reading.tensor_files import (
     WEIGHT_FILES,
     StoredTensor,
@@ -76,23 +76,17 @@ FORMATS = {
 }
 OURS = ("llava_sp", "llava_sp_adapter")
 LORA_FOLDER = "lora"
+LORA_TENSORS = f"{LORA_FOLDER}/adapter_model.safetensors"
 
 _LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _NON_LORA_FILES = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")
 _PROJECTOR_FILES = ("model.bin", "mm_projector.bin")
 _PLACE = Check(lambda value: value is None or isinstance(value, str), "the hub id or folder of one model")
-_TYPE = Check(
-    lambda name: not name or isinstance(getattr(torch, str(name).removeprefix("torch."), None), torch.dtype),
-    "float16 or the like",
-)
 # The schema of the settings in config.json that are read, and of those that change how a model processes an image.
-_CONFIG = {"language_model_name_or_path?": _PLACE, "vision_tower_name_or_path?": _PLACE}
 _ORIGINAL_CONFIG = {
     "_name_or_path?": _PLACE,
     "mm_vision_tower?": _PLACE,
     "vision_tower?": _PLACE,
-    "torch_dtype?": _TYPE,
-    "dtype?": _TYPE,
     "mm_vision_select_layer?": int,
     "mm_vision_select_feature?": one_of("patch"),
     "mm_projector_type?": one_of("mlp2x_gelu"),
@@ -183,18 +177,20 @@ class Checkpoint:
         return LoraConfig.from_pretrained(str(self.lora_file.parent))
 
     def add(self, tensors: list[StoredTensor], named: Callable[[str], str | None]) -> None:
-        """Enter tensors under our names. Raises `ValueError` for two with the same name."""
+        """Enter tensors under our names. Raises `ValueError` for two with the same name, and for integers."""
         for tensor in tensors:
             name = named(tensor.key)
-            if name is None:
-                self.unknown += [] if tensor.key.endswith(CONSTANTS) else [tensor]
-            elif not name.endswith(CONSTANTS):
-                other = self.tensors.setdefault(name, tensor)
-                if other is not tensor:
-                    raise ValueError(
-                        f"{tensor.key} in {tensor.file} and {other.key} in {other.file} are the same part of the model: "
-                        "two checkpoints, perhaps of two variants, were mixed"
-                    )
+            if tensor.key.endswith(CONSTANTS):
+                continue
+            if not tensor.dtype.is_floating_point and "quantization_config" not in self.config:
+                raise ValueError(f"{tensor.key} in {tensor.file} holds {tensor.dtype}; expected floating-point weights")
+            other = tensor if name is None else self.tensors.setdefault(name, tensor)
+            self.unknown += [tensor] if name is None else []
+            if other is not tensor:
+                raise ValueError(
+                    f"{tensor.key} in {tensor.file} and {other.key} in {other.file} are the same part of the model: "
+                    "two checkpoints, perhaps of two variants, were mixed"
+                )
 
 
 def recognise(path: str | os.PathLike) -> Checkpoint:
@@ -208,17 +204,28 @@ def recognise(path: str | os.PathLike) -> Checkpoint:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no folder {path}")
-    folder = path if path.is_dir() else path.parent
+    found = _recognise(path, path if path.is_dir() else path.parent)
+    kind = "ours" if found.format in OURS else "model" if found.format == "llava_hf" else "backbone"
+    read_all_settings(found.folder, kind)
+    return found
+
+
+def _recognise(path: Path, folder: Path) -> Checkpoint:
     config = read_json(folder / "config.json", dict) if (folder / "config.json").is_file() else {}
     if path.is_file():
         return _original_projector(folder, path, config)
+    whole = shard_index(folder) is not None or bool(_find(folder, WEIGHT_FILES))
     if (folder / ADAPTER_FILE).is_file():
+        if whole:
+            raise ValueError(
+                f"{folder} holds a whole model beside {ADAPTER_FILE}: two checkpoints were saved in one folder"
+            )
         return _adapter(folder, config)
     if config.get("model_type") == "llava_sp" and not _find(folder, _NON_LORA_FILES):
         return _full(folder, config)
     if _find(folder, _LORA_FILES) or _find(folder, _NON_LORA_FILES):
         return _original_lora(folder, config)
-    if shard_index(folder) is not None or _find(folder, WEIGHT_FILES):
+    if whole:
         return _full_of_others(folder, config)
     if _find(folder, _PROJECTOR_FILES):
         return _original_projector(folder, _find(folder, _PROJECTOR_FILES)[0], config)
@@ -237,7 +244,6 @@ def _find(folder: Path, names: tuple[str, ...]) -> list[Path]:
 
 
 def _ours(folder: Path, config: dict, kind: str) -> Checkpoint:
-    expect(config, _CONFIG, folder / "config.json")
     found = Checkpoint(folder, kind, config)
     found.spatial = {key: value for key, value in config.items() if key.startswith(("spatial_", "fusion_"))}
     found.language_model = config.get("language_model_name_or_path") or None
@@ -246,26 +252,26 @@ def _ours(folder: Path, config: dict, kind: str) -> Checkpoint:
 
 
 def _full(folder: Path, config: dict) -> Checkpoint:
-    read_generation_config(folder)
     found = _ours(folder, config, "llava_sp")
     found.add(folder_tensors(folder), tower_name)
     return found
 
 
-def read_generation_config(folder: Path) -> dict[str, Any]:
-    """Raises `ValueError` naming the file if it is not valid; transformers' errors do not name it."""
-    file = folder / "generation_config.json"
-    return read_json(file, dict) if file.is_file() else {}
-
-
 def _adapter(folder: Path, config: dict) -> Checkpoint:
     found = _ours(folder, config, "llava_sp_adapter")
     found.manifest = describe(folder)
-    found.add(stored_tensors(folder / ADAPTER_FILE), lambda key: PROJECTOR + key)
+    found.add(_recorded(found, ADAPTER_FILE), lambda key: PROJECTOR + key)
     if (folder / LORA_FOLDER).is_dir():
-        found.lora = read_json(found.lora_file, SETTINGS)
-        found.add(stored_tensors(folder / LORA_FOLDER / _LORA_FILES[0]), lambda key: key.removeprefix(PEFT))
+        found.lora = our_settings(read_json(found.lora_file), found.lora_file)
+        found.add(_recorded(found, LORA_TENSORS), lambda key: key.removeprefix(PEFT))
     return found
+
+
+def _recorded(found: Checkpoint, name: str) -> list[StoredTensor]:
+    """The tensors of a file that the manifest has to know; its bytes are held to the manifest when they are read."""
+    assert found.manifest is not None
+    files = expect(found.manifest["files"], {name: dict}, f"{found.folder / MANIFEST}: files")
+    return [replace(tensor, sha256=files[name]["sha256"]) for tensor in stored_tensors(found.folder / name)]
 
 
 # ---- the original code's
@@ -345,12 +351,13 @@ def _full_of_others(folder: Path, config: dict) -> Checkpoint:
 
 
 def _llava_hf(folder: Path, config: dict, tensors: list[StoredTensor]) -> Checkpoint:
-    read_generation_config(folder)
     found = Checkpoint(folder, "llava_hf", config, spatial={"spatial_variant": "none"})
     found.add(tensors, llava_hf_name)
     tower = found.part(TOWER)
     # Else a class token would stay among the patches, or a patch be left out for one.
-    selected = "default" if any(name.endswith("class_embedding") for name in tower) or not tower else "full"
+    selected = (
+        "default" if any(name.endswith(("class_embedding", "cls_token")) for name in tower) or not tower else "full"
+    )
     expect(config, _LLAVA_HF_CONFIG | {"vision_feature_select_strategy?": one_of(selected)}, folder / "config.json")
     found.language_model = found.vision_tower = str(folder)
     return found

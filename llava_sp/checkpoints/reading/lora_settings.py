@@ -9,21 +9,19 @@ from typing import Any
 from peft import LoraConfig
 
 from llava_sp.checkpoints.reading.names import LANGUAGE
-from llava_sp.common.schema import Check, fits, one_of
+from llava_sp.checkpoints.reading.settings import COUNT, POSITIVE, SHARE
+from llava_sp.common.schema import Check, expect, fits, one_of
 
 SETTINGS = {
     "peft_type": one_of("LORA"),
-    "r": Check(lambda value: type(value) is int and value > 0, "a whole number above 0"),
-    "lora_alpha": float,
-    "lora_dropout?": (
-        Check(lambda value: type(value) in (int, float) and 0 <= value <= 1, "a number from 0 to 1"),
-        None,
-    ),
+    "r": COUNT,
+    "lora_alpha": POSITIVE,
+    "lora_dropout?": (SHARE, None),
     "target_modules": Check(lambda value: bool(value) and fits(value, (str, [str])), "the names of linear layers"),
     "use_rslora?": (bool, None),
     "use_dora?": (bool, None),
-    "rank_pattern?": (dict, None),
-    "alpha_pattern?": (dict, None),
+    "rank_pattern?": ({str: COUNT}, None),
+    "alpha_pattern?": ({str: POSITIVE}, None),
     "base_model_name_or_path?": (str, None),
 }
 # An expression may name layers of the tower too.
@@ -43,6 +41,10 @@ OPENED = (
     "rank_pattern",
     "alpha_pattern",
 )
+# Allowed in our formats as well: their tensors are saved, or they only say how training began.
+_OURS = (
+    *OPENED, "init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "layers_to_transform", "layers_pattern", "lora_bias",
+)  # fmt: skip
 # Settings of plain LoRA on linear layers, or without effect once it is trained; any others must be unset.
 _PLAIN = (
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out", "inference_mode",
@@ -56,10 +58,17 @@ def check_plain_lora(settings: dict[str, Any], file: Path, allowed: tuple[str, .
     """Raises `ValueError` for a setting, but for those `allowed`, that is not plain LoRA."""
     usual = LoraConfig().to_dict()
     for key, value in settings.items():
-        unset = value in (None, False, [], {}, "none", usual.get(key))
+        unset = fits(value, one_of(None, usual[key]) if key in usual else one_of(None, False, [], {}, "none"))
         plain = key in _PLAIN and (key != "init_lora_weights" or value in (*_INITIALISATIONS, None))
         if not (unset or plain or key in allowed):
             raise ValueError(f"{file}: {key} is {value!r}; expected plain LoRA on linear layers, without it")
+
+
+def our_settings(settings: Any, file: Path) -> dict[str, Any]:
+    """An adapter_config.json. Raises `ValueError` for anything but LoRA on linear layers, all of whose tensors are saved."""
+    expect(settings, {"peft_type": SETTINGS["peft_type"]}, file)  # first; other kinds lack the other settings
+    check_plain_lora(expect(settings, SETTINGS, file), file, _OURS)
+    return settings
 
 
 def original_lora_config(settings: dict[str, Any]) -> LoraConfig:

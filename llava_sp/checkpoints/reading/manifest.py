@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llava_sp.common.files import read_json
-from llava_sp.common.schema import Check
+from llava_sp.common.files import read_json, sha256
+from llava_sp.common.schema import Check, expect
 
 MANIFEST = "llava_sp.json"
 MERGE_RECORD = "merged.json"
@@ -40,3 +40,11 @@ def describe(folder: Path) -> dict[str, Any]:
         if size != about["bytes"]:
             raise ValueError(f"{tensors} is {size} bytes long, but {MANIFEST} records {about['bytes']}: cut off")
     return manifest
+
+
+def hold_to_sha256(file: Path, recorded: str | None) -> None:
+    """Raises `ValueError` where a file has another hash than the manifest records; takes about a second for each GiB."""
+    right = f"{recorded}, as in {MANIFEST} (if it was changed on purpose, correct it there)"
+    same = Check(lambda now: now == recorded, right, str)
+    if recorded is not None:
+        expect(sha256(file), same, f"{file} is not the file that was saved: its sha256")

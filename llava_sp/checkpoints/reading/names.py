@@ -18,7 +18,7 @@ HEAD = "lm_head."
 LORA = ".lora_"
 ADAPTER_NAME = "default"
 PEFT = "base_model.model."  # PEFT's files name parameters as seen from its wrapper
-CONSTANTS = ("rotary_emb.inv_freq", "position_ids")  # in older files; not weights
+CONSTANTS = ("rotary_emb.inv_freq", "position_ids", "num_batches_tracked")  # not weights; most in older files
 ORIGINAL_SCALES = (4, 8, 12, 16, 20, 24)
 ORIGINAL_GRID = 24
 
@@ -106,15 +106,23 @@ def llava_hf_name(key: str) -> str | None:
     return _replaced(tower_name(key.removeprefix("model.")), _LLAVA_HF)
 
 
+def adapter_of(name: str) -> str | None:
+    """The name of the adapter that a model's parameter belongs to; None if it is not LoRA's."""
+    return name.rpartition(LORA)[2].split(".")[1] if LORA in name else None
+
+
 def without_adapter_name(name: str) -> str:
     """LoRA's parameter name in a model -> in a checkpoint."""
-    return name.replace(f".{ADAPTER_NAME}.", ".")
+    layer, lora, rest = name.rpartition(LORA)
+    matrix, _, leaf = rest.partition(".")
+    return ".".join([layer + lora + matrix, *leaf.split(".")[1:]])  # an embedding's has no leaf
 
 
 def with_adapter_name(name: str) -> str:
     """A tensor's name in a checkpoint -> in a model, where LoRA's have the adapter's name."""
-    stem, _, leaf = name.rpartition(".")
-    return f"{stem}.{ADAPTER_NAME}.{leaf}" if LORA in name else name
+    layer, lora, rest = name.rpartition(LORA)
+    matrix, dot, leaf = rest.partition(".")  # of an embedding, without leaf
+    return f"{layer}{lora}{matrix}.{ADAPTER_NAME}{dot}{leaf}" if lora else name
 
 
 def spatial_layout(projector: dict[str, StoredTensor]) -> tuple[dict[str, Any], list[str]]:

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llava_sp.checkpoints.reading.manifest import hold_to_sha256
 from llava_sp.common.files import counted, read_json
 from llava_sp.common.schema import Check, expect
 
@@ -42,7 +43,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # of a whole model, the preferred first
 # An index of shards: key -> name of the file that holds it.
-_INDEX = {"weight_map": Check(bool, "an object that names a file for each key", {str: str})}
+_INDEX = {"weight_map": Check(bool, "an object that names a file for each key", {str: str}), "metadata": dict}
 _TENSORS = Check(lambda held: all(isinstance(key, str) for key in held), "tensors under names", {str: Tensor})
 _UNREADABLE = (  # raised by torch's unpickler for bytes that are not a pickle
     RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError, struct.error,
@@ -55,12 +56,13 @@ _ENDS = 64  # values at each end of a tensor that are hashed
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: its key there, shape, type, and the file."""
+    """A tensor in a file: its key there, shape, type, the file, and the file's hash where a manifest records it."""
 
     key: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path
+    sha256: str | None = None
 
     @property
     def numel(self) -> int:
@@ -150,7 +152,7 @@ def value_problem(tensor: Tensor, zeros_allowed: bool = False) -> str | None:
         count = int((~torch.isfinite(tensor)).sum())
         return f"holds NaN or infinity in {count:,} of its {tensor.numel():,} values"
     if largest > _HUGE:
-        return f"has values up to {largest:.1e}, which training cannot give: memory that was never initialised"
+        return f"has values up to {largest:.1e}: the run that wrote it diverged, or the memory was never initialised"
     if tensor.ndim > 1:
         if largest == 0:
             return None if zeros_allowed else "is zero everywhere: it was saved before it was initialised"
@@ -183,9 +185,10 @@ def read_checked(stored: dict[str, StoredTensor], zeros_allowed: bool = False) -
 
 
 def read_all(stored: dict[str, StoredTensor]) -> dict[str, Tensor]:
-    """The tensors under the same names, each file read once."""
+    """The tensors under the same names, each file read once. Raises `ValueError` for a file with another hash than recorded."""
     tensors: dict[str, Tensor] = {}
-    for file in sorted({tensor.file for tensor in stored.values()}):
+    for file, recorded in sorted({tensor.file: tensor.sha256 for tensor in stored.values()}.items()):
+        hold_to_sha256(file, recorded)
         here = {name: tensor.key for name, tensor in stored.items() if tensor.file == file}
         content = read_tensors(file, list(here.values()))
         tensors |= {name: content[key] for name, key in here.items()}
@@ -209,13 +212,13 @@ def _safetensors_ends(file: Path) -> Iterator[tuple[str, tuple[Any, torch.dtype,
         keys = opened.keys()
         for key in keys:
             part = opened.get_slice(key)
-            shape = part.get_shape()
+            shape, dtype = part.get_shape(), _DTYPES[part.get_dtype()]
             if 0 in shape or not shape:
                 first = last = opened.get_tensor(key).flatten()
             else:
                 rows = -(-_ENDS // math.prod(shape[1:]))
                 first, last = part[:rows].flatten(), part[max(0, shape[0] - rows) :].flatten()
-            yield key, (shape, _DTYPES[part.get_dtype()], first[:_ENDS], last[-_ENDS:])
+            yield key, (shape, dtype, first[:_ENDS], last[-_ENDS:])
 
 
 def _pickle_ends(file: Path) -> Iterator[tuple[str, tuple[Any, torch.dtype, Tensor, Tensor]]]:

@@ -21,6 +21,13 @@ from llava_sp.common.folders import check_new, new_folder
 from llava_sp.model.modeling_llava_sp import LlavaSPForCausalLM
 from llava_sp.model.processing_llava_sp import LlavaSPProcessor
 
+# Settings of ours by which a model computes what transformers' LLaVA does not.
+_NOT_IN_LLAVA_HF = (
+    "vision_tower_leading_tokens",
+    "language_model_head_bias",
+    "language_model_logit_scale",
+    "language_model_logit_softcap",
+)
 _NAMES = {"llava_sp": "our own", "original": "the original's", "llava_hf": "transformers'"}
 
 
@@ -75,6 +82,11 @@ def _to_llava_hf(found: Checkpoint, folder: Path, bases: dict[str, Any], max_sha
             "no language model: merge it first" if found.spatial.get("spatial_variant") == "none" else "spatial tokens"
         )
         raise ValueError(f"{found.folder} cannot be transformers' LLaVA: it has {lacking}")
+    more = [name for name in _NOT_IN_LLAVA_HF if found.config.get(name)]
+    if more:
+        raise ValueError(
+            f"{found.folder / 'config.json'}: transformers' LLaVA has no {', '.join(more)}; keep this format"
+        )
     ours = open_model(LlavaSPForCausalLM, found, **bases)
     config = ours.config
     llava_config = LlavaConfig(  # type: ignore[call-arg]  # its stub lacks pad_token_id

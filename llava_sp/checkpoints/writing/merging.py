@@ -6,7 +6,6 @@ import ctypes
 import gc
 import os
 import platform
-import re
 import time
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from llava_sp.checkpoints.writing.proof import Probe, dtype_name, probe_vector, 
 from llava_sp.common.files import read_json, write_json
 from llava_sp.common.folders import check_new, new_folder
 from llava_sp.common.provenance import versions
+from llava_sp.common.schema import SIZE, expect
 from llava_sp.model.modeling_llava_sp import LlavaSPForCausalLM
 from llava_sp.model.processing_llava_sp import LlavaSPProcessor
 
@@ -59,8 +59,7 @@ def merge(
         OSError: the disk is full, or `to` cannot be written. `to` is then unchanged, and nothing is left beside it.
     """
     start = time.monotonic()
-    if not re.fullmatch(r"\d+[KMGT]B", max_shard_size):
-        raise ValueError(f"max_shard_size is {max_shard_size!r}; give a number and KB, MB, GB or TB, such as 5GB")
+    expect(max_shard_size, SIZE, "max_shard_size")
     source, target = fetch(adapter), Path(to).resolve()
     found = recognise(source)
     _check_new(target, source)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from codecs import BOM_UTF8
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from llava_sp.common.files import Line, decode, parse_lines, read_bytes
+from llava_sp.common.files import Line, decode, parse_json, parse_lines, read_bytes
 from llava_sp.common.schema import Spec
 from llava_sp.eval.inputs.checks import compare_ids
 
@@ -36,7 +35,7 @@ def read_lines(path: Path, spec: Spec) -> tuple[list[Line], str | None]:
     content, note = read_bytes(path), None
     end = content.rfind(b"\n") + 1
     try:
-        json.loads(content[end:].decode("utf-8-sig") or "0")
+        parse_json(content[end:].decode("utf-8-sig") or "0")
     except ValueError as error:  # cut off, maybe within a character; of another encoding `decode` names the position
         if not isinstance(error, UnicodeDecodeError) or error.reason == "unexpected end of data":
             number, shown = content.count(b"\n") + 1, content[end:].decode("utf-8-sig", errors="replace")[:60]

@@ -56,6 +56,7 @@ from llava_sp.inference import (
     Engine,
     Source,
     answering,
+    encode_prompt,
     open_image,
     pad_left,
     place_images,
@@ -265,16 +266,11 @@ class LlavaSP(lmms):
     def _answer(self, queries: Sequence[Query], gen_kwargs: Mapping[str, Any]) -> list[GenerationResult]:
         """One call of `generate`, left padded. An answer ends before the first stop string; no white space around it."""
         arguments, stops = self._generation(gen_kwargs)
-        images = [list(query.images) for query in queries]
-        inputs = self.processor(
-            text=[self.prompt(query) for query in queries],
-            images=images if any(images) else None,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-        ).to(self.device)
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        rows = [encode_prompt(self.processor, self.prompt(query), len(query.images), query.where) for query in queries]
+        inputs = pad_left(self.processor, rows).to(self.device)
+        images = [image for query in queries for image in query.images]
+        if images:
+            inputs["pixel_values"] = self.processor.preprocess_images(images).to(self.device, self.model.dtype)
         length = inputs["input_ids"].shape[1]
         if stops and arguments["num_beams"] == 1:
             stopping = _StopStrings(self.processor.tokenizer, stops, length)

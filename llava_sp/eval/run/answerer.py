@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from transformers import BatchEncoding
 
-from llava_sp.common.files import counted
 from llava_sp.decoding import Generation
 from llava_sp.eval.base import Benchmark, Item
-from llava_sp.inference import Engine, answering, open_image, pad_left, positions, render_prompt
-from llava_sp.model.conversation import IMAGE_MARK
+from llava_sp.inference import Engine, answering, encode_prompt, open_image, pad_left, positions, render_prompt
 
 
 @dataclass(frozen=True)
@@ -99,12 +97,7 @@ class ModelAnswerer:
 
     def _encode(self, item: Item) -> list[int]:
         prompt = render_prompt(self.processor, self.benchmark.message(item), self.benchmark.conversation_template)
-        marks = prompt.count(IMAGE_MARK)
-        if marks != len(item.images):
-            raise ValueError(
-                f"question {item.id}: {counted(marks, f'{IMAGE_MARK} mark')} for {counted(len(item.images), 'image')}"
-            )
-        return self.processor.encode_segments([(prompt, False)])[0]
+        return encode_prompt(self.processor, prompt, len(item.images), f"question {item.id}")
 
     def _head_length(self, row: list[int]) -> int:
         """How many tokens there are up to the last image; 0 without images."""

@@ -23,6 +23,7 @@ from llava_sp.eval.base import Benchmark, Item, Scores
 
 RUN_FILE = "run.json"
 _OUTPUTS = ("answers", "answers.jsonl", "metrics.json", "per_item.jsonl")
+_METRICS = {"provenance": {"count": int}}
 _MOST_FILES = 20  # of one folder that provenance names one by one
 
 
@@ -68,7 +69,7 @@ def check_output(output: Path, settings: dict[str, Any], count: int) -> None:
     problem = found and f"{found} but no {RUN_FILE}"
     if file.exists():
         changed = changed_settings(read_json(file, {"settings": dict})["settings"], settings)
-        held = read_json(metrics).get("provenance", {}).get("count", 0) if metrics.is_file() else 0
+        held = read_json(metrics, _METRICS)["provenance"]["count"] if metrics.is_file() else 0
         problem = (
             f"results of {counted(held, 'question')}, which those of {count} would replace" if held > count else ""
         )

@@ -38,7 +38,9 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from llava_sp.common.command import at_once, count, fitting
 from llava_sp.common.files import Line, counted, examples, sha256
+from llava_sp.common.schema import Check
 from llava_sp.eval.base import Benchmark, Item, Scores
 from llava_sp.eval.inputs.answers_file import read_lines
 from llava_sp.eval.run.answer_log import AnswerLog
@@ -59,6 +61,7 @@ _LINE = {
     "answered_by?": (str, None),
     "usage?": ({"total_tokens?": (int, None)}, None),
 }
+SECONDS = Check(lambda number: 0 < number <= 10**6, "a number of seconds above 0, at most 1,000,000", float)
 _CARRIED = ("split", "protocol", "rules", "judge_prompt", "grader_prompt")  # arguments that the later command needs too
 
 J = TypeVar("J", bound="JudgedBenchmark")
@@ -81,9 +84,15 @@ class JudgedBenchmark(Benchmark):
         add("--judge", metavar="MODEL", help="the model that judges; without it, answers are produced and not scored")
         add("--judge-url", metavar="URL", help="server with OpenAI's chat API (default OPENAI_BASE_URL, else OpenAI)")
         add("--judge-key-env", metavar="NAME", default=OPENAI_KEY, help="variable with the key (default %(default)s)")
-        add("--judge-concurrency", metavar="N", type=int, default=8, help="requests at once (default %(default)s)")
-        add("--judge-runs", metavar="N", type=int, help="judge N times and average (default 1)")
-        add("--judge-timeout", metavar="SECONDS", type=float, default=300.0, help="of a request (default %(default)s)")
+        add("--judge-concurrency", metavar="N", type=at_once, default=8, help="requests at once (default %(default)s)")
+        add("--judge-runs", metavar="N", type=count, help="judge N times and average (default 1)")
+        add(
+            "--judge-timeout",
+            metavar="SECONDS",
+            type=fitting(SECONDS),
+            default=300.0,
+            help="of a request (default %(default)s)",
+        )
         add("--judgements", metavar="FILE", type=Path, nargs="+", help="score these recorded replies, without requests")
 
     @classmethod

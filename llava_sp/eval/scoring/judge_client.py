@@ -62,11 +62,7 @@ class JudgeOptions:
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> JudgeOptions:
-        """Raises ValueError for what would fail only after hours of answering: numbers, key, package, address."""
-        numbers = (
-            (f"--{n.replace('_', '-')}", getattr(args, n)) for n in ("judge_concurrency", "judge_runs", "judge_timeout")
-        )
-        check_arguments((flag, n, n is None or 0 < n < float("inf"), "more than 0") for flag, n in numbers)
+        """Raises ValueError for what would fail only after hours of answering: key, package, address."""
         options = cls(
             model=args.judge,
             url=(args.judge_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/"),

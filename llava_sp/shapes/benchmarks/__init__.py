@@ -13,14 +13,13 @@ alone is the one that writing all of them gives. Where `world.json` records the 
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from llava_sp.common.files import write_json
+from llava_sp.common.files import read_json, write_json
 from llava_sp.common.schema import fits
 from llava_sp.shapes.benchmarks.common import Settings, Written
 from llava_sp.shapes.benchmarks.gqa import write_gqa
@@ -87,5 +86,5 @@ def _record(file: Path) -> dict[str, Any] | None:
     """The content of `world.json`; None where it does not exist, or is another command's."""
     if not file.is_file():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = read_json(file)
     return found if fits(found, {"settings": dict, "complete": bool, "benchmarks": dict}) else None

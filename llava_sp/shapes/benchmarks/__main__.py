@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import llava_sp.shapes.benchmarks as package
-from llava_sp.common.command import check_arguments, command_parser, run_command
+from llava_sp.common.command import command_parser, count, run_command, seed
 from llava_sp.shapes.benchmarks import Settings, write_all
 
 
@@ -15,13 +15,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = command_parser("llava_sp.shapes.benchmarks", package.__doc__)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder for the benchmarks, one folder each")
-    add("--seed", type=int, default=Settings.seed, help="default: %(default)s")
-    add("--questions", type=int, default=Settings.questions, help="about how many of each benchmark (%(default)s)")
+    add("--seed", type=seed, default=Settings.seed, help="default: %(default)s")
+    add("--questions", type=count, default=Settings.questions, help="about how many of each benchmark (%(default)s)")
     args = parser.parse_args(argv)
 
     def action() -> None:
-        limits = [("--questions", args.questions, 1), ("--seed", args.seed, 0)]
-        check_arguments((flag, value, value >= least, f"at least {least}") for flag, value, least in limits)
         write_all(args.output, Settings(seed=args.seed, questions=args.questions))
 
     return run_command(action, traceback=args.traceback)

@@ -56,6 +56,3 @@ def test_made_once_and_never_over_other_files(tmp_path, capsys):
         assert main(["--output", str(real)]) == 2
         assert "other files" in capsys.readouterr().err
     assert (real / "gqa/testdev_balanced_questions.json").read_text() == "the real ones"
-    for flag, value in (("--questions", "0"), ("--seed", "-1")):
-        assert main(["--output", str(tmp_path / "new"), flag, value]) == 2
-        assert f"error: {flag} is {value}" in capsys.readouterr().err

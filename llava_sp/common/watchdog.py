@@ -1,0 +1,96 @@
+"""A thread in each of a command's processes that ends them when one of them stands still.
+
+A process that is stopped, or waits for a disk, lets all others wait for it in the next collective, silently, for as long as
+the process group allows. Each one writes what it is at into a folder that all see, and reads what the others are at.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+from llava_sp.common.processes import Processes
+
+_BEATS = 20  # beats in the time that is allowed without progress
+_SILENT = 4  # beats without a word from a process: it is stopped, or dead
+
+
+class Watchdog:
+    """Watches from `start` to `stop`.
+
+    Args:
+        folder: seen by all processes; made and emptied here.
+        here: this process's place among them.
+        seconds: time without progress after which this process says whom it waits for, and ends with the status 1.
+    """
+
+    def __init__(self, folder: Path, here: Processes, seconds: float):
+        self.folder, self.here, self.seconds = folder, here, seconds
+        self._at = (0, 0, "")  # how often it got on, step, what it does: the first is the same for all at one place
+        self._idle = 0  # beats; a clock would go on while all of a run is suspended
+        self._heard: dict[int, tuple[str, int]] = {}  # rank -> what it wrote last, beats since
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
+
+    def start(self) -> None:
+        self.folder.mkdir(exist_ok=True)
+        self._file(self.here.rank).unlink(missing_ok=True)
+        self._thread.start()
+
+    def progress(self, step: int, doing: str) -> None:
+        """This process got on; it is at `step` now, `doing` what comes next. All processes call this at the same places."""
+        self._at, self._idle = (self._at[0] + 1, step, doing), 0
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self._file(self.here.rank).unlink(missing_ok=True)
+
+    def _watch(self) -> None:
+        beat, count = self.seconds / _BEATS, 0
+        while not self._stopped.wait(beat):
+            count += 1
+            self._idle += 1
+            try:
+                self._say(" ".join(map(str, (count, *self._at))))
+                self._listen()
+            except OSError:
+                continue  # a full disk is reported where it matters
+            if self._idle > _BEATS:
+                print(f"{self.here.name}error: {self._whom()}", file=sys.stderr, flush=True)
+                self._stopped.wait(4 * beat)  # the others have their say before a launcher ends them
+                os._exit(1)
+
+    def _say(self, text: str) -> None:
+        file = self._file(self.here.rank)
+        part = file.with_suffix(".part")
+        part.write_text(text)
+        os.replace(part, file)
+
+    def _listen(self) -> None:
+        for rank in range(self.here.world_size):
+            file = self._file(rank)
+            text = file.read_text() if file.is_file() else ""
+            last, beats = self._heard.get(rank, ("", 0))
+            self._heard[rank] = (last, beats + 1) if text in ("", last) else (text, 0)
+
+    def _whom(self) -> str:
+        """The processes that all wait for: those that are silent, else those that got on least."""
+        states = {rank: (text or "0 0 0 starting").split(" ", 3) for rank, (text, _) in self._heard.items()}
+        silent = [rank for rank, (_, beats) in self._heard.items() if beats > _SILENT]
+        least = min((int(marks) for _, marks, _, _ in states.values()), default=0)
+        late = silent or [rank for rank, (_, marks, _, _) in states.items() if int(marks) == least]
+        words = [
+            f"process {rank} (step {states[rank][2]}, {states[rank][3]}{'; silent: stopped or dead' if silent else ''})"
+            for rank in late
+        ]
+        _, step, doing = self._at
+        return (
+            f"no progress for {self.seconds / 60:.3g} minutes at step {step} ({doing}): waiting for {', '.join(words)}"
+        )
+
+    def _file(self, rank: int) -> Path:
+        return self.folder / f"{rank}"
