@@ -6,6 +6,7 @@ The process is a fork, so imports are paid once, and what a test has patched is 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import pickle
 import re
@@ -114,6 +115,7 @@ def _child(action: Action, folder: Path, answer: Path, out: Path, err: Path) -> 
     code = 1
     try:
         os.setsid()
+        faulthandler.disable()  # pytest's writes where the parent does
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         for number, file in ((1, out), (2, err)):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
