@@ -59,8 +59,8 @@ class Chains:
                     waiting.append((name, chain))
 
         with ThreadPoolExecutor(self.jobs) as pool:
-            workers = [pool.submit(work) for _ in range(min(self.jobs, len(chains)))]
             try:
+                workers = [pool.submit(work) for _ in range(min(self.jobs, len(chains)))]
                 wait(workers, return_when=FIRST_EXCEPTION)
             finally:  # also where this process is interrupted
                 self.stop()
@@ -82,6 +82,8 @@ class Chains:
                 env=self.environment,
             )
             self.running.add(process)
+            if self.stopping:  # since a moment ago
+                process.terminate()
             assert process.stdout is not None
             for text in process.stdout:
                 log.write(text)

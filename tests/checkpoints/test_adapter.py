@@ -324,11 +324,8 @@ def test_disk_full_leaves_no_half_file(trained, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (
-            lambda tensor: tensor.fill_(float("nan")),
-            "for example model.multi_modal_projector.linear_1.bias",
-        ),
-        (lambda tensor: tensor.resize_(0), "tensors empty .* for example model.multi_modal_projector.linear_1.bias"),
+        (lambda tensor: tensor.fill_(float("nan")), "model.multi_modal_projector.linear_1.bias .*NaN"),
+        (lambda tensor: tensor.resize_(0), "model.multi_modal_projector.linear_1.bias .*(empty|no values)"),
     ],
 )
 def test_broken_tensors_are_not_saved(trained, tmp_path, spoil, message):

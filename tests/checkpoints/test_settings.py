@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llava_sp import LlavaSPConfig, LlavaSPForCausalLM, LlavaSPProcessor
 from llava_sp.checkpoints.inspection.report import inspect
@@ -195,3 +196,10 @@ def test_the_processor_is_the_models(copy):
 def test_settings_of_generate_are_those_of_the_adapter(copy):
     put(copy.folder / "generation_config.json", "max_new_tokens", 3)
     assert LlavaSPForCausalLM.from_pretrained(copy.folder).generation_config.max_new_tokens == 3
+
+
+def test_the_base_decides_whether_its_head_is_its_embedding(copy):
+    head = copy.open().lm_head.weight.clone()
+    for key in ("tie_word_embeddings", "text_config.tie_word_embeddings"):
+        put(copy.folder / "config.json", key, True)
+        assert torch.equal(copy.open().lm_head.weight, head)

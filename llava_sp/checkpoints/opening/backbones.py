@@ -164,6 +164,8 @@ class Backbones:
             tower.to(dtype)
         if not recorded:
             config.dtype = dtype
+        tied = getattr(language.config, "tie_word_embeddings", False)  # a recorded one would overwrite the head
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
         config.language_model_name_or_path = _recorded(self.language)
         config.vision_tower_name_or_path = _recorded(self.tower)
         config.language_model_fingerprint = weights_fingerprint(self.language, **self.language_hub)
