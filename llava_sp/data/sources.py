@@ -17,7 +17,7 @@ class Records(Protocol):
     """Records by index; goes to data workers by pickle.
 
     Attributes:
-        path: named in messages.
+        path: the file, named in messages and hashed for the data's fingerprint.
         words, image_counts: [records], each one's size; for the order of samples, before any is read.
     """
 

@@ -47,7 +47,14 @@ from llava_sp.eval.scoring.records import categories, grouped, row, share_right
 
 _FILES = {split: (f"llvisionqa_{split}.json",) for split in ("dev", "test")}
 CANDIDATES = Check(lambda texts: len(texts) >= 2, "a list of two or more texts", [str])
-QUESTION = {"img_path": str, "question": str, "candidates": CANDIDATES, "correct_ans?": (str, None)}
+QUESTION = {
+    "img_path": str,
+    "question": str,
+    "candidates": CANDIDATES,
+    "correct_ans?": (str, None),
+    "type?": (int, None),
+    "concern?": (int, None),
+}
 ANSWER = {"img_path": str, "question": str, "response": str}
 _CONCERNS = ("global distortion", "global others", "local distortion", "local others")
 _TYPES = ("yes/no", "how", "what")
@@ -199,12 +206,11 @@ def _place(record: Mapping[str, Any]) -> str:
     return f"{record['img_path']}: {record['question']}"
 
 
-def _name(number: Any, names: Sequence[str], kind: str) -> str | None:
+def _name(number: int | None, names: Sequence[str], kind: str) -> str | None:
     """The name of an official number; unknown ones keep their number."""
     if number is None:
         return None
-    known = isinstance(number, int) and 0 <= number < len(names)
-    return names[number] if known else f"{kind} {number}"
+    return names[number] if 0 <= number < len(names) else f"{kind} {number}"
 
 
 def _first(text: str) -> dict[str, Any]:

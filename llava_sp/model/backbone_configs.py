@@ -112,7 +112,9 @@ def load_tokenizer(path: str | os.PathLike, **hub_kwargs) -> PreTrainedTokenizer
     known = {"config": language_config(path, **hub_kwargs)} if is_original(settings) else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **known, **hub_kwargs)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:  # whatever transformers raises
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises Exception itself
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
             f"the tokenizer of {path} cannot be read: one of its files is missing, cut off or invalid ({reason})"

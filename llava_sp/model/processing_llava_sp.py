@@ -186,9 +186,8 @@ class LlavaSPProcessor(LlavaProcessor):
     @classmethod
     def from_saved(cls, path, *args, **kwargs) -> LlavaSPProcessor:
         """transformers' own `from_pretrained`. Raises `ValueError` for files that are broken."""
-        with _as_value_error(
-            f"{path}: a file of the processor is missing, cut off, or not valid", ValueError, *_BROKEN
-        ):
+        # tokenizers raises Exception itself
+        with _as_value_error(f"{path}: a file of the processor is missing, cut off, or not valid", Exception):
             return super().from_pretrained(path, *args, **kwargs)
 
     @property
@@ -429,6 +428,8 @@ class LlavaSPProcessor(LlavaProcessor):
 def _as_value_error(what: str, *kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
+    except OSError:
+        raise
     except kinds as error:
         raise ValueError(f"{what} ({' '.join(str(error).split()) or type(error).__name__})") from error
 

@@ -275,17 +275,19 @@ def test_the_test_split_is_sent_away(tmp_path, data, answers, capsys):
 
 
 def test_unknown_numbers_keep_their_number(data, answers, capsys):
-    change(data, lambda questions: questions[0].update(type=9, concern="x"))
+    change(data, lambda questions: questions[0].update(type=9, concern=-1))
     change(data, lambda questions: (questions[1].pop("type"), questions[1].pop("concern")))
     status, out, _ = run(capsys, "--answers", answers, "--data", data)
     categories = json.loads(out)["categories"]
-    assert status == 0 and categories["type 9"]["count"] == categories["concern x"]["count"] == 1
+    assert status == 0 and categories["type 9"]["count"] == categories["concern -1"]["count"] == 1
     assert sum(categories[name]["count"] for name in ("yes/no", "how", "what")) == 38
 
 
 @pytest.mark.parametrize(
     "changes, parts",
     [
+        ({"concern": "x"}, ("[0].concern is 'x'",)),
+        ({"type": False}, ("[0].type is False",)),
         ({"candidates": "ab"}, ("[0].candidates is 'ab'",)),
         ({"candidates": ["a"]}, ("[0].candidates is ['a']",)),
         ({"candidates": ["a", 1]}, ("[0].candidates[1] is 1",)),

@@ -18,6 +18,8 @@ def test_a_new_file_is_found(tmp_path):
     (tmp_path / "gqa.py").write_text('class GQA(Benchmark):\n    name = "gqa"\n')
     (tmp_path / "helper.py").write_text('name = "helper"\nclass A:\n    name = "other"\n')
     assert benchmark_names(tmp_path) == ["gqa", "zebra"]
+    (tmp_path / "typed.py").write_text('class Typed(Benchmark):\n    name: ClassVar[str] = "typed"\n')
+    assert benchmark_names(tmp_path) == ["gqa", "typed", "zebra"]
     (tmp_path / "colour_qa.py").write_text(
         'class ColourQA(Benchmark):\n    name = "colourqa"\n    title = "accuracy"\n'
     )

@@ -41,13 +41,16 @@ def _defines_benchmark(path: Path) -> bool:
     ]
     constants: list[dict[str, object]] = []
     for node in classes:
-        lines = [line for line in node.body if isinstance(line, ast.Assign) and isinstance(line.value, ast.Constant)]
-        constants.append(
-            {t.id: ast.literal_eval(line.value) for line in lines for t in line.targets if isinstance(t, ast.Name)}
-        )
+        values = {_target(line): line.value for line in node.body if isinstance(line, (ast.Assign, ast.AnnAssign))}
+        constants.append({name: v.value for name, v in values.items() if isinstance(v, ast.Constant)})
     if any(found.get("name") == path.stem for found in constants):
         return True
     for found in constants:
         if {"name", "title"} <= found.keys():
             raise ValueError(f"{path} defines the benchmark {found['name']!r}; name the file {found['name']}.py")
     return False
+
+
+def _target(line: ast.Assign | ast.AnnAssign) -> str:
+    """What a line gives a value to, as it is written."""
+    return ast.unparse(line.targets[0] if isinstance(line, ast.Assign) else line.target)
