@@ -88,13 +88,13 @@ def test_the_log_of_a_resumed_run_is_that_of_an_undisturbed_one(whole, stopped, 
 def reorder(folder: Path) -> str:
     file = folder / "data" / "data.json"
     file.write_text(json.dumps(json.loads(file.read_text())[::-1]))
-    return f"{file} has another content"
+    return f"{file} has different content"
 
 
 def reword(folder: Path) -> str:
     file = folder / "data" / "data.json"
     file.write_text(file.read_text().replace("e", "a", 1))
-    return f"{file} has another content"
+    return f"{file} has different content"
 
 
 def an_image(folder: Path) -> Path:
@@ -123,7 +123,7 @@ def test_other_data_under_the_same_names(stopped, capsys, change):
     expected = change(folder)
     assert command(folder) == 2
     error = capsys.readouterr().err
-    assert "the data is not what it was" in error and expected in error and "--check_data false" in error
+    assert "the data has changed since" in error and expected in error and "--check_data false" in error
 
 
 def test_other_data_may_be_accepted(stopped, caplog):
@@ -215,7 +215,7 @@ def test_finished_without_its_model_goes_on(whole, tmp_path, caplog):
     shutil.copytree(whole / "out", tmp_path / "out")
     (tmp_path / "out" / "projector.safetensors").unlink()
     main(["--config", str(whole / "run.yaml"), "--output_dir", str(tmp_path / "out")])
-    assert "its model is not whole" in caplog.text and "projector.safetensors" in caplog.text
+    assert "its model is invalid" in caplog.text and "projector.safetensors" in caplog.text
     assert (tmp_path / "out" / "projector.safetensors").is_file()
 
 
@@ -225,7 +225,7 @@ def test_finished_without_model_and_checkpoints_is_refused(whole, tmp_path, caps
         shutil.copy(whole / "out" / name, tmp_path / "out")
     assert main(["--config", str(whole / "run.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "its model is not whole" in error and "no checkpoint to resume from" in error
+    assert "its model is invalid" in error and "no checkpoint to resume from" in error
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -97,7 +97,7 @@ def test_without_an_intact_checkpoint_nothing_is_begun_again(out):
     for step in (2, 4):
         zeroed(out / f"checkpoint-{step}" / "optimizer.pt")
     with pytest.raises(
-        ValueError, match=r"no intact checkpoint: .*checkpoint-4/optimizer\.pt was altered.*checkpoint-2"
+        ValueError, match=r"no intact checkpoint: .*checkpoint-4/optimizer\.pt was changed.*checkpoint-2"
     ):
         join(out)
     assert (out / "checkpoint-4").is_dir() and (out / "checkpoint-2").is_dir()
@@ -105,7 +105,7 @@ def test_without_an_intact_checkpoint_nothing_is_begun_again(out):
 
 def test_a_checkpoint_under_another_name(out, caplog):
     shutil.copytree(out / "checkpoint-2", out / "checkpoint-9")
-    assert join(out) == out / "checkpoint-4" and "files.json is that of checkpoint-2" in caplog.text
+    assert join(out) == out / "checkpoint-4" and "files.json belongs to checkpoint-2" in caplog.text
 
 
 # ---- run.yaml
