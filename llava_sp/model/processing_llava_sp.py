@@ -121,7 +121,7 @@ class LlavaSPProcessor(LlavaProcessor):
         with _as_value_error("the chat template cannot render a question", *_BROKEN):
             text = self.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
         if asked[0]["content"] not in text:
-            raise ValueError(f"the chat template drops {asked[0]['content']!r}: it renders {text!r:.80}")
+            raise ValueError(f"the chat template makes {text!r:.80} of {asked[0]['content']!r}, dropping it")
 
     def _needs(self, tokenizer, image_token: str) -> Iterator[tuple[str, object, bool, str]]:
         """(what, its value, whether it is valid, what is valid)"""
