@@ -158,7 +158,7 @@ class Engine:
         conversation_template: str | None = None,
         **options: Any,
     ) -> str:
-        """The answer to one message, whose marks say where the images go (`place_images`); without images they are text.
+        """The answer to one message, whose marks place the images (`place_images`); without images they are text.
 
         `options` are further arguments of `generate`, such as a streamer. One call at a time: it holds the device.
         """
@@ -263,7 +263,7 @@ def render_prompt(processor: Any, message: str, conversation_template: str | Non
 
 
 def encode_prompt(processor: Any, prompt: str, images: int, owner: str, spell: bool = False) -> list[int]:
-    """The ids of a rendered prompt about so many images; `spell` makes text of marks where there are no images.
+    """The ids of a rendered prompt about so many images; `spell` encodes marks as text if there are no images.
 
     Raises:
         ValueError: naming `owner`, if marks and images differ in number, or the text is not Unicode.

@@ -23,7 +23,7 @@ INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """One whose errors are one line."""
+    """A parser with one-line errors."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)  # of `fitting`
+        message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)  # from `fitting`
         self.exit(2, f"error: {message}\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
@@ -45,7 +45,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def fitting(right: Check) -> Callable[[str], Any]:
-    """A type for `add_argument`: what a word stands for, which must fit `right`, a number or text."""
+    """A type for `add_argument`: the number or text that a word gives, which must fit `right`."""
 
     def read(word: str) -> Any:
         with contextlib.suppress(ValueError):
@@ -58,7 +58,7 @@ def fitting(right: Check) -> Callable[[str], Any]:
 
 
 count, natural, seed = fitting(whole(1)), fitting(whole(0)), fitting(whole(0, 2**32 - 1))
-at_once = fitting(whole(1, 1024))  # processes, threads, requests, beams: more would end the machine
+at_once = fitting(whole(1, 1024))  # processes, threads, requests, beams: more would exhaust memory
 temperature = fitting(
     Check(lambda t: t == 0 or 0.001 <= t <= 1000, "0 (greedy), or a number from 0.001 to 1000", float)
 )
@@ -88,11 +88,11 @@ def run_command(
     """
     if clean_up_on_sigterm:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a lone surrogate in somebody's text, a terminal of few characters
+    if isinstance(sys.stdout, io.TextIOWrapper):  # lone surrogates, terminals with few characters
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = action() or 0
-        sys.stdout.flush()  # a reader that went away is noticed here, not while Python ends
+        sys.stdout.flush()  # a closed pipe is noticed here, not while Python exits
         return status
     except ReportedElsewhere:
         return 2
@@ -112,7 +112,7 @@ def run_command(
 
 
 def _reader_gone() -> int:
-    """The exit status where nobody reads standard output; what is still to be written there goes nowhere."""
+    """The exit status for a closed pipe; the remaining standard output is discarded."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
 

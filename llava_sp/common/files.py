@@ -62,13 +62,13 @@ def read_json(path: Path, spec: Spec = Any) -> Any:
 
 
 def parse_json(text: str, decode: Callable[[str], Any] = json.loads) -> Any:
-    """Raises `JSONDecodeError`, also where Python gives up: brackets thousands deep, whole numbers of thousands of digits."""
+    """Raises `JSONDecodeError`, also for Python's limits: thousands of nested brackets, or of digits in an integer."""
     try:
         return decode(text)
     except json.JSONDecodeError:
         raise
     except RecursionError:
-        reason = "brackets within brackets, too deep to be read"
+        reason = "brackets are nested too deeply"
     except ValueError as error:
         reason = str(error).partition(";")[0]
     raise json.JSONDecodeError(reason, text, 0)
@@ -144,7 +144,7 @@ def sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around the writing of a file: makes its folder. Raises `OSError` naming the file; a full disk gives an error without."""
+    """Wraps writing a file: creates its folder, adds its name to each `OSError` (a full disk's has none)."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
@@ -156,7 +156,7 @@ def writing(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path`, synced and renamed to `path` at the end; removed on failure.
 
-    Those of killed processes are removed.
+    Those left by killed processes are removed.
     """
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
         if not _runs(left.suffixes[-2].removeprefix(".")):
@@ -164,7 +164,7 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.touch()
-        mode = part.stat().st_mode  # as set by the umask; safetensors makes files that only their owner can read
+        mode = part.stat().st_mode  # as set by the umask; safetensors files are readable by the owner only
         yield part
         with open(part, "rb") as stream:
             os.fsync(stream.fileno())
@@ -175,7 +175,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _runs(process: str) -> bool:
-    """Whether there is a process of this number, on this machine."""
+    """Whether a process with this id runs on this machine."""
     try:
         os.kill(int(process), 0)
     except PermissionError:

@@ -30,7 +30,7 @@ def check_new(target: Path, *sources: str | os.PathLike) -> None:
 def new_folder(target: Path, needed: int) -> Iterator[Path]:
     """A folder beside `target`, renamed to it at the end, removed on failure; `needed` bytes must be free there.
 
-    Remains of a killed command there are removed.
+    Files left by a killed command are removed.
 
     Raises:
         OSError: not enough space, or the disk fills up while writing.
@@ -46,10 +46,10 @@ def new_folder(target: Path, needed: int) -> Iterator[Path]:
             yield stage
             mode = (stage / _LOCK).stat().st_mode & 0o666  # as set by the umask
             for file in (path for path in stage.rglob("*") if path.is_file()):
-                file.chmod(mode)  # safetensors makes files that only their owner can read
+                file.chmod(mode)  # safetensors files are readable by the owner only
             sync(stage)
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(stage, target)  # fails if files have been put there meanwhile
+            os.rename(stage, target)  # fails if files were added there meanwhile
             (target / _LOCK).unlink()
         except SafetensorError as error:  # raised for a full disk
             raise OSError(f"{stage}: {error}") from error
@@ -59,7 +59,7 @@ def new_folder(target: Path, needed: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _owned(stage: Path) -> Iterator[None]:
-    """The folder `stage`, empty but for a lock, which the system releases when the process ends, also by a kill."""
+    """The folder `stage`, empty except for a lock, which the system releases when the process exits or is killed."""
     stage.mkdir(exist_ok=True)
     file = stage / _LOCK
     with open(file, "a") as stream:

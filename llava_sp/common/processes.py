@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 _LONGEST_WAIT = timedelta(days=7)  # for the slowest process at the end of a long benchmark
-# What the user can correct: wrong values, too little memory, a missing package.
+# Errors that the user can correct: wrong values, too little memory, a missing package.
 USER_ERRORS = (ValueError, OSError, MemoryError, ImportError)
 
 
@@ -95,7 +95,7 @@ class Processes:
             raise problem
 
     def gather(self, value: T) -> list[T]:
-        """The value of every process, by rank, on every process."""
+        """The values of all processes, by rank, on every process."""
         if self.world_size == 1:
             return [value]
         import torch.distributed as dist
@@ -116,7 +116,7 @@ class Processes:
 
 
 def launcher_number(variable: str, default: int = 1) -> int:
-    """What a launcher set. Raises `ValueError` naming the variable."""
+    """A number set by a launcher. Raises `ValueError` naming the variable."""
     text = os.environ.get(variable, str(default))
     if not text.isdecimal() or len(text) > 9:
         raise ValueError(f"{variable} is {text!r} in the environment; it must be a whole number, 0 or more")

@@ -37,7 +37,7 @@ _WORDS = {
 }
 
 
-@dataclass(frozen=True, eq=False)  # may stand in a type, where it is hashed
+@dataclass(frozen=True, eq=False)  # may be part of a type, which hashes it
 class Check:
     """A value of `spec` for which `test` is true; `words` describe a valid value."""
 
@@ -61,7 +61,7 @@ def _is_clean(text: str) -> bool:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a text can be written; half a surrogate pair cannot, which is also how Python shows bytes that are no UTF-8."""
+    """Whether a text can be encoded; a lone surrogate cannot, which is how Python decodes bytes that are not UTF-8."""
     return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
@@ -177,7 +177,7 @@ def _is(value: Any, kind: Any) -> bool:
 def _wrong(value: Any, spec: Spec) -> str:
     try:
         shown = repr(value)
-    except ValueError:  # Python prints no whole number of more than 4300 digits
+    except ValueError:  # Python does not print integers of over 4300 digits
         shown = "a number of thousands of digits"
     shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
     return f"is {shown}; expected {_describe(spec)}"

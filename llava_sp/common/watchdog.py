@@ -1,7 +1,7 @@
-"""A thread in each of a command's processes that ends them when one of them stands still.
+"""A thread in each process of a command that ends the process when one of them hangs.
 
-A process that is stopped, or waits for a disk, lets all others wait for it in the next collective, silently, for as long as
-the process group allows. Each one writes what it is at into a folder that all see, and reads what the others are at.
+A process that is stopped, or waits for a disk, silently blocks all others in the next collective, until the timeout of
+the process group. Each process writes its state to a shared folder, and reads the states of the others.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from pathlib import Path
 
 from llava_sp.common.processes import Processes
 
-_BEATS = 20  # beats in the time that is allowed without progress
-_SILENT = 4  # beats without a word from a process: it is stopped, or dead
+_BEATS = 20  # beats in the time allowed without progress
+_SILENT = 4  # beats without an update from a process: stopped or dead
 
 
 class Watchdog:
     """Watches from `start` to `stop`.
 
     Args:
-        folder: seen by all processes; made and emptied here.
-        here: this process's place among them.
-        seconds: time without progress after which this process says whom it waits for, and ends with the status 1.
+        folder: shared by all processes; created here.
+        here: the rank of this process.
+        seconds: time without progress after which this process reports the late ones and exits with status 1.
     """
 
     def __init__(self, folder: Path, here: Processes, seconds: float):
         self.folder, self.here, self.seconds = folder, here, seconds
-        self._at = (0, 0, "")  # how often it got on, step, what it does: the first is the same for all at one place
-        self._idle = 0  # beats; a clock would go on while all of a run is suspended
-        self._heard: dict[int, tuple[str, int]] = {}  # rank -> what it wrote last, beats since
+        self._at = (0, 0, "")  # progress count, step, activity; ranks at the same point have the same count
+        self._idle = 0  # beats; a clock would advance while the run is suspended
+        self._heard: dict[int, tuple[str, int]] = {}  # rank -> last update, beats since
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
@@ -40,7 +40,7 @@ class Watchdog:
         self._thread.start()
 
     def progress(self, step: int, doing: str) -> None:
-        """This process got on; it is at `step` now, `doing` what comes next. All processes call this at the same places."""
+        """Record progress at `step`; `doing` is the next activity. All processes call this at the same points."""
         self._at, self._idle = (self._at[0] + 1, step, doing), 0
 
     def stop(self) -> None:
@@ -58,10 +58,10 @@ class Watchdog:
                 self._say(" ".join(map(str, (count, *self._at))))
                 self._listen()
             except OSError:
-                continue  # a full disk is reported where it matters
+                continue  # a full disk is reported elsewhere
             if self._idle > _BEATS:
                 print(f"{self.here.name}error: {self._whom()}", file=sys.stderr, flush=True)
-                self._stopped.wait(4 * beat)  # the others have their say before a launcher ends them
+                self._stopped.wait(4 * beat)  # the others report before a launcher kills them
                 os._exit(1)
 
     def _say(self, text: str) -> None:
@@ -78,7 +78,7 @@ class Watchdog:
             self._heard[rank] = (last, beats + 1) if text in ("", last) else (text, 0)
 
     def _whom(self) -> str:
-        """The processes that all wait for: those that are silent, else those that got on least."""
+        """The processes that block the others: the silent ones, else those with the least progress."""
         states = {rank: (text or "0 0 0 starting").split(" ", 3) for rank, (text, _) in self._heard.items()}
         silent = [rank for rank, (_, beats) in self._heard.items() if beats > _SILENT]
         least = min((int(marks) for _, marks, _, _ in states.values()), default=0)

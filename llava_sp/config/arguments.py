@@ -76,7 +76,7 @@ class DataArguments:
     image_aspect_ratio: Literal["pad", "crop"] = "pad"  # to a square, or "crop" from the centre
     model_max_length: Count = 2048  # longest sequence in tokens, image tokens included
     on_bad_sample: Literal["fail", "skip"] = "fail"  # "skip": counted and listed
-    # Compare annotations and images with those that the run began with. False uses what there is now.
+    # Compare annotations and images with those that the run began with. False uses the current ones.
     check_data: bool = True
     group_by_modality_length: bool = False  # batches of one modality and of similar length
 
@@ -88,7 +88,7 @@ class TrainArguments(TrainingArguments):
     stage: str = "pretrain"  # which parts train: an entry of train/stages.py
     projector_lr: NotNegative | None = None  # default learning_rate; as of any key here that ends in _lr
     global_batch_size: Count | None = None  # samples per step over all processes; sets gradient_accumulation_steps
-    # Without progress, after which processes that wait for another end; null: never.
+    # Time without progress after which the processes exit; null: never.
     watchdog_minutes: Positive | None = 10.0
     include_num_input_tokens_seen: Literal["all", "non_padding", "no"] | bool = "non_padding"
 
@@ -252,7 +252,7 @@ def _specs() -> dict[str, Any]:
 
 
 def _conflicts(values: Mapping[str, Any], origin: Mapping[str, str]) -> Iterator[str]:
-    """Keys that are set but have no effect, or not together."""
+    """Keys that are set but have no effect, or conflict."""
     for key, others in NEEDS.items():
         if values.get(key) not in (None, False, 0, "no") and not any(map(values.get, others)):
             yield f"{origin[key]}: {key} is {values[key]!r}; it needs {' or '.join(others)}"

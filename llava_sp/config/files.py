@@ -21,7 +21,7 @@ from yaml.composer import ComposerError
 from llava_sp.common.files import read_text
 from llava_sp.common.schema import NUMBER, TEXT, Check, Spec, expect, fits, one_of
 
-# Of a type that says no more than this.
+# For a type without further limits.
 _PLAIN = {
     str: TEXT,
     int: Check(lambda number: abs(number) < 10**9, "a whole number", int),
@@ -31,7 +31,7 @@ VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 class _Loader(yaml.SafeLoader):
-    """As YAML says and PyYAML does not: no key twice."""
+    """Rejects duplicate keys, as YAML requires."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -50,7 +50,7 @@ def parse_yaml(text: str, where: object) -> Any:
         value = yaml.load(text, _Loader)
         if _size(value, {}) > 1_000_000:
             raise ValueError("it stands for more than a million values")
-    except Exception as error:  # PyYAML lets out what int() and the like raise: KeyError for `!!bool x`
+    except Exception as error:  # PyYAML does not catch errors of int() etc.: KeyError for `!!bool x`
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         place = f", line {mark.line + 1} column {mark.column + 1}" if mark else ""
         raise ValueError(f"{where} is not valid YAML: {' '.join(problem.split())}{place}") from error

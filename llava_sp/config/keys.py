@@ -1,8 +1,8 @@
-"""The values that keys may have, as types; and which keys of `transformers.TrainingArguments` a run honours.
+"""The allowed values of keys, as types; and which keys of `transformers.TrainingArguments` a run honours.
 
-`HONOURED` has the values of those that do what transformers says. The others may be given their default and nothing else:
-transformers' Trainer would follow them, or pass over them, where the data, the model or the checkpoints of this project do
-not. `INSTEAD` says of each what to use.
+`HONOURED` has the values of those that work as in transformers. The others accept only their default: transformers'
+Trainer would apply or ignore them, but the data, model or checkpoints of this project do not support them. `INSTEAD`
+gives the replacement of each.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ Trackers = Annotated[
 HONOURED: dict[str, Any] = {
     # how much
     "output_dir": Text | None,
-    "max_steps": Annotated[int, Check(lambda n: n == -1 or 1 <= n <= 10**9, "a whole number from 1 on, or -1, which "
-        "leaves it to num_train_epochs", int)],
+    "max_steps": Annotated[int, Check(lambda n: n == -1 or 1 <= n <= 10**9, "a whole number from 1 on, or -1 "
+        "to use num_train_epochs", int)],
     "num_train_epochs": Positive,
     "per_device_train_batch_size": Count,
     "gradient_accumulation_steps": Count,
@@ -134,16 +134,16 @@ HONOURED: dict[str, Any] = {
     "trackio_static_space_id": Text | Literal[False] | None,
 }  # fmt: skip
 
-_METRICS = "validation has one figure, the loss"
+_METRICS = "validation only computes the loss"
 _BEST = "choose among the checkpoints by log.jsonl"
-_SPEED = "the model runs as it is"
+_SPEED = "the model is unmodified"
 _HUB = "hf upload NAME OUTPUT_DIR"
-_SAME_RUN = "the same command goes on from the newest checkpoint of output_dir, where its data was"
-_ORDER = "every epoch has all samples, in an order that seed and epoch decide; see group_by_modality_length"
+_SAME_RUN = "the same command resumes data and model from the newest checkpoint in output_dir"
+_ORDER = "every epoch has all samples, in an order set by seed and epoch; see group_by_modality_length"
 
 INSTEAD = {
     "accelerator_config": _ORDER,
-    "auto_find_batch_size": "global_batch_size with a smaller per_device_train_batch_size makes the same steps",
+    "auto_find_batch_size": "global_batch_size with a smaller per_device_train_batch_size takes the same steps",
     "batch_eval_metrics": _METRICS,
     "bf16_full_eval": "validation computes as training does",
     "dataloader_drop_last": _ORDER,
@@ -167,14 +167,14 @@ INSTEAD = {
     "hub_token": _HUB,
     "ignore_data_skip": _SAME_RUN,
     "include_for_metrics": _METRICS,
-    "label_names": "the labels are those that the conversation template says",
-    "label_smoothing_factor": "the loss is that of the learned tokens; Trainer would compare them with the wrong logits",
+    "label_names": "the conversation template sets the labels",
+    "label_smoothing_factor": "the loss covers the learned tokens; Trainer would compare them with the wrong logits",
     "length_column_name": _ORDER,
     "liger_kernel_config": _SPEED,
     "load_best_model_at_end": _BEST,
     "metric_for_best_model": _BEST,
     "neftune_noise_alpha": "lora_dropout",
-    "optim_args": "adam_beta1, adam_beta2 and adam_epsilon are keys of their own",
+    "optim_args": "adam_beta1, adam_beta2 and adam_epsilon are separate keys",
     "optim_target_modules": "lora_target_modules",
     "parallelism_config": "use deepspeed (configs/deepspeed/zero3.json)",
     "push_to_hub": _HUB,
@@ -190,7 +190,7 @@ INSTEAD = {
     "use_liger_kernel": _SPEED,
 }
 
-FORMER = {  # names that other versions and LLaVA's scripts have
+FORMER = {  # names in other versions and in LLaVA's scripts
     "evaluation_strategy": "eval_strategy",
     "fp16_backend": "bf16",
     "group_by_length": "group_by_modality_length",
@@ -206,7 +206,7 @@ FORMER = {  # names that other versions and LLaVA's scripts have
     "warmup_ratio": "warmup_steps",  # below 1 it is a share
 }
 
-# What a key needs to have any effect, or Trainer to accept it: at least one of these.
+# A key has no effect, or Trainer rejects it, without at least one of these.
 NEEDS = {
     "dataloader_multiprocessing_context": ("dataloader_num_workers",),
     "dataloader_persistent_workers": ("dataloader_num_workers",),
@@ -220,4 +220,4 @@ NEEDS = {
 
 def allowed(default: Any, instead: str) -> Check:
     """The schema of a key that is not honoured."""
-    return Check(lambda value: value == default, f"{json.dumps(default)} alone, its default ({instead})")
+    return Check(lambda value: value == default, f"its default, {json.dumps(default)} ({instead})")

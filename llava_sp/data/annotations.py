@@ -2,8 +2,8 @@
 
 {"id": ..., "image": path or list of paths (optional), "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}
 
-`images` is read as `image` is. Other keys (id, model, source, ...) are metadata, and stay unread; one that names media, such as
-`video` or `image_path`, makes the record bad, unless it is empty. In a record without images `<image>` is text.
+`images` is read like `image`. Other keys (id, model, source, ...) are metadata and ignored; one that names media, such
+as `video` or `image_path`, makes the record bad, unless it is empty. In a record without images `<image>` is text.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def parse_record(record: dict[str, Any]) -> Conversation:
 
 
 def images_of(record: dict[str, Any]) -> list[Any]:
-    """The images that a record names, also where it is bad."""
+    """The images that a record names, even if it is bad."""
     images: Any = next((record[key] for key in _IMAGES if record.get(key)), [])
     return images if isinstance(images, list) else [images]
 
 
 def _unused_media(record: dict[str, Any]) -> Iterator[str]:
-    """`key is value` of what names media beside the images that are used. Numbers and what is empty name none; nor does an
-    `image_url` or `image_path` where there is an `image`."""
+    """`key is value` of fields that name media besides the images used. Numbers and empty values do not count,
+    nor does an `image_url` or `image_path` beside an `image`."""
     used = next((record[key] for key in _IMAGES if record.get(key)), None)
     turns = {f"conversations[{index}].": turn for index, turn in enumerate(record["conversations"])}
     for path, fields in {"": record, **turns}.items():

@@ -30,8 +30,8 @@ from llava_sp.model.projector import SpatialProjector
 def build_processor(run: Run) -> LlavaSPProcessor:
     """The run's processor; its token counts come from the backbones' own configurations.
 
-    Warns if the language model would never learn to stop. Raises `ValueError` for an invalid model, projector, template or image
-    aspect ratio.
+    Warns if the language model would not learn to stop. Raises `ValueError` for an invalid model, projector, template or
+    image aspect ratio.
     """
     assert run.model.language_model and run.model.vision_tower, "checked before"
     config = LlavaSPConfig(

@@ -1,6 +1,6 @@
-"""What a run learns from, in little: enough to notice on resuming that files of the same names hold something else now.
+"""A digest of a run's training data, to notice on resuming that files of the same names have different content.
 
-Annotation files are hashed whole (some 2 seconds a GiB); of up to `IMAGES` images, spread evenly, the sizes are kept.
+Annotation files are hashed (about 2 seconds per GiB); of up to `IMAGES` images, spread evenly, the sizes are kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FINGERPRINT = {
 
 
 def fingerprint(dataset: ConversationDataset) -> dict[str, Any]:
-    """As `FINGERPRINT` says; the size of an image that cannot be found is None."""
+    """Has the schema `FINGERPRINT`; the size of a missing image is None."""
     pairs = list(zip(dataset.sources, dataset.files, strict=True))
     return {
         "annotations": [
@@ -37,32 +37,32 @@ def fingerprint(dataset: ConversationDataset) -> dict[str, Any]:
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """In words, what differs between two fingerprints; the folders that files are in do not count."""
+    """The differences between two fingerprints, as text; the folders of the files are ignored."""
     lines = []
     if len(was["annotations"]) != len(now["annotations"]):
         lines.append(f"{len(now['annotations'])} annotation files; there were {len(was['annotations'])}")
     for before, after in zip(was["annotations"], now["annotations"]):
         if before["sha256"] != after["sha256"]:
-            lines.append(f"{after['path']} has another content")
+            lines.append(f"{after['path']} has different content")
         if before["weight"] != after["weight"]:
             lines.append(f"{after['path']} has the weight {after['weight']}; it was {before['weight']}")
-    if not lines:  # else other images are looked at
+    if not lines:  # else other images are sampled
         sizes = zip(was["images"].values(), now["images"].items())
         other = [f"{path} ({before} bytes, now {size})" for before, (path, size) in sizes if before != size]
         if other:
-            lines.append(f"{len(other):,} of {len(now['images']):,} images that were looked at: {examples(other)}")
+            lines.append(f"{len(other):,} of {len(now['images']):,} checked images changed: {examples(other)}")
     return lines
 
 
 def _some_images(pairs: list[tuple[Source, Records]]) -> Iterator[Path]:
-    """Up to `IMAGES` images (more only where records have several), spread evenly over the records that have some."""
+    """Up to `IMAGES` images (more only if records have several), spread evenly over the records with images."""
     places = [(pair, record) for pair in pairs for record in np.flatnonzero(pair[1].image_counts).tolist()]
     for place in np.unique(np.linspace(0, len(places) - 1, min(IMAGES, len(places))).astype(int)):
         (source, file), record = places[place]
         for name in images_of(file[record]):
             try:
                 yield image_path(source.images, name)
-            except (BadSample, TypeError):  # it is reported when it is learned from
+            except (BadSample, TypeError):  # reported when it is loaded
                 continue
 
 

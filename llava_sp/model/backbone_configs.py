@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 FULL_LLAVAS = ("llava", "llava_sp")  # transformers' own and ours: with a text_config and a vision_config
-# Raised by transformers, PEFT and torch for settings that make no model
+# Raised by transformers, PEFT and torch for invalid settings
 _INVALID = (
     StrictDataclassError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError, ValueError,
 )  # fmt: skip

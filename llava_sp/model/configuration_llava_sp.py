@@ -27,11 +27,11 @@ class LlavaSPConfig(LlavaConfig):
         pad_token_id: the id that fills rows of unequal length; `None` is that of `text_config`, which may be `None` too.
         language_model_name_or_path, vision_tower_name_or_path: where the frozen weights came from (hub id or path), with
             the content hash of their weight files. An adapter checkpoint is opened on these.
-        vision_tower_leading_tokens: tokens that the tower gives before its patches (class token, registers); `None` is
+        vision_tower_leading_tokens: tokens of the tower before its patches (class token, registers); `None` is
             one where `vision_feature_select_strategy` is `"default"`, else none.
         language_model_head_bias: whether the language model's head has a bias.
         language_model_logit_scale, language_model_logit_softcap: what the language model does to its head's logits,
-            `softcap * tanh(scale * logits / softcap)`; `None` leaves a step out.
+            `softcap * tanh(scale * logits / softcap)`; `None` skips a step.
 
     Raises:
         ValueError: an image or patch size that is not square, a layer that the tower lacks, a scale outside

@@ -89,7 +89,7 @@ def get_template(name: str) -> Template:
 
 
 def words_of(conversation: list) -> str:
-    """What users say in a conversation, or in several, without the image marks."""
+    """The user's text in one conversation or several, without the image marks."""
     turns = [turn for one in conversation for turn in (one if isinstance(one, list) else [one])]
     contents = [turn.get("content") or "" for turn in turns if turn.get("role") == "user"]
     texts = [[item.get("text") or "" for item in c] if isinstance(c, list) else [c] for c in contents]

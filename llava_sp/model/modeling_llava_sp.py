@@ -87,7 +87,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
             raise ValueError(f"input_ids hold {placeholders} image placeholders, but pixel_values hold {expected}")
 
     def place_image_tokens(self, embeds_BLD: Tensor, placeholders_BL: Tensor, tokens: Tensor | None) -> Tensor:
-        """Put the image tokens [images, num_image_tokens, D] where the placeholders are; of a part of a prompt, its share.
+        """Replace the placeholders by the image tokens [images, num_image_tokens, D]; for part of a prompt, its share.
 
         Raises:
             ValueError: the number of placeholders is not that of the image tokens.
@@ -192,7 +192,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
                 then runs at the learned positions only, and `logits` is `None` unless `logits_to_keep` asks for them.
             logits_to_keep: how many positions, from the end, get logits (0 = all), or their indices.
             num_items_in_batch: what the summed token losses are divided by; by default the learned tokens here.
-            mm_token_type_ids: not used; `input_ids` say the same. A processor can be asked for them.
+            mm_token_type_ids: not used; `input_ids` contain the same. A processor can return them.
 
         Raises:
             ValueError: placeholders and images do not fit together; the message has both numbers.
@@ -225,7 +225,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         )
 
     def logits_of(self, hidden: Tensor) -> Tensor:
-        """The language model's logits, with the steps that it has after its head."""
+        """The language model's logits, including the steps after its head."""
         logits = self.lm_head(hidden)
         scale, softcap = self.config.language_model_logit_scale, self.config.language_model_logit_softcap
         if scale is not None:
@@ -281,12 +281,12 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
         several = inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] > 1
         if several and (past_key_values is None or past_key_values.get_seq_length() == 0):
-            # transformers leaves them out where this model is the assistant of another one
+            # transformers omits them if this model is the assistant of another one
             inputs.setdefault("mm_encoder_outputs", kwargs.get("mm_encoder_outputs"))
         return inputs
 
     def _get_candidate_generator(self, logits_processor, **kwargs):
-        """Prompt lookup copies from the prompt, but no placeholder: that would ask for an image."""
+        """Prompt lookup copies from the prompt, except placeholders: each would require an image."""
         words = SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device)
         return super()._get_candidate_generator(
             logits_processor=LogitsProcessorList([*logits_processor, words]), **kwargs
@@ -359,7 +359,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             kwargs: transformers' own, for a full checkpoint.
         """
         self._name_classes()
-        kwargs.setdefault("save_original_format", False)  # the names are the model's own, as opening compares them
+        kwargs.setdefault("save_original_format", False)  # opening expects the model's own names
         if not getattr(self, "_hf_peft_config_loaded", False):
             return super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
         asked = [name for name, value in kwargs.items() if value not in (None, False)]
@@ -368,7 +368,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         needed_formats().save_adapter(self, None, save_directory, state_dict=state_dict, write=is_main_process)
 
     def _name_classes(self) -> None:
-        """Enter in the configuration what `trust_remote_code` opens a checkpoint with; a subclass has its own file."""
+        """Record in the configuration the classes for `trust_remote_code`; a subclass has its own file."""
         if type(self) is LlavaSPForCausalLM:
             self.config.auto_map = {name: f"modeling_llava_sp.{value}" for name, value in _AUTO_CLASSES.items()}
 

@@ -42,7 +42,7 @@ from .tokenization import TextEncoder, add_special_tokens
 
 IGNORE_INDEX = -100
 ASPECT_RATIOS = ("pad", "crop")
-_BROKEN = (  # what transformers raises for broken files
+_BROKEN = (  # raised by transformers for broken files
     LookupError,
     TypeError,
     AttributeError,
@@ -121,7 +121,7 @@ class LlavaSPProcessor(LlavaProcessor):
         with _as_value_error("the chat template cannot render a question", *_BROKEN):
             text = self.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
         if asked[0]["content"] not in text:
-            raise ValueError(f"the chat template makes {text!r:.80} of {asked[0]['content']!r}; it must be in it")
+            raise ValueError(f"the chat template makes {text!r:.80} of {asked[0]['content']!r}, dropping it")
 
     def _needs(self, tokenizer, image_token: str) -> Iterator[tuple[str, object, bool, str]]:
         """(what, its value, whether it is valid, what is valid)"""
@@ -286,7 +286,7 @@ class LlavaSPProcessor(LlavaProcessor):
         return data
 
     def _cut(self, tokens: list[Token], limit: int) -> list[Token]:
-        """The first or last `limit` tokens, as the tokenizer cuts. Raises `ValueError` where a placeholder would be cut."""
+        """The first or last `limit` tokens, as the tokenizer cuts. Raises `ValueError` if a placeholder would be cut."""
         special = sum(token.end == 0 for token in tokens[: len(self._encoder.prefix)])
         start = special if self.tokenizer.truncation_side == "left" else limit
         lost = slice(start, start + max(0, len(tokens) - limit))
@@ -295,7 +295,7 @@ class LlavaSPProcessor(LlavaProcessor):
         return tokens[: lost.start] + tokens[lost.stop :]
 
     def _expanded_places(self, tokens: list[Token]) -> list[tuple[int, int]]:
-        """Where tokens are in the text in which each image mark stands as often as it has placeholders."""
+        """Positions of tokens in the text with each image mark repeated once per placeholder."""
         places, seen, mark = [], 0, len(self.image_token)
         for token in tokens:
             images, within = divmod(seen, self.num_image_tokens)
@@ -308,7 +308,7 @@ class LlavaSPProcessor(LlavaProcessor):
         """transformers' own; `conversation_template` names another template than the processor's.
 
         Raises:
-            ValueError: the template cannot render this conversation, or would drop the question that is to be answered.
+            ValueError: the template cannot render this conversation, or would drop the question to be answered.
         """
         name = conversation_template or self.conversation_template
         template = get_template(name)

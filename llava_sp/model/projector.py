@@ -92,7 +92,7 @@ class DetailFeatureIntegrator(nn.Module):
         parts = (self.query(features_BSK), self.key(context_BPK), self.value(context_BPK))
         return F.scaled_dot_product_attention(*(part.unsqueeze(1) for part in parts)).squeeze(
             1
-        )  # ONNX knows it with heads
+        )  # ONNX supports it with heads
 
 
 class SpatialBranch(nn.Module):

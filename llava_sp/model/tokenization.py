@@ -73,7 +73,7 @@ class TextEncoder:
         return Tokenizer.from_str(json.dumps(settings | {"padding": None, "truncation": None}))
 
     def encode(self, text: str, spell: bool = False) -> list[tuple[int, int, int]]:
-        """`(id, first character, character after the last)` of each token; `spell` makes letters of image marks.
+        """`(id, first character, character after the last)` of each token; `spell` encodes image marks as text.
 
         Raises `ValueError` for half a surrogate pair.
         """

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what was written: a list of its files, with sizes and hashes, that is written last."""
+"""Whether a checkpoint is unchanged: a list of its files, with sizes and hashes, which is written last."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def write_file_list(folder: Path) -> None:
 
 
 def damage(folder: Path, *names: str) -> str | None:
-    """What is wrong with a checkpoint's files (those of `names`, or all): the file and how; None for an intact one.
+    """The first damaged file of a checkpoint (of `names`, or of all files) and the damage; None if it is intact.
 
-    All of it is read.
+    Reads whole files.
     """
     try:
         listed = read_json(folder / FILE_LIST, _SPEC)
     except (ValueError, OSError) as error:
-        return f"{error} (it was written last, and says what belongs to the checkpoint)"
+        return f"{error} (written last; it lists the files of the checkpoint)"
     if listed["checkpoint"] != folder.name:
-        return f"{folder / FILE_LIST} is that of {listed['checkpoint']}"
+        return f"{folder / FILE_LIST} belongs to {listed['checkpoint']}"
     for name in names or listed["files"]:
         file, was = folder / name, listed["files"].get(name)
         if was is None or not file.is_file():
@@ -36,7 +36,7 @@ def damage(folder: Path, *names: str) -> str | None:
         if file.stat().st_size != was["bytes"]:
             return f"{file} is {file.stat().st_size:,} bytes long; it was {was['bytes']:,}"
         if sha256(file) != was["sha256"]:
-            return f"{file} was altered since it was written (its sha256 is another)"
+            return f"{file} was changed after it was written (its sha256 differs)"
     return None
 
 

@@ -168,7 +168,7 @@ def _mixture(file: Path) -> Iterator[str]:
 
 
 def _trainer(args: TrainArguments) -> Iterator[str]:
-    """Trackers and schedule are made as Trainer will make them, to hear what it would say hours later."""
+    """Creates trackers and schedule as Trainer does, to raise its errors now instead of hours later."""
     try:
         for tracker in get_reporting_integration_callbacks(args.report_to):
             tracker()

@@ -19,7 +19,7 @@ def be_the_only_process() -> None:
     """Describe a plain `python` as a launcher's only process; before the arguments, which detect the devices, are made.
 
     DeepSpeed needs it, and so do several visible GPUs: Trainer would split each batch among them (nn.DataParallel), which
-    does not know which image belongs to which sample.
+    does not map images to samples.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -41,7 +41,7 @@ def start_deepspeed(args: TrainingArguments) -> None:
 
 
 class Watch(TrainerCallback):
-    """Tells a watchdog how training gets on; from its first step to its last, as loading a model may take its time."""
+    """Reports training progress to a watchdog, from the first step to the last, as loading a model may be slow."""
 
     def __init__(self, watchdog: Watchdog):
         self.watchdog = watchdog

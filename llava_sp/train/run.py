@@ -80,7 +80,7 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     start_deepspeed(args)
     set_seed(args.seed)
     model = build_model(run)
-    if checkpoint and run.model.check_base:  # what it resumes may be gone from where the backbones come from
+    if checkpoint and run.model.check_base:  # the backbones may have changed since the checkpoint
         check_bases(recognise(checkpoint), model.config)
     assert processor.num_image_tokens == model.config.num_image_tokens, "processor and model disagree"
     assert processor.image_token_id == model.config.image_token_id, "processor and model disagree"
@@ -118,7 +118,7 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
 
 
 def _same_data(dataset: ConversationDataset, checkpoint: Path | None, here: Processes, check: bool) -> dict[str, Any]:
-    """The fingerprint of the data. Raises `ValueError` if it is another on some process, or than in the checkpoint."""
+    """The fingerprint of the data. Raises `ValueError` if it differs between processes or from the checkpoint's."""
     now = fingerprint(dataset)
     differing = [
         f"process {rank}: {', '.join(found)}"
@@ -128,9 +128,9 @@ def _same_data(dataset: ConversationDataset, checkpoint: Path | None, here: Proc
     if differing:
         raise ValueError(f"the processes do not see the same data as process 0: {'; '.join(differing)}")
     changed = "; ".join(changes(read_run_state(checkpoint)["data"], now)) if checkpoint else ""
-    what = f"the data is not what it was when {checkpoint} was written: {changed}"
+    what = f"the data has changed since {checkpoint} was written: {changed}"
     if changed and check:
-        raise ValueError(f"{what}. Restore it, choose another output_dir, or use what there is now: --check_data false")
+        raise ValueError(f"{what}. Restore it, choose another output_dir, or use the current data: --check_data false")
     if changed:
         logger.warning("%s.", what)
     return now

@@ -44,11 +44,11 @@ TOKEN_FILE = ".token"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 REPLACED = re.compile(r"\.(checkpoint-\d+)\.replaced")
 WRITE_ERRORS = (OSError, SafetensorError)
-# The schema of run.yaml, beside settings that are only compared. The provenance is written last: a file without was cut off.
+# The schema of run.yaml besides settings, which are only compared. Provenance is last: a file without it is truncated.
 RECORDED = {RESERVED_KEY: {"processes?": int, "samples_per_step?": int}}
 OTHER_RUN = "Give the same settings to resume that run, or choose another output_dir."
 
-# Keys that change what is written, shown or how fast, but not what is learned.
+# Keys that change output or speed, but not what is learned.
 HARMLESS = (
     "output_dir", "report_to", "run_name", "project", "disable_tqdm", "use_cpu", "tf32", "data_source",
     "attn_implementation", "local_rank", "include_num_input_tokens_seen", "skip_memory_metrics", "push_to_hub",
@@ -69,10 +69,10 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._lock: Any = None
-        self._record: str | None = None  # what run.yaml holds
+        self._record: str | None = None  # content of run.yaml
 
     def conflicts(self, settings: Mapping[str, Any], processes: int, samples_per_step: int) -> Iterator[str]:
-        """Why a run with these settings cannot write here: the folder holds another run, or files that are not a run's.
+        """Why a run with these settings cannot write here: the folder holds another run, or files not from a run.
 
         A run that left neither checkpoint nor model (its data could not be read, for example) does not own the folder.
         """
@@ -102,13 +102,13 @@ class RunFolder:
         return list(self.path.iterdir()) if self.path.is_dir() else []
 
     def _record_file(self) -> Path:
-        """What says which run this is: the copy in a checkpoint, unless that is damaged, or else run.yaml."""
+        """The file that identifies the run: the copy in a checkpoint, unless it is damaged, else run.yaml."""
         copies = (checkpoint / RUN_FILE for checkpoint in self._checkpoints() if not damage(checkpoint, RUN_FILE))
         return next(copies, self.path / RUN_FILE)
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run is over, and its model is there."""
+        """Whether the run is finished and its model valid."""
         if not (self.path / FINISHED_FILE).is_file():
             return False
         problem = self._without_model()
@@ -117,12 +117,12 @@ class RunFolder:
         return not problem
 
     def _without_model(self) -> str | None:
-        """Why a folder with finished.json holds no trained model, or None: it does."""
+        """Why a folder with finished.json has no valid model, or None if it has."""
         try:
             describe(self.path)
             recognise(self.path)
         except (ValueError, OSError) as error:
-            return f"{self.path / FINISHED_FILE} says that this run is over, but its model is not whole: {error}"
+            return f"{self.path / FINISHED_FILE} marks the run as finished, but its model is invalid: {error}"
         return None
 
     def _checkpoints(self) -> list[Path]:
@@ -136,7 +136,7 @@ class RunFolder:
     def intact_checkpoint(self) -> Path | None:
         """The newest checkpoint whose files are as they were written, or None if there is no checkpoint at all.
 
-        Logs the damage of those that are newer, and renames them: they must not count where the oldest ones are deleted.
+        Logs the damage of newer ones and renames them: they must not count when the oldest checkpoints are deleted.
         Raises `ValueError` if none is intact.
         """
         damaged: dict[Path, str] = {}
@@ -152,7 +152,7 @@ class RunFolder:
             raise ValueError(f"output_dir = {self.path} has no intact checkpoint: {problems}")
         for entry, problem in damaged.items():
             aside = entry.with_suffix(".damaged")
-            logger.warning("%s is damaged: %s. It is %s now, and not used.", entry, problem, aside.name)
+            logger.warning("%s is damaged: %s. Renamed to %s and not used.", entry, problem, aside.name)
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(entry, aside)
         return intact
@@ -160,11 +160,11 @@ class RunFolder:
     def join(
         self, here: Processes, settings: Mapping[str, Any], provenance: Mapping[str, Any], patience: float = 60.0
     ) -> Path | None:
-        """Open the folder, on the main process; on all processes, the checkpoint to resume from.
+        """Open the folder on the main process; returns the checkpoint to resume from on all.
 
         Raises:
-            ValueError: as `open` and `intact_checkpoint`; or, on all, if some do not see what the main process writes,
-                which must last for `patience` seconds as network file systems may show new files late.
+            ValueError: as `open` and `intact_checkpoint`; or, on all, if some do not see the main process's file within
+                `patience` seconds (network file systems may show new files late).
         """
         token, name = secrets.token_hex(8), None
         with here.together():
@@ -192,7 +192,7 @@ class RunFolder:
             time.sleep(0.1)
 
     def open(self, settings: Mapping[str, Any], provenance: Mapping[str, Any], patience: float = 60.0) -> None:
-        """Lock the folder for this process, remove what a killed save left, and write run.yaml.
+        """Lock the folder for this process, remove interrupted saves, and write run.yaml.
 
         Waits `patience` seconds for another process to end. Raises `ValueError` if it does not, or if nothing
         can be written here.
@@ -209,7 +209,7 @@ class RunFolder:
             self._write_record(settings, provenance)
 
     def _write_record(self, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
-        """run.yaml as the checkpoints have it, if there are any; else a new one."""
+        """Write run.yaml as in the checkpoints, if there are any; else a new one."""
         file = self._record_file()
         if self.newest_checkpoint() and file.is_file():
             self._record = file.read_text(encoding="utf-8")
@@ -257,7 +257,7 @@ class RunFolder:
         there = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
         return (
             f"({shutil.disk_usage(there).free / 2**30:.2f} GiB free there): {error}\nThe newest complete checkpoint is "
-            f"{self.newest_checkpoint() or 'none yet'}; nothing was lost but the steps since. "
+            f"{self.newest_checkpoint() or 'none yet'}; only the steps since then are lost. "
             "Make room (save_total_limit, output_dir) and run the same command again."
         )
 

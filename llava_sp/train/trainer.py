@@ -33,13 +33,13 @@ from llava_sp.train.run_folder import STAGING, STATE_FILE, WRITE_ERRORS, RunFold
 from llava_sp.train.stages import optimizer_groups, trained_names
 
 SCHEDULER_FILE = "scheduler.pt"
-RUN_STATE_FILE = "run_state.json"  # of a checkpoint: what Trainer's own files do not hold
+RUN_STATE_FILE = "run_state.json"  # in a checkpoint: state that Trainer's own files lack
 RUN_STATE = {"losses": [float], "last_logged": int, "total_loss": float, "data": (None, FINGERPRINT)}
 logger = logging.getLogger(__name__)
 
 
 class Diverged(ValueError):
-    """Losses, gradients or weights that are no numbers any more; on all processes alike."""
+    """Losses, gradients or weights are no longer finite; raised on all processes."""
 
 
 class LlavaSPTrainer(Trainer):
@@ -71,7 +71,7 @@ class LlavaSPTrainer(Trainer):
         self.folder = folder
         self.provenance, self.data = provenance or {}, data
         self.group_by_modality_length = group_by_modality_length
-        self.args.logging_nan_inf_filter = False  # it would log the average of the losses before in place of NaN
+        self.args.logging_nan_inf_filter = False  # it would log the mean of earlier losses instead of NaN
         self.meter = Meter(samples_per_step(self.args))
         self._staging: Path | None = None
         for unwanted in (ProgressCallback, PrinterCallback):
@@ -98,7 +98,7 @@ class LlavaSPTrainer(Trainer):
         return sampler
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's; what the data raises (an annotation file was replaced, for example) is the user's to correct."""
+        """Trainer's; the user can correct errors in the data (for example, an annotation file was replaced)."""
         try:
             return super().get_batch_samples(*args, **kwargs)
         except (ValueError, OSError) as error:
@@ -130,14 +130,14 @@ class LlavaSPTrainer(Trainer):
             if not math.isfinite(logs["loss"]):
                 self._diverged(f"the loss is {logs['loss']}")
             logs.update(self.meter.read(self.state))
-        if "train_loss" in logs:  # Trainer's is the mean of the steps since the run was resumed
+        if "train_loss" in logs:  # Trainer's mean covers only the steps since the run was resumed
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs)  # without start_time: the meter logs the speed
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm over all processes, of each step, before the weights change (DeepSpeed: just after)."""
+        """The norm over all processes, at each step before the weights change (DeepSpeed: just after)."""
         norm = super()._get_grad_norm(model, grad_norm)
-        # fp16's loss scaling meets infinity, and leaves such steps out
+        # fp16's loss scaling skips steps with infinite gradients
         if norm is not None and not self.args.fp16 and not math.isfinite(norm):
             self._diverged(f"the gradient norm is {float(norm)}", self.state.global_step + 1)
         return norm
@@ -166,7 +166,7 @@ class LlavaSPTrainer(Trainer):
             save_adapter(
                 self.model, self.processing_class, path, run=run, state_dict=state, write=self.args.should_save
             )
-        except ValueError as error:  # about values
+        except ValueError as error:  # invalid values
             self._diverged(error)
         self.accelerator.wait_for_everyone()
 
@@ -228,7 +228,7 @@ def allow_missing_frozen(model: nn.Module, keys: Any) -> None:
 
 
 class RestoreLosses(TrainerCallback):
-    """Sets the losses since the last log, which Trainer forgets, as they were when the checkpoint was written."""
+    """Restores from the checkpoint the losses since the last log, which Trainer does not save."""
 
     def __init__(self, trainer: LlavaSPTrainer):
         self.trainer = trainer
@@ -240,7 +240,7 @@ class RestoreLosses(TrainerCallback):
         losses = saved["losses"]
         own = losses[args.process_index] if len(losses) == args.world_size else sum(losses) / len(losses)
         if len(losses) != args.world_size:
-            words = "The checkpoint was written with a process count of %s, now it is %s: dropout draws other random numbers."
+            words = "The checkpoint was written with a process count of %s, now %s: dropout uses other random numbers."
             logger.warning(words, len(losses), args.world_size)
         self.trainer._tr_loss.fill_(own)
         self.trainer._globalstep_last_logged = saved["last_logged"]

@@ -1,4 +1,4 @@
-"""Hostile input: files and command lines are spoilt at random, and what the program makes of them is judged.
+"""Hostile input: files and command lines are corrupted at random, and the outcome is judged.
 
 The only right outcomes are the same result as without the mutation, another result where the mutation makes another valid
 input, or a refusal in the words of an error that names the file or the key. `test_hostile.py` tries a few hundred, always

@@ -1,4 +1,4 @@
-"""Try new hostile inputs for as long as it is given, and say what became of them.
+"""Try new hostile inputs for the given time, and report the outcomes.
 
     python -m tests.hostile --minutes 30 [--surface NAME ...] [--seed N] [--jobs 2] [--failures FILE]
     python -m tests.hostile --surface NAME --case '{"target": ..., "action": ..., "at": [...], "value": ...}'
@@ -120,7 +120,7 @@ def _cases(names: list[str], seed: int, jobs: int, root: Path, end: float) -> It
 
 
 def _attempts(names: list[str], seed: int, root: Path, end: float) -> Iterator[Case]:
-    """Of the surface that had least time, one mutation after the other."""
+    """One mutation after another, each of the surface with the least time so far."""
     benches: dict[str, Workbench] = {}
     spent = dict.fromkeys(names, 0.0)
     waiting: dict[str, list[Mutation]] = {name: [] for name in names}
@@ -143,7 +143,7 @@ def _attempts(names: list[str], seed: int, root: Path, end: float) -> Iterator[C
 
 
 def _report(failures: dict[tuple[str, ...], list[Case]]) -> str:
-    """Every distinct failure, how often it was seen, and what repeats it."""
+    """Every distinct failure, its count, and the commands that repeat it."""
     lines = []
     for (surface, verdict, _), cases in sorted(failures.items()):
         lines += [f"{surface}: {verdict} ({len(cases)} times): {cases[0].shown}"]

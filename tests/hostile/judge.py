@@ -1,6 +1,6 @@
-"""What became of a mutation: right, or one of the ways to be wrong.
+"""The outcome of a mutation: right, or one of the ways to be wrong.
 
-Whether another result is right is decided by rules that are stated here: a surface says, for each of its files, which one holds.
+Whether another result is right is decided by the rules below: a surface assigns one to each of its files.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def plausible(old: Any, new: Any) -> bool:
 
 
 def exact(spoilt: Spoilt) -> bool:
-    """Our own files: nothing but the same result will do."""
+    """Our own files: only the same result is right."""
     return False
 
 

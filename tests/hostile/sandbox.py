@@ -38,7 +38,7 @@ class Outcome:
     """Attributes:
     status: the exit status; None where there is none.
     result: what the action computed, as plain values.
-    check: the exit status of the command that says beforehand whether the action works; None where there is none.
+    check: the exit status of the command that checks beforehand whether the action works; None if there is none.
     words: what was printed, errors first.
     trace: the traceback of an exception that no command of ours ends with, or `HUNG`, `CROWD` or "signal N".
     """
@@ -51,7 +51,7 @@ class Outcome:
 
     @property
     def last_line(self) -> str:
-        """What the exception says, and where in our code it came from."""
+        """The exception's message, and its place in our code."""
         lines = self.trace.strip().splitlines() or [""]
         errors = [line for line in lines if ERROR_LINE.match(line)]
         places = [line for line in lines if line.startswith("  File ") and "llava_sp/" in line]
@@ -80,7 +80,7 @@ def contained(action: Action, folder: Path, seconds: float) -> Outcome:
 
 
 def _wait(child: int, seconds: float) -> str:
-    """How a process ended, if not by itself; what it started is gone then."""
+    """Why a process was ended, if it was; its children are ended too."""
     start, pause, counted, status, why = time.monotonic(), 0.001, 0.0, None, ""
     try:
         while status is None and not why:

@@ -152,12 +152,12 @@ def test_variables(tmp_path, monkeypatch):
         (
             {"fsdp": "full_shard"},
             [],
-            r"c\.yaml: fsdp is 'full_shard'; expected null alone, its default \(use deepspeed",
+            r"c\.yaml: fsdp is 'full_shard'; expected its default, null \(use deepspeed",
         ),
         (
             {"save_only_model": True},
             [],
-            r"save_only_model is True; expected false alone, its default \(a run cannot resume",
+            r"save_only_model is True; expected its default, false \(a run cannot resume",
         ),
     ],
 )

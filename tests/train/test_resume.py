@@ -18,6 +18,7 @@ from llava_sp.train import trainer as trainer_module
 from llava_sp.train.__main__ import main
 from llava_sp.train.intact import write_file_list
 from llava_sp.train.run import train
+from tests.messages import names
 from tests.train.conftest import no_launcher
 from tests.train.runs import GOLDEN, TINY, config, log, losses, run_here
 
@@ -88,13 +89,13 @@ def test_the_log_of_a_resumed_run_is_that_of_an_undisturbed_one(whole, stopped, 
 def reorder(folder: Path) -> str:
     file = folder / "data" / "data.json"
     file.write_text(json.dumps(json.loads(file.read_text())[::-1]))
-    return f"{file} has another content"
+    return str(file)
 
 
 def reword(folder: Path) -> str:
     file = folder / "data" / "data.json"
     file.write_text(file.read_text().replace("e", "a", 1))
-    return f"{file} has another content"
+    return str(file)
 
 
 def an_image(folder: Path) -> Path:
@@ -123,14 +124,14 @@ def test_other_data_under_the_same_names(stopped, capsys, change):
     expected = change(folder)
     assert command(folder) == 2
     error = capsys.readouterr().err
-    assert "the data is not what it was" in error and expected in error and "--check_data false" in error
+    assert names(error, folder / "out" / "checkpoint-4", expected, "--check_data false")
 
 
 def test_other_data_may_be_accepted(stopped, caplog):
     folder = stopped(4)
     expected = reorder(folder)
     assert command(folder, "--check_data", "false") == 0
-    assert f"was written: {expected}" in caplog.text
+    assert names(caplog.text, folder / "out" / "checkpoint-4", expected)
 
 
 def test_another_weight_in_the_mixture(tmp_path, capsys):
@@ -144,7 +145,7 @@ def test_another_weight_in_the_mixture(tmp_path, capsys):
         (tmp_path / "out" / name).unlink()
     mixture.write_text(yaml.safe_dump([entry | {"weight": 2.0}]))
     assert main(["--config", str(given)]) == 2
-    assert "data.json has the weight 2.0; it was 1.0" in capsys.readouterr().err
+    assert names(capsys.readouterr().err, SAMPLES / "data.json", "weight", "2.0", "1.0")
 
 
 def spoil(folder: Path) -> None:
@@ -158,7 +159,7 @@ def test_another_language_model_under_the_same_name(stopped, capsys):
     spoil(folder / "base")
     assert command(folder) == 2
     error = capsys.readouterr().err
-    assert "checkpoint-4 was trained on a language model with the fingerprint" in error and "check_base" in error
+    assert names(error, folder / "out" / "checkpoint-4", "language model", "fingerprint", folder / "base", "check_base")
 
 
 # ---- stage 2 on other bases than stage 1's
@@ -204,7 +205,7 @@ def test_stage_2_on_the_same_bases(bases, stage1, key):
 def test_check_base_reaches_the_projector(bases, stage1, tmp_path, capsys):
     given = bases["vision_feature_layer"] | {"projector_checkpoint": str(stage1), "max_steps": 1}
     assert main(["--config", str(config(tmp_path, **given))]) == 2
-    assert "vision_feature_layer = -2, but it is -1 here" in capsys.readouterr().err
+    assert names(capsys.readouterr().err, "vision_feature_layer", "-2", "-1")
     assert main(["--config", str(config(tmp_path, **given, check_base=False))]) == 0
 
 
@@ -215,7 +216,7 @@ def test_finished_without_its_model_goes_on(whole, tmp_path, caplog):
     shutil.copytree(whole / "out", tmp_path / "out")
     (tmp_path / "out" / "projector.safetensors").unlink()
     main(["--config", str(whole / "run.yaml"), "--output_dir", str(tmp_path / "out")])
-    assert "its model is not whole" in caplog.text and "projector.safetensors" in caplog.text
+    assert names(caplog.text, tmp_path / "out" / "finished.json", "projector.safetensors")
     assert (tmp_path / "out" / "projector.safetensors").is_file()
 
 
@@ -225,7 +226,7 @@ def test_finished_without_model_and_checkpoints_is_refused(whole, tmp_path, caps
         shutil.copy(whole / "out" / name, tmp_path / "out")
     assert main(["--config", str(whole / "run.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "its model is not whole" in error and "no checkpoint to resume from" in error
+    assert names(error, tmp_path / "out" / "finished.json", "no checkpoint", "output_dir")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -239,8 +240,10 @@ def test_a_loss_that_is_no_number_ends_the_run_at_its_step(tmp_path, monkeypatch
     monkeypatch.setattr(trainer_module.LlavaSPTrainer, "compute_loss", spoilt)
     assert main(["--config", str(config(tmp_path, logging_steps=5))]) == 2
     error = capsys.readouterr().err
-    assert "training diverged at step 3: the gradient norm is nan" in error
-    assert "rates are lora 0.00" in error and f"last good checkpoint is {tmp_path / 'out' / 'checkpoint-2'}" in error
+    assert (
+        names(error, "diverged", "step 3", "gradient norm", "nan", tmp_path / "out" / "checkpoint-2")
+        and "lora 0.00" in error
+    )
     monkeypatch.undo()
     with no_launcher():
         assert main(["--config", str(config(tmp_path, logging_steps=5))]) == 0
@@ -252,8 +255,7 @@ def test_weights_that_opening_would_refuse_are_not_saved(tmp_path, capsys):
     for _ in range(2):
         assert main(["--config", str(given)]) == 2
         error = capsys.readouterr().err
-        assert "training diverged at step 2" in error and "values up to" in error
-        assert f"last good checkpoint is {tmp_path / 'out' / 'checkpoint-1'}" in error
+        assert names(error, "diverged", "step 2", "values", tmp_path / "out" / "checkpoint-1")
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-1"]
     LlavaSPForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-1")
 

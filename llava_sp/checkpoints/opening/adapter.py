@@ -66,7 +66,7 @@ def _saved(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _active_adapter(model: Any) -> str:
-    """The name of the LoRA that a model answers with. Raises `ValueError` for several, which no adapter checkpoint holds."""
+    """The name of the active LoRA. Raises `ValueError` for several, which an adapter checkpoint cannot hold."""
     active = model.active_adapters() if getattr(model, "_hf_peft_config_loaded", False) else [ADAPTER_NAME]
     if len(active) != 1:
         raise ValueError(
@@ -92,8 +92,8 @@ def save_adapter(
         write: false on processes that only take part in gathering (all but the main one).
 
     Raises:
-        ValueError: a tensor is empty or not finite, or has values that opening would refuse, or the adapter is of a kind that
-            would not open again; nothing is written then.
+        ValueError: a tensor is empty or not finite, or has values that opening rejects, or the adapter is of a
+            kind that could not be opened; nothing is written then.
         OSError: the disk is full or `path` cannot be written; a previous checkpoint there is invalid
             only if some of its files were replaced already, and then has no manifest.
     """
@@ -101,8 +101,8 @@ def save_adapter(
     broken = [
         f"{name} {found}" for name, tensor in state.items() if (found := value_problem(tensor, zeros_allowed=True))
     ]
-    if broken or not state:  # on every process, so that none waits for another
-        such = f"{broken[0]}{f' (and {len(broken) - 1} tensors more)' * (len(broken) > 1)}" if state else "no projector"
+    if broken or not state:  # on every process, so that none blocks in a collective
+        such = f"{broken[0]}{f' (and {len(broken) - 1} more)' * (len(broken) > 1)}" if state else "no projector"
         raise ValueError(f"{path} is not saved: {such}")
     if not write:
         return
@@ -117,7 +117,7 @@ def save_adapter(
 
     with replacing(path / ADAPTER_FILE) as file:
         save_file(projector, file, metadata={"format": "pt"})
-    shutil.rmtree(path / LORA_FOLDER, ignore_errors=True)  # of another model that was saved here
+    shutil.rmtree(path / LORA_FOLDER, ignore_errors=True)  # from another model saved here
     if lora:
         _write_lora(settings, lora, path / LORA_FOLDER)
     model.save_code(path)
@@ -206,7 +206,7 @@ def load_projector(model: Any, path: str | os.PathLike, *, check_base: bool = Tr
 
 
 def check_bases(found: Checkpoint, config: LlavaSPConfig) -> None:
-    """Raises `ValueError` where a checkpoint records other bases, by their fingerprints, or other layers of the tower."""
+    """Raises `ValueError` if the recorded fingerprints of the bases, or the layers of the tower, differ."""
     problem = next(_base_differences(found, config), None)
     if problem:
         raise ValueError(f"{found.folder} was trained {problem}, or check_base=False to use these")
@@ -218,16 +218,16 @@ def _base_differences(found: Checkpoint, config: LlavaSPConfig) -> Iterator[str]
         if was not in (None, now):
             place = getattr(config, f"{keyword}_name_or_path")
             yield (
-                f"on a {keyword.replace('_', ' ')} with the fingerprint {was}, but {place} has {now}: these are other weights. "
-                f"Pass {keyword}=<the right one>"
+                f"on a {keyword.replace('_', ' ')} with the fingerprint {was}, but {place} has {now}: the weights "
+                f"differ. Pass {keyword}=<the right one>"
             )
     layers, own = found.feature_layer, config.vision_feature_layer
     if _feature_layers(layers, config) != _feature_layers(own, config):
-        yield f"with vision_feature_layer = {layers}, but it is {own} here: these are other features. Pass {layers}"
+        yield f"with vision_feature_layer = {layers}, but it is {own} here: the features differ. Pass {layers}"
 
 
 def _feature_layers(layers: Any, config: LlavaSPConfig) -> list[int]:
-    """From the first on: -2 and 23 are the same of 24 layers."""
+    """Counted from the first: of 24 layers, -2 is 23."""
     states = getattr(config.vision_config, "num_hidden_layers", None)
     each = [layers] if isinstance(layers, int) else layers
     return [layer % (states + 1) if isinstance(states, int) else layer for layer in each]
@@ -242,7 +242,7 @@ def _save_config(model, path: Path) -> None:
 
 
 def _lora_settings(model, adapter: str, folder: Path) -> dict[str, Any]:
-    """What is written to adapter_config.json. Raises `ValueError` for a kind of adapter that would not open again."""
+    """The content of adapter_config.json. Raises `ValueError` for a kind of adapter that could not be opened."""
     settings = model.peft_config[adapter].to_dict()
     settings["base_model_name_or_path"] = model.config.language_model_name_or_path
     settings["inference_mode"] = True

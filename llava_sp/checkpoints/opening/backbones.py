@@ -164,7 +164,7 @@ class Backbones:
             tower.to(dtype)
         if not recorded:
             config.dtype = dtype
-        tied = getattr(language.config, "tie_word_embeddings", False)  # a recorded one would overwrite the head
+        tied = getattr(language.config, "tie_word_embeddings", False)  # a recorded value would overwrite the head
         config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
         config.language_model_name_or_path = _recorded(self.language)
         config.vision_tower_name_or_path = _recorded(self.tower)
@@ -216,8 +216,8 @@ def from_llava_hf(cls: type[PreTrainedModel], backbones: Backbones, config: Llav
     projector.load_state_dict(llava.model.multi_modal_projector.state_dict())
     model = backbones.assemble(cls, config, _language_half(llava), llava.model.vision_tower, projector)
     if model.config.vision_tower_leading_tokens is not None:
-        raise ValueError(f"{backbones.tower}: transformers' LLaVA leaves registers of this tower among the patches")
-    model.config.language_model_logit_scale = model.config.language_model_logit_softcap = None  # it has the head alone
+        raise ValueError(f"{backbones.tower}: transformers' LLaVA treats registers of this tower as patches")
+    model.config.language_model_logit_scale = model.config.language_model_logit_softcap = None  # it has no such steps
     return model
 
 
@@ -354,7 +354,7 @@ def zero3_set_aside() -> Iterator[None]:
 
 
 def _record_ends(config: LlavaSPConfig, language: PreTrainedModel, tower: PreTrainedModel) -> None:
-    """Enter what the tower gives before its patches, and what the language model does after its head."""
+    """Record the tower's tokens before its patches, and the language model's steps after its head."""
     leading = leading_tokens(tower, config) or 0
     config.vision_feature_select_strategy = "default" if leading else "full"
     config.vision_tower_leading_tokens = leading if leading > 1 else None

@@ -1,4 +1,4 @@
-"""Whether a language model can end the answers that it learns: what its template learns last, and where it stops."""
+"""Whether a language model learns to end its answers: the last learned tokens of its template, and its stop tokens."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _ANSWER = "Yes."
 
 
 def never_stops(processor: LlavaSPProcessor, language_model: str | os.PathLike, **hub_kwargs) -> str | None:
-    """A warning if no token that the processor's template learns is an end-of-sequence id of the language model, else None.
+    """A warning if the processor's template learns no end-of-sequence id of the language model, else None.
 
-    Captions (`plain`) have no end but a line break, as in LLaVA: nobody asks such a model.
+    Captions (`plain`) end with a line break, as in LLaVA: such a model is not used for answers.
     """
     name = processor.conversation_template
     if get_template(name).images_only:
@@ -36,7 +36,7 @@ def never_stops(processor: LlavaSPProcessor, language_model: str | os.PathLike, 
 
 
 def _end_ids(processor: LlavaSPProcessor, language_model: str | os.PathLike, **hub_kwargs) -> list[int]:
-    """Where a model on this language model ends its answers."""
+    """The end-of-sequence ids of this language model."""
     file = fetch_config(language_model, "generation_config.json", **hub_kwargs)
     settings = {} if file is None else read_json(file, {"eos_token_id?": (int, [int], None)})
     ends = language_config(language_model, **hub_kwargs).eos_token_id if file is None else settings.get("eos_token_id")

@@ -82,7 +82,7 @@ def copy_strictly(
 
 
 def freeze(model: PreTrainedModel, is_trainable: bool = False) -> PreTrainedModel:
-    """A model as opened: nothing trains, LoRA is in the model's own type, dropout is off.
+    """Freeze an opened model: nothing trains, LoRA has the model's dtype, dropout is off.
 
     With `is_trainable`, LoRA and projector train, in float32; call it before they are filled.
     """
@@ -108,12 +108,12 @@ def check_model(model: nn.Module, path: object, stored: Iterable[StoredTensor], 
         for name, parameter in model.named_parameters()
         if not parameter.is_meta
         and not hasattr(parameter, "ds_id")  # offloaded to disk; split by ZeRO-3
-        and type(parameter.detach()) is torch.Tensor  # else quantised: its values cannot be checked
+        and type(parameter.detach()) is torch.Tensor  # else quantized: its values cannot be checked
     )
 
 
 def integer_weights(model: PreTrainedModel, stored: list[StoredTensor]) -> list[str]:
-    """Stored integers, by key and file, that a model without quantization took as floating-point weights."""
+    """Stored integers, by key and file, that an unquantized model loaded as floating-point weights."""
     floating = tuple(_tail(name) for name, parameter in model.named_parameters() if parameter.is_floating_point())
     integers = [] if getattr(model, "is_quantized", False) else [t for t in stored if not t.dtype.is_floating_point]
     return [f"{t.key} in {t.file} ({t.dtype})" for t in integers if f".{t.key}".endswith(floating)]

@@ -17,7 +17,7 @@ from llava_sp.common.schema import expect
 from llava_sp.model.backbone_configs import as_value_error
 from llava_sp.model.configuration_llava_sp import PROJECTOR_SETTINGS, LlavaSPConfig
 
-# Written together: where one is lost, logits or patches would be others.
+# Written together: if one is missing, logits or patches would differ.
 _STEPS = (
     "vision_tower_leading_tokens",
     *(f"language_model_{step}" for step in ("head_bias", "logit_scale", "logit_softcap")),
@@ -57,7 +57,7 @@ def open_full(cls, found: Checkpoint, *args, config=None, output_loading_info: b
 def recorded_config(found: Checkpoint, given: LlavaSPConfig | None = None, **settings) -> LlavaSPConfig:
     """config.json of a checkpoint in our formats, or `given`.
 
-    Raises `ValueError` for invalid values, a setting that is not stated, or contradictions.
+    Raises `ValueError` for invalid values, missing settings, or contradictions.
     """
     differences = [] if given is None else config_differences(found, given)
     if differences:  # the Auto classes turn the keywords into a configuration
@@ -76,13 +76,13 @@ def recorded_config(found: Checkpoint, given: LlavaSPConfig | None = None, **set
 
 
 def _decisive(config: PreTrainedConfig, version: str | None) -> set[str]:
-    """The settings that a config.json states which this version, or another one, of transformers has saved.
+    """The settings that a config.json must have if saved by this version of transformers, or by another one.
 
-    Where one is lost, a default would silently make another model.
+    If one is missing, a default would silently change the model.
     """
     ours = isinstance(config, LlavaSPConfig)
     of_this = config.to_dict().keys() - PreTrainedConfig().to_dict().keys()
-    if ours:  # later versions of this package may have further ones
+    if ours:  # later versions of this package may add some
         of_this -= set(LlavaSPConfig.__annotations__)
     settings = set(PROJECTOR_SETTINGS) if ours else set()
     return settings | (of_this if version in (None, transformers.__version__) else set())

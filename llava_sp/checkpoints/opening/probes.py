@@ -1,7 +1,7 @@
-"""What a backbone does before its first layer and after its last one, found by running these ends, not by its name.
+"""What a backbone computes before its first and after its last layer, found by running these parts, not by name.
 
-A tower shows where its patches are; a language model, what it does to embeddings and logits. No layer runs, so this takes
-a fraction of a second at any size.
+This finds the patches of a tower, and how a language model uses embeddings and logits. No layer runs, so it takes a
+fraction of a second at any size.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from llava_sp.checkpoints.opening.fill import gathered
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from llava_sp.model.modeling_llava_sp import LlavaSPForCausalLM
 
-_LOGITS = (1e-3, 1.0, -3.0, 20.0, 1e3, 1e8)  # small ones show a scale, large ones a cap
+_LOGITS = (1e-3, 1.0, -3.0, 20.0, 1e3, 1e8)  # small ones reveal a scale, large ones a cap
 
 
 class HeadSteps(NamedTuple):
-    """What becomes of a head's logits: softcap * tanh(scale * logits / softcap); None leaves a step out."""
+    """Steps after the head: softcap * tanh(scale * logits / softcap); None skips a step."""
 
     scale: float | None
     softcap: float | None
 
 
 class _Reached(Exception):
-    """The first layer was called; the arguments are what it was called with."""
+    """The first layer was called; `args` are its arguments."""
 
 
 class _Given(BaseModelOutputWithPast):
-    """Hidden states in the place of a decoder's output; whatever else a head asks for is None."""
+    """Hidden states in place of a decoder's output; all other fields are None."""
 
     def __getattr__(self, name: str) -> None:
         return None
 
 
 class _Instead(nn.Module):
-    """In the place of a module: keeps what it is called with and returns what it is told to."""
+    """Replaces a module: stores its first argument and returns a given result."""
 
     def __init__(self, module: nn.Module, result: Callable[[], Any]):
         super().__init__()
@@ -53,7 +53,7 @@ class _Instead(nn.Module):
         self.weight = getattr(module, "weight", None)
 
     @property
-    def decoder(self) -> _Instead:  # what OPT calls of its decoder
+    def decoder(self) -> _Instead:  # for OPT, which calls its decoder
         return self
 
     def forward(self, *args, **kwargs):
@@ -63,9 +63,9 @@ class _Instead(nn.Module):
 
 @torch.no_grad()
 def leading_tokens(tower: PreTrainedModel, config: LlavaSPConfig) -> int | None:
-    """How many tokens (class token, registers) the tower puts before its patches.
+    """The number of tokens (class token, registers) before the tower's patches.
 
-    Single patches of an image are changed; the tokens that this changes must be a grid, row by row, else None.
+    Changes single patches of an image; the tokens that change must be a grid, row by row, else None.
     """
     grid, size = config.grid_size, config.image_size
     side = size // grid
@@ -80,11 +80,11 @@ def leading_tokens(tower: PreTrainedModel, config: LlavaSPConfig) -> int | None:
     changed = (tokens[1:] - tokens[:1]).abs().sum(-1)
     if leading < 0 or changed.argmax(-1).tolist() != [leading + place for place in places]:
         return None
-    return 0 if tower.config.model_type == "timm_wrapper" else leading  # timm's maps are without them
+    return 0 if tower.config.model_type == "timm_wrapper" else leading  # timm's maps exclude them
 
 
 def tower_problem(tower: PreTrainedModel, config: LlavaSPConfig) -> str | None:
-    """Why the tokens that `config` takes for patches are not the tower's patches, or None if they are."""
+    """Why the tokens that `config` selects are not the tower's patches, or None if they are."""
     leading, grid, name = leading_tokens(tower, config), config.grid_size, type(tower).__name__
     if leading is None:
         return f"the vision tower {name} does not give, after leading tokens, a grid of {grid} x {grid} patches, row by row"
@@ -93,16 +93,16 @@ def tower_problem(tower: PreTrainedModel, config: LlavaSPConfig) -> str | None:
     return (
         f"{Path(config.name_or_path or '', 'config.json')}: vision_feature_select_strategy is {config.vision_feature_select_strategy!r} and "
         f"vision_tower_leading_tokens is {config.vision_tower_leading_tokens}, but the vision tower {name} gives {leading} "
-        "tokens before its patches: trained so, every image was shifted"
+        "tokens before its patches: images were shifted in training"
     )
 
 
 @torch.no_grad()
 def features_problem(tower: PreTrainedModel, empty: LlavaSPForCausalLM) -> str | None:
-    """Why the tower's layers do not give what the projector takes, or None if they do.
+    """Why the tower's features do not fit the projector, or None if they do.
 
     Args:
-        empty: the model on "meta", where a forward costs nothing; the few towers that need values get a blank image.
+        empty: the model on "meta", where a forward pass is free; the few towers that need values get a blank image.
     """
     config, give, found = empty.config, empty.model.get_patch_features, None
     expected, device = (config.num_patch_tokens, config.vision_width), _device(tower)
@@ -122,9 +122,9 @@ def features_problem(tower: PreTrainedModel, empty: LlavaSPForCausalLM) -> str |
 
 @torch.no_grad()
 def head_steps(language: PreTrainedModel) -> HeadSteps | None:
-    """What the language model does to its head's logits.
+    """The steps of the language model after its head.
 
-    None if that is something else than `HeadSteps`, or if what its layers get depends on more than the embeddings.
+    None if they are not `HeadSteps`, or if the input of its layers depends on more than the embeddings.
     """
     with suppress(RuntimeError, TypeError, AttributeError, LookupError, AssertionError):
         if _takes_embeddings(language.base_model, language.get_input_embeddings()):
@@ -133,17 +133,17 @@ def head_steps(language: PreTrainedModel) -> HeadSteps | None:
 
 
 def head_problem(language: PreTrainedModel, path: object) -> str | None:
-    """Why a language model's answers would not be its own, or None if they would."""
+    """Why a language model's answers would differ, or None if they would not."""
     if head_steps(language) is not None:
         return None
     return (
         f"language_model {path} is a {type(language).__name__}, which computes more than decoder(embeddings) and "
-        "softcap(scale * linear(hidden)): the model would not answer as it does. Use another language model"
+        "softcap(scale * linear(hidden)): the model's answers would differ. Use another language model"
     )
 
 
 def _device(module: nn.Module) -> torch.device:
-    """Where inputs go; of modules that are offloaded, accelerate moves them."""
+    """The device of inputs; accelerate moves those of offloaded modules."""
     return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
 
 
@@ -153,18 +153,18 @@ def _blank(config: LlavaSPConfig, images: int = 1) -> Tensor:
 
 
 def _takes_embeddings(base: nn.Module, embedding: nn.Module) -> bool:
-    """Whether the layers get the same from embeddings as from the ids that these are of, and remember keys and values."""
+    """Whether embeddings give the layers the same input as their ids do, and keys and values are cached."""
     if "past_key_values" not in inspect.signature(type(base).forward).parameters:  # Mamba
         return False
     ids = torch.arange(3, 7, device=_device(embedding))[None]
     with gathered([*embedding.parameters()]):
         embeds = embedding(ids)
-    _before_layers(base, inputs_embeds=embeds + 1)  # an image's are of no word; Gemma 3n looks for the word
+    _before_layers(base, inputs_embeds=embeds + 1)  # image embeddings have no id; Gemma 3n looks it up
     return _same(_before_layers(base, input_ids=ids), _before_layers(base, inputs_embeds=embeds))
 
 
 def _head_steps(language: PreTrainedModel) -> HeadSteps | None:
-    """Runs the forward of a causal model with given hidden states in the decoder's place, given logits in the head's."""
+    """Runs a causal model's forward pass with fixed hidden states as decoder output, fixed logits as head output."""
     head, base = language.get_output_embeddings(), language.base_model
     hidden = torch.linspace(-1, 1, language.config.hidden_size)[None, None]
     logits = torch.tensor(_LOGITS)[None, None]
@@ -189,7 +189,7 @@ def _head_steps(language: PreTrainedModel) -> HeadSteps | None:
 
 
 def _before_layers(model: nn.Module, **inputs: Tensor) -> list[Any]:
-    """What the first layer of `model` is called with; where none is called, what the model gives."""
+    """The arguments of the first layer of `model`; if no layer is called, the model's output."""
     lists = [part for part in _outermost(model) if len(part)]
     layers = max(lists, key=len, default=nn.ModuleList())
     inner = {id(parameter) for parameter in layers.parameters()}
@@ -209,14 +209,14 @@ def _before_layers(model: nn.Module, **inputs: Tensor) -> list[Any]:
 
 
 def _outermost(module: nn.Module) -> list[nn.ModuleList | nn.Sequential]:
-    """The lists of modules that are in no other list: the layers, but not the experts of each."""
+    """The module lists that are not inside another list: the layers, but not their experts."""
     if isinstance(module, (nn.ModuleList, nn.Sequential)):
         return [module]
     return [found for child in module.children() for found in _outermost(child)]
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether all tensors in two values are equal, and where they are."""
+    """Whether two values hold equal tensors in the same places."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.shape == other.shape and torch.equal(one, other)
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):

@@ -45,9 +45,9 @@ def open_processor(
 
 
 def _saved(cls: type[LlavaSPProcessor], path: str | os.PathLike, *args, **kwargs) -> LlavaSPProcessor:
-    """The processor that was saved in a folder or on the hub; it is tried, and held to the model's configuration beside it.
+    """The processor saved in a folder or on the hub; runs it and compares it with the model's configuration there.
 
-    Raises `ValueError` for what would fail, or mean other tokens than the model's, with the first image and text.
+    Raises `ValueError` if the first image and text would fail, or give other tokens than the model's.
     """
     if Path(path).is_dir():
         read_all_settings(Path(path), "ours")

@@ -177,7 +177,7 @@ class Checkpoint:
         return LoraConfig.from_pretrained(str(self.lora_file.parent))
 
     def add(self, tensors: list[StoredTensor], named: Callable[[str], str | None]) -> None:
-        """Enter tensors under our names. Raises `ValueError` for two with the same name, and for integers."""
+        """Add tensors under our names. Raises `ValueError` for two with the same name, and for integers."""
         for tensor in tensors:
             name = named(tensor.key)
             if tensor.key.endswith(CONSTANTS):
@@ -268,7 +268,7 @@ def _adapter(folder: Path, config: dict) -> Checkpoint:
 
 
 def _recorded(found: Checkpoint, name: str) -> list[StoredTensor]:
-    """The tensors of a file that the manifest has to know; its bytes are held to the manifest when they are read."""
+    """The tensors of a file that the manifest must list; its hash is checked when it is read."""
     assert found.manifest is not None
     files = expect(found.manifest["files"], {name: dict}, f"{found.folder / MANIFEST}: files")
     return [replace(tensor, sha256=files[name]["sha256"]) for tensor in stored_tensors(found.folder / name)]

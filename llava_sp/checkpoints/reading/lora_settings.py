@@ -41,7 +41,7 @@ OPENED = (
     "rank_pattern",
     "alpha_pattern",
 )
-# Allowed in our formats as well: their tensors are saved, or they only say how training began.
+# Allowed in our formats as well: their tensors are saved, or they only affect initialization.
 _OURS = (
     *OPENED, "init_lora_weights", "eva_config", "corda_config", "lora_ga_config", "layers_to_transform", "layers_pattern", "lora_bias",
 )  # fmt: skip

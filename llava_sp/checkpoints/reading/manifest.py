@@ -43,7 +43,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def hold_to_sha256(file: Path, recorded: str | None) -> None:
-    """Raises `ValueError` where a file has another hash than the manifest records; takes about a second for each GiB."""
+    """Raises `ValueError` if a file's hash is not that in the manifest; takes about a second per GiB."""
     right = f"{recorded}, as in {MANIFEST} (if it was changed on purpose, correct it there)"
     same = Check(lambda now: now == recorded, right, str)
     if recorded is not None:

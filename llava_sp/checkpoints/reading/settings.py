@@ -1,6 +1,6 @@
-"""What may stand in the JSON files beside weights: the settings that decide what is computed, with their ranges.
+"""Schema of the JSON files beside weights: the settings that affect computation, with their ranges.
 
-The types of further settings are transformers' and PEFT's to check.
+transformers and PEFT check the types of all other settings.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _SIDES = (COUNT, [COUNT], {str: (COUNT, None)}, None)
 
 
 def _each(names: str, spec: Spec) -> dict[str, Spec]:
-    """These keys, separated by spaces, where they are there."""
+    """Optional keys, separated by spaces."""
     return {f"{name}?": spec for name in names.split()}
 
 
-# Of a language model or a tower, whatever its kind.
+# Of a language model or a tower of any kind.
 _BACKBONE = {
     **_each("num_hidden_layers", (_LAYERS, None)),
     **_each("hidden_size intermediate_size head_dim num_attention_heads num_key_value_heads num_channels", _SIZE),
@@ -45,7 +45,7 @@ _BACKBONE = {
     **_each("rope_parameters rope_scaling", (_each("rope_theta factor", (POSITIVE, None)), None)),
     **_each("attention_dropout hidden_dropout dropout", (SHARE, None)),
 }
-# config.json of a backbone alone, or of a model of both.
+# config.json of a backbone, or of a model with both.
 _CONFIG = _BACKBONE | _each("text_config vision_config", (_BACKBONE, None))
 _GENERATION = {
     **_each("max_new_tokens max_length num_beams num_return_sequences", (COUNT, None)),
@@ -56,15 +56,15 @@ _GENERATION = {
     **_each("do_sample use_cache", (bool, None)),
 }
 _IMAGES = {
-    **_each("image_mean", ([Check(lambda value: -1 <= value <= 255, "a pixel's value", float)], None)),
-    **_each("image_std", ([Check(lambda value: 0 < value <= 255, "above 0, and a pixel's value", float)], None)),
+    **_each("image_mean", ([Check(lambda value: -1 <= value <= 255, "a pixel value", float)], None)),
+    **_each("image_std", ([Check(lambda value: 0 < value <= 255, "a pixel value above 0", float)], None)),
     **_each("rescale_factor", (POSITIVE, None)),
     **_each("size crop_size", _SIDES),
     **_each("resample", (one_of(*range(6)), None)),
     **_each("do_resize do_rescale do_normalize do_center_crop do_convert_rgb", (bool, None)),
 }
 _TOKENIZER = _each("model_max_length", (POSITIVE, None)) | _each("add_prefix_space", (bool, None))
-# Of what is ours; what decides the model has to be there, see `opening.full.recorded_config`.
+# Of this package's formats; for required settings, see `opening.full.recorded_config`.
 _OUR_CONFIG = _CONFIG | {
     **_each("spatial_scales", ([COUNT], None)),
     **_each("spatial_width fusion_kernel fusion_stride", (COUNT, None)),
@@ -85,14 +85,14 @@ _OUR_PROCESSOR = {
 
 
 def read_all_settings(folder: Path, kind: str = "backbone") -> dict[str, Any]:
-    """The JSON files of a model's folder by name, {} for one that is not there, each within the ranges of its settings.
+    """The JSON files of a model's folder by name, {} for a missing one; settings are checked against their ranges.
 
     Args:
-        kind: "ours", a "model" of somebody else, whose settings of `generate` count, or a "backbone", of which only what
-            ends an answer does.
+        kind: "ours", a third-party "model", whose generation settings are checked, or a "backbone", of which only
+            the end-of-sequence ids are.
 
     Raises:
-        ValueError: file, key and value, and what would be right.
+        ValueError: with file, key, value, and what is expected.
     """
     file = folder / "config.json"
     config = _read(file, _OUR_CONFIG if kind == "ours" else _CONFIG)

@@ -56,7 +56,7 @@ _ENDS = 64  # values at each end of a tensor that are hashed
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file: its key there, shape, type, the file, and the file's hash where a manifest records it."""
+    """A tensor in a file: its key, shape, type, the file, and the file's hash if a manifest records it."""
 
     key: str
     shape: tuple[int, ...]
@@ -185,7 +185,7 @@ def read_checked(stored: dict[str, StoredTensor], zeros_allowed: bool = False) -
 
 
 def read_all(stored: dict[str, StoredTensor]) -> dict[str, Tensor]:
-    """The tensors under the same names, each file read once. Raises `ValueError` for a file with another hash than recorded."""
+    """The tensors under the same names, each file read once. Raises `ValueError` if a recorded hash differs."""
     tensors: dict[str, Tensor] = {}
     for file, recorded in sorted({tensor.file: tensor.sha256 for tensor in stored.values()}.items()):
         hold_to_sha256(file, recorded)

@@ -21,7 +21,7 @@ from llava_sp.common.folders import check_new, new_folder
 from llava_sp.model.modeling_llava_sp import LlavaSPForCausalLM
 from llava_sp.model.processing_llava_sp import LlavaSPProcessor
 
-# Settings of ours by which a model computes what transformers' LLaVA does not.
+# Settings of ours for computations that transformers' LLaVA does not support.
 _NOT_IN_LLAVA_HF = (
     "vision_tower_leading_tokens",
     "language_model_head_bias",

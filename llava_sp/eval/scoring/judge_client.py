@@ -62,7 +62,7 @@ class JudgeOptions:
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> JudgeOptions:
-        """Raises ValueError for what would fail only after hours of answering: key, package, address."""
+        """Raises ValueError early for what would fail after hours of answering: key, package, address."""
         options = cls(
             model=args.judge,
             url=(args.judge_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/"),

@@ -35,7 +35,7 @@ class Surface(ABC):
     rules: Rules = ()  # by which another result is right; `exact` where none fits
     seconds: ClassVar[float] = 60.0
     words: Sequence[str] = ()
-    is_check: bool = False  # whether exit status 1 says that it found something
+    is_check: bool = False  # whether exit status 1 means that it found something
     weight: ClassVar[float] = 1.0  # its share of the time
     names: Sequence[str] = ()  # by which an error may name what is wrong, besides files and keys
 
@@ -62,7 +62,7 @@ class Surface(ABC):
 
 @dataclass(frozen=True)
 class Case:
-    """One mutation and what became of it; `verdict` is one of `judge.RIGHT` and `judge.WRONG`."""
+    """One mutation and its outcome; `verdict` is one of `judge.RIGHT` and `judge.WRONG`."""
 
     surface: str
     mutation: Mutation
@@ -168,7 +168,7 @@ class Workbench:
         """Use the files as they are."""
 
         def action() -> Answer:
-            torch.set_num_threads(1)  # a fork has not the threads of its parent
+            torch.set_num_threads(1)  # a fork does not inherit threads
             return self.surface.act(self.folder, words)
 
         return contained(action, self.folder, self.surface.seconds)

@@ -1,4 +1,4 @@
-"""Benchmarks: the recorded official files and answers scored, two scored runs compared, and logs of answers gone on with."""
+"""Benchmarks: the recorded official files and answers scored, two scored runs compared, and logs resumed."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class CompareSurface(Surface):
 
 
 def other_answer(spoilt: Spoilt) -> bool:
-    """A log's line may hold any text as its answer, and lines may be gone: they are asked again."""
+    """A log's line may hold any text as its answer, and lines may be missing: they are asked again."""
     return isinstance(spoilt.after, list) and all(
         isinstance(line, dict) and isinstance(line.get("text"), str) for line in spoilt.after
     )

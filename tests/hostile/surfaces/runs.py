@@ -1,4 +1,4 @@
-"""Training: the keys of a run, a run of one step, and a run that goes on after its second step."""
+"""Training: the keys of a run, a run of one step, and a run resumed after its second step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.hostile.surfaces.base import REPO, Answer, Surface, plain, through_co
 from tests.hostile.surfaces.data import samples, write_samples
 from tests.train.runs import TINY
 
-# Zero says something of its own in these: nothing, never, or the first.
+# Zero has a special meaning in these: nothing, never, or the first.
 ZERO = {
     "adam_beta1", "adam_beta2", "adam_epsilon", "data_seed", "dataloader_num_workers", "gradient_accumulation_steps", "learning_rate",
     "lora_dropout", "max_grad_norm", "projector_lr", "seed", "validation_fraction", "warmup_steps", "weight_decay",
