@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from llava_sp import LlavaSPProcessor
 from llava_sp.eval.qbench import QBench
 from llava_sp.eval.run.evaluate import check_images
+from llava_sp.inference import render_prompt
 from tests.eval.commands import command_of
 from tests.messages import names, refused
 
@@ -311,3 +313,11 @@ def test_files_must_be_there_and_whole(data, answers, capsys):
     (data / QUESTIONS).unlink()
     status, _, err = run(capsys, "--answers", answers, "--data", data)
     assert status == 2 and names(err, data, "llvisionqa_dev.json, llvisionqa_test.json")
+
+
+def test_the_whole_prompt_is_the_recorded_one(recorded_prompts, repo):
+    """The line break behind the last option too: in another template than the checkpoint's, it was once lost."""
+    processor = LlavaSPProcessor.from_pretrained(repo / "llava_sp" / "shapes" / "model")
+    whole = recorded_prompts["qbench"]["items"][0]["prompt"]
+    message = whole.partition("USER: ")[2].removesuffix(" ASSISTANT:")
+    assert message.endswith("\n") and render_prompt(processor, message, "llava_v1") == whole
