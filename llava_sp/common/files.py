@@ -131,6 +131,11 @@ def read_table(path: Path, delimiter: str, spec: Spec = dict) -> list[Line]:
     return rows
 
 
+def identity(path: Path) -> dict[str, Any]:
+    """`{"bytes", "sha256"}` of a file, as manifests record it."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as stream:

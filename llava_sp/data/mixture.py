@@ -9,14 +9,13 @@ A mixture file is a YAML list; paths are relative to it, `~` and `$VARIABLES` ar
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_sp.common.schema import Check, expect_all, only
+from llava_sp.common.schema import POSITIVE, Check, expect_all, only
 from llava_sp.config.files import read_yaml
 
 PATH = Check(lambda path: isinstance(path, (str, os.PathLike)) and path != "", "a path")
@@ -24,7 +23,7 @@ ENTRY = only(
     {
         "annotations": PATH,
         "images?": (PATH, None),
-        "weight?": Check(lambda weight: 0 < weight < math.inf, "a number above 0", float),
+        "weight?": POSITIVE,
     }
 )
 

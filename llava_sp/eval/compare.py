@@ -13,7 +13,6 @@ together. The interval covers the choice of questions, and nothing about seeds o
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_sp.common.command import command_parser, count, natural, run_command, seed
 from llava_sp.common.files import examples, read_json, read_jsonl, write_json
-from llava_sp.common.schema import Check
+from llava_sp.common.schema import NUMBER
 from llava_sp.eval.base import Benchmark
 from llava_sp.eval.inputs.checks import ID
 from llava_sp.eval.run.registry import benchmark_names, load_benchmark
@@ -39,7 +38,7 @@ _METRICS = {
     "metrics": {"judge?": ({"model": str, "prompt": str}, None)},
     "provenance": {"benchmark": str, "protocol": str, "split": (str, None), "count": int, "questions?": str},
 }
-_ITEM = {"question_id": ID, "score": Check(math.isfinite, "a number", float), "unit?": (*ID, None)}
+_ITEM = {"question_id": ID, "score": NUMBER, "unit?": (*ID, None)}
 
 
 class Unscored(ValueError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llava_sp.common.files import read_json, sha256, write_json
+from llava_sp.common.files import identity, read_json, sha256, write_json
 
 FILE_LIST = "files.json"
 _LISTED = {"bytes": int, "sha256": str}
@@ -14,7 +14,7 @@ _SPEC = {"checkpoint": str, "files": {str: _LISTED}}
 def write_file_list(folder: Path) -> None:
     """List every file of a checkpoint."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILE_LIST)
-    listed = {path.relative_to(folder).as_posix(): _described(path) for path in files}
+    listed = {path.relative_to(folder).as_posix(): identity(path) for path in files}
     write_json(folder / FILE_LIST, {"checkpoint": folder.name, "files": listed})
 
 
@@ -38,7 +38,3 @@ def damage(folder: Path, *names: str) -> str | None:
         if sha256(file) != was["sha256"]:
             return f"{file} was changed after it was written (its sha256 differs)"
     return None
-
-
-def _described(file: Path) -> dict[str, int | str]:
-    return {"bytes": file.stat().st_size, "sha256": sha256(file)}

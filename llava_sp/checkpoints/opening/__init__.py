@@ -16,9 +16,8 @@ from llava_sp.model import opening
 
 __all__ = ["from_backbones", "open_model", "open_processor", "save_adapter"]
 
-# A format of `FORMATS` -> f(model class, Checkpoint, **keywords), which returns the model.
+# A format of `FORMATS` -> f(model class, Checkpoint, **keywords), which returns the model. "llava_sp" is transformers' own way.
 _OPENERS = {
-    "llava_sp": open_full,
     "llava_sp_adapter": open_adapter,
     "original_lora": open_original,
     "original_full": open_original,
@@ -40,7 +39,7 @@ def open_model(cls, checkpoint: str | os.PathLike | Checkpoint, *args, output_lo
     if any(kwargs.get(name) for name in _ELSEWHERE):
         return cls.from_full(checkpoint, *args, output_loading_info=output_loading_info, **kwargs)
     found = checkpoint if isinstance(checkpoint, Checkpoint) else recognise(fetch(checkpoint, **kwargs))
-    if found.format in ("llava_sp", "llava_hf"):
+    if found.holds_vision_tower:
         kwargs.pop("is_trainable", None)  # all of a full model trains
     if found.format == "llava_sp":
         return open_full(cls, found, *args, output_loading_info=output_loading_info, **kwargs)

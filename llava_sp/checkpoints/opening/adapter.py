@@ -15,9 +15,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -35,11 +35,12 @@ from llava_sp.checkpoints.reading.manifest import MANIFEST
 from llava_sp.checkpoints.reading.names import ADAPTER_NAME, LORA, PEFT, PROJECTOR, adapter_of, without_adapter_name
 from llava_sp.checkpoints.reading.places import base_kwargs, hub_kwargs
 from llava_sp.checkpoints.reading.tensor_files import value_problem
-from llava_sp.common.files import replacing, sha256, write_json
+from llava_sp.common.files import identity, replacing, write_json
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
 from llava_sp.model.modeling_llava_sp import ADAPTER_FILE
 
 FORMAT = 1
+T = TypeVar("T", bound=Tensor)
 
 
 def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -47,22 +48,17 @@ def trainable_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Under ZeRO-3 every process must call this; each parameter is gathered in turn.
     """
-    state, active = {}, _active_adapter(model)
-    for name, parameter in model.named_parameters():
-        if name.startswith(PROJECTOR) or adapter_of(name) == active:
-            with gathered([parameter]):
-                state[name] = parameter.detach().cpu().clone().contiguous()
+    state = {}
+    for name, parameter in _saved(model, dict(model.named_parameters())).items():
+        with gathered([parameter]):
+            state[name] = parameter.detach().cpu().clone().contiguous()
     return state
 
 
-def _saved(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """LoRA (of several, the active one) and projector of a whole model's state."""
+def _saved(model: nn.Module, state: Mapping[str, T]) -> dict[str, T]:
+    """What an adapter checkpoint holds of a model's tensors: LoRA (of several, the active one) and the projector."""
     active = _active_adapter(model)
-    return {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in state.items()
-        if name.startswith(PROJECTOR) or adapter_of(name) == active
-    }
+    return {n: tensor for n, tensor in state.items() if n.startswith(PROJECTOR) or adapter_of(n) == active}
 
 
 def _active_adapter(model: Any) -> str:
@@ -98,6 +94,7 @@ def save_adapter(
             only if some of its files were replaced already, and then has no manifest.
     """
     state = trainable_state_dict(model) if state_dict is None else _saved(model, state_dict)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     broken = [
         f"{name} {found}" for name, tensor in state.items() if (found := value_problem(tensor, zeros_allowed=True))
     ]
@@ -131,10 +128,7 @@ def save_adapter(
         "parameters": {"projector": _count(projector), "lora": _count(lora)},
         "language_model": [model.config.language_model_name_or_path, model.config.language_model_fingerprint],
         "vision_tower": [model.config.vision_tower_name_or_path, model.config.vision_tower_fingerprint],
-        "files": {
-            str(file.relative_to(path)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
-            for file in _tensor_files(path)
-        },
+        "files": {str(file.relative_to(path)): identity(file) for file in _tensor_files(path)},
         "run": run or {},
     }
     write_json(path / MANIFEST, manifest)

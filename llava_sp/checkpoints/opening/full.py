@@ -23,17 +23,7 @@ _STEPS = (
     *(f"language_model_{step}" for step in ("head_bias", "logit_scale", "logit_softcap")),
 )
 # Must agree for one model's projector to fit into another.
-_SHAPE_FIELDS = (
-    "spatial_variant",
-    "spatial_scales",
-    "spatial_width",
-    "spatial_fusion",
-    "spatial_projection_bias",
-    "fusion_kernel",
-    "fusion_stride",
-    "vision_width",
-    "grid_size",
-)
+_SHAPE_FIELDS = (*(name for name in PROJECTOR_SETTINGS if name != "vision_feature_layer"), "vision_width", "grid_size")
 
 
 def open_full(cls, found: Checkpoint, *args, config=None, output_loading_info: bool = False, **kwargs):

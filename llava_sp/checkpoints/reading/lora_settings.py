@@ -9,14 +9,14 @@ from typing import Any
 from peft import LoraConfig
 
 from llava_sp.checkpoints.reading.names import LANGUAGE
-from llava_sp.checkpoints.reading.settings import COUNT, POSITIVE, SHARE
-from llava_sp.common.schema import Check, expect, fits, one_of
+from llava_sp.checkpoints.reading.settings import COUNT, UNIT
+from llava_sp.common.schema import POSITIVE, Check, expect, fits, one_of
 
 SETTINGS = {
     "peft_type": one_of("LORA"),
     "r": COUNT,
     "lora_alpha": POSITIVE,
-    "lora_dropout?": (SHARE, None),
+    "lora_dropout?": (UNIT, None),
     "target_modules": Check(lambda value: bool(value) and fits(value, (str, [str])), "the names of linear layers"),
     "use_rslora?": (bool, None),
     "use_dora?": (bool, None),

@@ -5,21 +5,17 @@ transformers and PEFT check the types of all other settings.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava_sp.common.files import read_json
-from llava_sp.common.schema import Check, Spec, expect, one_of
+from llava_sp.common.schema import NOT_NEGATIVE, NUMBER, POSITIVE, Check, Spec, expect, one_of
 
 COUNT = Check(lambda value: 1 <= value < 2**31, "a whole number from 1 on", int)
-POSITIVE = Check(lambda value: 0 < value < math.inf, "a number above 0", float)
-SHARE = Check(lambda value: 0 <= value <= 1, "a number from 0 to 1", float)
+UNIT = Check(lambda value: 0 <= value <= 1, "a number from 0 to 1", float)
 _LAYERS = Check(lambda value: 1 <= value <= 1000, "a whole number from 1 to 1000", int)
-_FINITE = Check(math.isfinite, "a number", float)
-_NOT_NEGATIVE = Check(lambda value: 0 <= value < math.inf, "0 or more", float)
 _DTYPE = Check(
     lambda name: isinstance(getattr(torch, name.removeprefix("torch."), None), torch.dtype) or name in ("", "auto"),
     "float16 or the like",
@@ -43,16 +39,16 @@ _BACKBONE = {
     **_each("image_size patch_size", _SIDES),
     **_each("rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps rope_theta", (POSITIVE, None)),
     **_each("rope_parameters rope_scaling", (_each("rope_theta factor", (POSITIVE, None)), None)),
-    **_each("attention_dropout hidden_dropout dropout", (SHARE, None)),
+    **_each("attention_dropout hidden_dropout dropout", (UNIT, None)),
 }
 # config.json of a backbone, or of a model with both.
 _CONFIG = _BACKBONE | _each("text_config vision_config", (_BACKBONE, None))
 _GENERATION = {
     **_each("max_new_tokens max_length num_beams num_return_sequences", (COUNT, None)),
-    **_each("temperature top_k min_length min_new_tokens no_repeat_ngram_size", (_NOT_NEGATIVE, None)),
-    **_each("top_p min_p typical_p", (SHARE, None)),
+    **_each("temperature top_k min_length min_new_tokens no_repeat_ngram_size", (NOT_NEGATIVE, None)),
+    **_each("top_p min_p typical_p", (UNIT, None)),
     **_each("repetition_penalty max_time", (POSITIVE, None)),
-    **_each("length_penalty guidance_scale", (_FINITE, None)),
+    **_each("length_penalty guidance_scale", (NUMBER, None)),
     **_each("do_sample use_cache", (bool, None)),
 }
 _IMAGES = {
