@@ -179,6 +179,11 @@ class ConversationDataset(Dataset):
         file, record = self.origin(index)
         return f"{file}, record {record}"
 
+    def places(self, chosen: np.ndarray) -> list[tuple[int, int, int]]:
+        """`(sample, source, record)` of the samples for which `chosen` is true."""
+        samples = np.flatnonzero(chosen)
+        return [(index, *row) for index, row in zip(samples.tolist(), self._table[samples].tolist())]
+
     def origin(self, index: int) -> tuple[str, int]:
         source, record = self._table[index]
         return str(self.files[source].path), int(record)

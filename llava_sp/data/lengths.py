@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import struct
 import time
 import zipfile
 import zlib
@@ -31,7 +32,11 @@ VERSION = 1  # another one where lengths, or what is kept of them, change
 WORTH_WORKERS = 2000  # records; fewer are measured before processes have started
 BATCH = 128
 REASONS = {str: str}
-_DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+# Raised by numpy and zipfile for files that are damaged or something else
+_DAMAGED = (
+    OSError, ValueError, LookupError, EOFError, RuntimeError, TypeError, AttributeError, MemoryError, OverflowError,
+    struct.error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 logger = logging.getLogger(__name__)
 
 
@@ -82,7 +87,9 @@ def _measure_file(dataset: ConversationDataset, source: int, workers: int, spare
     started = time.monotonic()
     lengths = _tokenize(dataset.whole_file(source), workers, annotations.name)
     count, seconds = len(lengths.tokens), max(time.monotonic() - started, 1e-3)
-    kept = next((str(folder / name) for folder in folders if _write(folder / name, key, lengths)), "no file: not writable")
+    kept = next(
+        (str(folder / name) for folder in folders if _write(folder / name, key, lengths)), "no file: not writable"
+    )
     text = "Measured %s records of %s in %.1f s (%s records/s); kept in %s."
     logger.info(text, f"{count:,}", annotations, seconds, f"{count / seconds:,.0f}", kept)
     return lengths
@@ -140,7 +147,7 @@ def _tokenize(dataset: ConversationDataset, workers: int, name: str) -> Lengths:
                     reasons[done] = reason
                 done += 1
             progress.update(len(batch))
-    return Lengths(*np.ascontiguousarray(table.T), reasons=reasons)
+    return _as_lengths(np.ascontiguousarray(table.T), reasons)
 
 
 def _read(file: Path, key: str, records: int) -> Lengths:
@@ -154,7 +161,11 @@ def _read(file: Path, key: str, records: int) -> Lengths:
     reasons = {int(index): reason for index, reason in expect(json.loads(text), REASONS, file).items()}
     if sorted(reasons) != np.flatnonzero(table[0] == 0).tolist():
         raise ValueError("its bad records have no reasons")
-    return Lengths(*table, reasons=reasons)
+    return _as_lengths(table, reasons)
+
+
+def _as_lengths(table: np.ndarray, reasons: dict[int, str]) -> Lengths:
+    return Lengths(**dict(zip(COLUMNS, table, strict=True)), reasons=reasons)
 
 
 def _write(file: Path, key: str, lengths: Lengths) -> bool:

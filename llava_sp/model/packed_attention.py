@@ -35,7 +35,9 @@ def keep_apart(position_ids_BL: Tensor, implementation: str | None) -> dict[str,
     bounds = torch.nn.functional.pad(bounds, (0, 1), value=length).int()
     if implementation == PER_SAMPLE:
         options["attention_mask"] = bounds.view(1, 1, 1, -1)  # transformers hands on a mask of four dimensions as it is
-    elif implementation and "flash" in implementation:  # or it would find them in each layer, and wait for the GPU there
+    elif (
+        implementation and "flash" in implementation
+    ):  # or it would find them in each layer, and wait for the GPU there
         longest = int(bounds.diff().max())
         options |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
     return options
@@ -80,7 +82,9 @@ def attention_per_sample(
     return torch.cat(outputs, dim=1), None
 
 
-def _in_one_kernel(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None) -> Tensor:
+def _in_one_kernel(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scaling: float | None
+) -> Tensor:
     """The same by torch's variable-length flash attention (torch >= 2.11)."""
     from torch.nn.attention.varlen import varlen_attn
 

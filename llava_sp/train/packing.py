@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from llava_sp.common.files import counted
-from llava_sp.common.processes import Processes
+from llava_sp.common.processes import FailedHere, Processes
 from llava_sp.config.arguments import Run
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.lengths import measure
@@ -32,7 +32,7 @@ def plan_packs(run: Run, dataset: ConversationDataset, here: Processes) -> PackS
         ValueError: `pack_length` is below the longest sample; no record is good.
     """
     args, longest_pack = run.train, run.data.longest_pack
-    table: np.ndarray | None = None
+    table = np.zeros((2, 0), dtype=int)
     with here.together():
         if here.is_main:
             table = _tokens_and_images(dataset, Path(str(args.output_dir)))
@@ -56,11 +56,11 @@ def plan_packs(run: Run, dataset: ConversationDataset, here: Processes) -> PackS
 def _tokens_and_images(dataset: ConversationDataset, output_dir: Path) -> np.ndarray:
     """[2, samples]; 0 tokens for a bad sample. Raises `BadSample`, `ValueError`."""
     files = measure(dataset, workers=min(16, os.cpu_count() or 1), spare=output_dir)
-    table = np.stack([dataset.per_sample([file.tokens for file in files]), dataset.per_sample([f.images for f in files])])
-    bad = np.flatnonzero(table[0] == 0)
-    for index in bad.tolist():
-        file, record = dataset.origin(index)
-        source = next(place for place, records in enumerate(dataset.files) if str(records.path) == file)
+    table = np.stack(
+        [dataset.per_sample([file.tokens for file in files]), dataset.per_sample([f.images for f in files])]
+    )
+    bad = dataset.places(table[0] == 0)
+    for index, source, record in bad:
         dataset.skip(index, files[source].reasons[record])
     if len(bad) == len(dataset):
         raise ValueError(f"{counted(len(bad), 'bad sample')}, and no other; {dataset.report.path} lists them")
@@ -110,7 +110,7 @@ class KeptApart(TrainerCallback):
             seen.append(states[0, len(first) :].float())
         change = (seen[0] - seen[1]).abs().max() / seen[0].abs().max()
         if not change < 1e-3:
-            raise ValueError(
+            raise FailedHere(
                 f"packing is true, but {type(language).__name__} does not keep the samples of a pack apart with "
                 f"attn_implementation {language.config._attn_implementation!r} (a sample changes the next one by {change:.2g}): "
                 "set another one, or packing to false"

@@ -40,7 +40,7 @@ def be_the_only_process() -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 
 
-def start_deepspeed(args: TrainingArguments) -> None:
+def start_deepspeed(args: TrainArguments) -> None:
     """Start the process group that DeepSpeed uses, if it is used: ZeRO-3 needs it to build the model."""
     if not args.deepspeed:
         return

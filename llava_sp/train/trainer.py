@@ -94,6 +94,7 @@ class LlavaSPTrainer(Trainer):
         if self.packs is not None:
             sampler = self.packs
         elif self.group_by_modality_length:
+            assert isinstance(dataset, ConversationDataset)
             sampler = ModalityLengthSampler(
                 dataset.modality_lengths,
                 batch_size=self.args.train_batch_size,
