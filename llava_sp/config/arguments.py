@@ -23,6 +23,7 @@ from llava_sp.common.files import is_missing_folder, read_json
 from llava_sp.common.processes import launcher_number
 from llava_sp.config.files import nearest, read_with_bases, specs_of, split_command_line, typed
 from llava_sp.config.keys import (
+    DEEPSPEED,
     FORMER,
     HONOURED,
     INSTEAD,
@@ -226,7 +227,7 @@ def read_keys(path: str | os.PathLike | None, overrides: Sequence[str] | Mapping
     name = values.get("deepspeed")
     if isinstance(name, str) and not name.startswith("{"):
         try:
-            values["deepspeed"] = read_json(Path(name).expanduser(), {"zero_optimization?": dict})
+            values["deepspeed"] = read_json(Path(name).expanduser(), DEEPSPEED)
         except ValueError as error:
             raise ValueError(f"{origin['deepspeed']}: deepspeed: {error}") from error
     for old, new in RENAMED.items():

@@ -32,6 +32,7 @@ def _is_count(number: float) -> bool:
 _STEPS = "a whole number of steps, or a share of all steps below 1"
 Steps = Annotated[float, Check(lambda n: 0 < n < 1 or _is_count(n), f"{_STEPS}, above 0", float)]
 _RECOMPUTING = {"use_reentrant?": bool, "preserve_rng_state?": bool, "every_n_layers?": whole(1), "offload?": bool}
+DEEPSPEED = Check(bool, "an object with settings", {"zero_optimization?": dict})  # an empty one would be no DeepSpeed
 Recomputing = Annotated[dict, only(_RECOMPUTING)]
 
 
@@ -88,7 +89,7 @@ HONOURED: dict[str, Any] = {
     "gradient_checkpointing_kwargs": Recomputing | None,
     "torch_empty_cache_steps": Count | None,
     # processes
-    "deepspeed": Annotated[Any, (dict, Check(lambda text: "{" not in text, "the name of a file", TEXT), None)],
+    "deepspeed": Annotated[Any, (DEEPSPEED, Check(lambda text: "{" not in text, "the name of a file", TEXT), None)],
     "ddp_backend": Literal["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"] | None,
     "ddp_broadcast_buffers": bool | None,
     "ddp_bucket_cap_mb": Count | None,

@@ -21,11 +21,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_sp.common.command import command_parser, run_command
+from llava_sp.common.command import command_parser, in_quotes, run_command
+from llava_sp.common.files import read_json
 from llava_sp.common.processes import USER_ERRORS, Processes
 from llava_sp.common.provenance import now, versions
 from llava_sp.eval.base import Benchmark
@@ -95,7 +96,18 @@ def _report(table: Table, output: Path) -> int:
     """Writes and prints the table; the exit status."""
     from llava_sp.eval.report.html import write_report
 
+    file, held = output / "results.json", {}
+    with suppress(ValueError, OSError):  # none yet, or damaged: it is replaced
+        held = read_json(file, {"benchmarks": dict})["benchmarks"]
     table.write(output)
+    given = {row.benchmark.name for row in table.rows}
+    left_out = [name for name in benchmark_names() if name in held and name not in given]
+    if left_out:
+        print(
+            f"note: {file} held {', '.join(left_out)} too, whose folders are unchanged; one table of all, from the "
+            f"answers in them: --only {' '.join(name for name in benchmark_names() if name in given.union(left_out))}",
+            file=sys.stderr,
+        )
     print("\n" + table.text())
     for note in table.notes:
         print(f"  {note}")
@@ -122,7 +134,7 @@ def _arguments(
         parsed[cls], left = make_parser(cls).parse_known_args([*rest, *protocol, "--model", args.model])
         unknown &= set(left)
     if unknown:
-        raise ValueError(f"unknown arguments: {' '.join(argument for argument in rest if argument in unknown)}")
+        raise ValueError(f"unknown arguments: {in_quotes(argument for argument in rest if argument in unknown)}")
     return parsed
 
 

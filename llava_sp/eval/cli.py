@@ -30,7 +30,7 @@ from llava_sp.checkpoints.reading.places import checkpoints_hint
 from llava_sp.common.command import check_arguments, command_parser, count, fitting, run_command, seed, temperature
 from llava_sp.common.files import sha256
 from llava_sp.common.processes import Processes
-from llava_sp.common.schema import NOT_NEGATIVE, whole
+from llava_sp.common.schema import Check, whole
 from llava_sp.common.watchdog import Watchdog
 from llava_sp.eval.base import Benchmark
 from llava_sp.eval.inputs.checks import first_folder
@@ -38,6 +38,7 @@ from llava_sp.eval.run.output import check_output, exclusive, finish, load_items
 
 DEFAULT_MODEL = "llava-sp-7b-cropping-lora"  # what configs/finetune_lora_7b_cropping.yaml writes, below the runs folder
 QUICKSTART = "bash scripts/quickstart.sh"
+MINUTES = Check(lambda number: 0 <= number <= 10**6, "a number of minutes, at most 1,000,000, or 0: never", float)
 INTERRUPTED = "interrupted; the same command continues from here"
 
 
@@ -88,7 +89,7 @@ def make_parser(benchmark: type[Benchmark]) -> argparse.ArgumentParser:
         "--watchdog-minutes",
         "--watchdog_minutes",
         metavar="MINUTES",
-        type=fitting(NOT_NEGATIVE),
+        type=fitting(MINUTES),
         default=10.0,
         help="several processes end after this time without progress of any; a batch must take less (default 10; 0: never)",
     )
