@@ -30,8 +30,8 @@ from llava_sp.config.keys import (
     NEEDS,
     Count,
     Names,
-    NotNegative,
     Positive,
+    Rate,
     Share,
     allowed,
 )
@@ -87,7 +87,7 @@ class TrainArguments(TrainingArguments):
     """Optimization: `transformers.TrainingArguments` and the keys that LLaVA-SP adds."""
 
     stage: str = "pretrain"  # which parts train: an entry of train/stages.py
-    projector_lr: NotNegative | None = None  # default learning_rate; as of any key here that ends in _lr
+    projector_lr: Rate | None = None  # default learning_rate; as of any key here that ends in _lr
     global_batch_size: Count | None = None  # samples per step over all processes; sets gradient_accumulation_steps
     # Time without progress after which the processes exit; null: never.
     watchdog_minutes: Positive | None = 10.0

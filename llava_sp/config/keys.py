@@ -19,6 +19,7 @@ from llava_sp.common.schema import NOT_NEGATIVE, POSITIVE, SHARE, TEXT, Check, f
 Count = Annotated[int, whole(1)]
 Seed = Annotated[int, whole(0, 2**32 - 1)]
 Positive = Annotated[float, POSITIVE]
+Rate = Annotated[float, Check(lambda rate: 0 <= rate <= 1000, "a number from 0 to 1000", float)]
 NotNegative = Annotated[float, NOT_NEGATIVE]
 Share = Annotated[float, SHARE]
 Text = Annotated[str, TEXT]
@@ -62,7 +63,7 @@ HONOURED: dict[str, Any] = {
     "per_device_train_batch_size": Count,
     "gradient_accumulation_steps": Count,
     # how it learns
-    "learning_rate": NotNegative,
+    "learning_rate": Rate,
     "lr_scheduler_type": Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
         "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",

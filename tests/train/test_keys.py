@@ -150,6 +150,8 @@ def test_why_label_smoothing_is_refused():
         ({"report_to": "a,b"}, "report_to is 'a,b'; expected none, all, or one or several (--report_to a b) of"),
         ({"report_to": ["none", "wandb"]}, "report_to is ['none', 'wandb']; expected none, all,"),
         ({"deepspeed": '{"a": '}, "deepspeed is '{\"a\": '; expected an object with settings or the name of a file"),
+        ({"learning_rate": 1e308}, "learning_rate is 1e+308; expected a number from 0 to 1000"),
+        ({"projector_lr": 1001}, "projector_lr is 1001; expected a number from 0 to 1000"),
         ({"deepspeed": {}}, "deepspeed is {}; expected an object with settings"),
         ({"run_name": True}, "run_name is True; expected text"),
         ({"save_strategy": "best"}, "save_strategy is 'best'; expected 'no' or 'steps' or 'epoch'"),
