@@ -22,7 +22,8 @@ _DTYPE = Check(
     str,
 )
 _SIZE = (COUNT, [COUNT], None)
-_SIDES = (COUNT, [COUNT], {str: (COUNT, None)}, None)
+_PIXELS = Check(lambda value: 1 <= value <= 2**14, "1 to 16384 pixels", int)
+_SIDES = (_PIXELS, [_PIXELS], {str: (_PIXELS, None)}, None)
 
 
 def _each(names: str, spec: Spec) -> dict[str, Spec]:
