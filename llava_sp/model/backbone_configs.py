@@ -71,8 +71,8 @@ def read_settings(path: str | os.PathLike, **hub_kwargs) -> dict[str, Any]:
 
 def read_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
     """A model's configuration. Raises `ValueError` or `OSError`."""
-    with as_value_error(path):
-        return AutoConfig.from_pretrained(path, **hub_kwargs)
+    with as_value_error(path):  # without the keyword, transformers would ask on the terminal
+        return AutoConfig.from_pretrained(path, **{"trust_remote_code": False, **hub_kwargs})
 
 
 def language_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
