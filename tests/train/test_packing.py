@@ -104,15 +104,15 @@ MIXED, TEXT, MANY, ONE = (0, 1, 4), (1, 3), (2, 3, 0), (2,)
     ],
     ids=str,
 )
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_losses_and_gradients_are_those_of_the_padded_batch(tmp_path, data, settings, indices, use_cache):
+def test_losses_and_gradients_are_those_of_the_padded_batch(tmp_path, data, settings, indices):
+    """With `use_cache` left on in the language model's configuration, as Trainer leaves it."""
     settings = dict(settings)
     recompute = settings.pop("recompute", False)
     model, dataset = built(tmp_path, data, **settings)
     chosen = settings.get("attn_implementation", PER_SAMPLE)
     assert model.model.language_model.config._attn_implementation == chosen
     assert model.model.vision_tower.config._attn_implementation in ("sdpa", "eager")
-    model.config.use_cache, model.config.text_config.use_cache = False, use_cache  # as Trainer leaves them: one alone
+    model.config.use_cache, model.config.text_config.use_cache = False, True
     model.train()
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
