@@ -7,6 +7,7 @@ an image is never cut.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,6 +164,22 @@ class ConversationDataset(Dataset):
                 except BadSample:
                     continue
         return None
+
+    def largest(self, number: int) -> list[dict[str, torch.Tensor]]:
+        """The good samples with most tokens by estimate, at most `number`; if none of them has images, the last one is
+        replaced by the sample with most, so that they have all that a batch may hold."""
+        lengths, words = np.array(self.lengths), np.abs(self.modality_lengths)
+        found: list[dict[str, torch.Tensor]] = []
+        for order in (np.argsort(-lengths, kind="stable"), np.argsort(words - lengths, kind="stable")):
+            for place in order[: 4 * number].tolist():
+                if len(found) == number:
+                    break
+                with contextlib.suppress(BadSample):
+                    found.append(self._sample(place))
+            if any("pixel_values" in sample for sample in found) or not (lengths > words).any():
+                break
+            found = found[: number - 1]
+        return found
 
     def where(self, index: int) -> str:
         """File and record of sample `index`, for messages."""

@@ -29,6 +29,7 @@ from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.fingerprint import changes, fingerprint
 from llava_sp.train.build import build_model
+from llava_sp.train.fit import Fit, LongestFirst
 from llava_sp.train.logs import EndWithLauncher
 from llava_sp.train.preflight import check_inputs
 from llava_sp.train.processes import Watch, be_the_only_process, samples_per_step, start_deepspeed
@@ -84,12 +85,16 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
         check_bases(recognise(checkpoint), model.config)
     assert processor.num_image_tokens == model.config.num_image_tokens, "processor and model disagree"
     assert processor.image_token_id == model.config.image_token_id, "processor and model disagree"
+    collator = Collator(processor.pad_token_id)
+    largest = train_data.largest(args.per_device_train_batch_size)
+    fit = Fit(run, model.config, collator(largest) if largest else None, here)
+    fit.settle()
     trainer = LlavaSPTrainer(
         model=model,
         args=args,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        data_collator=Collator(processor.pad_token_id),
+        data_collator=collator,
         processing_class=processor,
         callbacks=callbacks,
         folder=folder,
@@ -98,9 +103,11 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
         group_by_modality_length=run.data.group_by_modality_length,
     )
 
+    if args.longest_step_first:
+        trainer.add_callback(LongestFirst(trainer, fit))
     _log_plan(args, train_data, eval_data, checkpoint)
     start = time.time()
-    with _training_errors("" if run.data.on_bad_sample == "skip" else "\non_bad_sample: skip leaves such samples out"):
+    with fit.explained(), _training_errors("" if run.data.on_bad_sample == "skip" else "\non_bad_sample: skip leaves such samples out"):
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     with folder.writing("the trained model"):
         trainer.save_model()
