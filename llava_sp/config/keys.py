@@ -37,14 +37,17 @@ Recomputing = Annotated[dict, only(_RECOMPUTING)]
 
 
 # Which decoder layers are computed again in the backward pass instead of being kept
-Recomputed = bool | Annotated[
-    str,
-    Check(
-        re.compile(r"auto|full|none|every_[1-9]\d{0,2}").fullmatch,
-        "auto, full, none or every_N (every N-th layer, such as every_4)",
+Recomputed = (
+    bool
+    | Annotated[
         str,
-    ),
-]
+        Check(
+            re.compile(r"auto|full|none|every_[1-9]\d{0,2}").fullmatch,
+            "auto, full, none or every_N (every N-th layer, such as every_4)",
+            str,
+        ),
+    ]
+)
 
 
 def _is_tracker(name: object) -> bool:

@@ -97,7 +97,7 @@ class Budget:
         if sharding.stage == 3:
             weights = (0 if sharding.offloads_weights else weights // n) + low * min(sharding.live, total)
         gradients = low * (own if sharding.stage >= 2 else trained) + 2 * sharding.bucket * low
-        stored = (low + 4 + state) * trained
+        stored = (2 * low + 4 + state) * trained  # DeepSpeed has the weights once more
         if sharding.offloads_optimizer:
             return cls(trace, sharding, weights, 0, gradients, gradients, stored)
         step = gradients + (4 + moment) * own

@@ -7,10 +7,10 @@ import logging
 from collections.abc import Iterator
 from functools import cached_property
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from llava_sp import LlavaSPConfig
 from llava_sp.common.processes import FailedHere, Processes
@@ -30,7 +30,7 @@ def budget_of(config: LlavaSPConfig, run: Run, batch: Batch, sharding: Sharding,
     accumulated = args.gradient_accumulation_steps > 1 and not deepspeed
     setting = Setting(args.stage, args.bf16, deepspeed, accumulated, kind)
     try:
-        return Budget.of(StepTrace(config, run.model, batch, setting), sharding, str(args.optim.value))
+        return Budget.of(StepTrace(config, run.model, batch, setting), sharding, OptimizerNames(args.optim).value)
     except (RuntimeError, TypeError, AttributeError) as error:  # operations that need values, in a model's own code
         name = f"{config.text_config.model_type} with {config.vision_config.model_type}"
         raise ValueError(f"the memory of {name} cannot be estimated: {str(error).strip().splitlines()[0]}") from error
@@ -128,7 +128,9 @@ class LongestFirst(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         options = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {}
-        if self.fit.inputs is None or (args.recomputed and options.get("use_reentrant")):  # which needs whole backward passes
+        if self.fit.inputs is None or (
+            args.recomputed and options.get("use_reentrant")
+        ):  # which needs whole backward passes
             return
         device = [args.device] if args.device.type == "cuda" else []
         with torch.random.fork_rng(device), _room_for_optimizer(self.trainer):
@@ -162,8 +164,8 @@ def _room_for_optimizer(trainer: Trainer) -> Iterator[None]:
     if trainer.args.device.type != "cuda" or trainer.is_deepspeed_enabled or optimizer is None or optimizer.state:
         yield
         return
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    state, _ = OPTIMIZERS[str(trainer.args.optim.value)]
+    trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    state, _ = OPTIMIZERS[OptimizerNames(trainer.args.optim).value]
     held = torch.empty(state * trained, dtype=torch.uint8, device=trainer.args.device)
     yield
     del held

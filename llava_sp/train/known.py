@@ -1,9 +1,17 @@
-"""What `--plan` knows without asking anyone: GPUs, the geometry of the recipe's backbones, the size of its data."""
+"""What a plan knows of GPUs, models and data before anything is loaded; those of the shipped recipes without network and files."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from llava_sp import LlavaSPConfig
+    from llava_sp.config.arguments import Run
 
 GIB = 2**30
 
@@ -70,3 +78,104 @@ DATA = {
     "llava_v1_5_mix665k.json": KnownData(665_298, 624_610, (150, 4000)),
     "blip_laion_cc_sbu_558k.json": KnownData(558_128, 558_128, (20, 60)),
 }
+
+# Tokens of a text, from its words as white space separates them: Vicuna's on English, and what the template adds.
+TOKENS_PER_WORD, TEMPLATE_TOKENS = 1.4, 45
+
+
+@dataclass(frozen=True)
+class Data:
+    """The training data by estimate: `mean` and `longest` in tokens, `images` of a mean sample.
+
+    `lengths` [samples] are negative for text alone, as `ModalityLengthSampler` has them; None if they are not known.
+    """
+
+    samples: int | None
+    mean: float
+    longest: int
+    images: float
+    most_images: int
+    source: str
+    lengths: np.ndarray | None = None
+
+
+def gpu_of(name: str | None) -> tuple[str, Gpu]:
+    """A GPU of the table, or for None the one here. Raises `ValueError` for an unknown name, or if none is here."""
+    if name is not None:
+        if name.lower() not in GPUS:
+            raise ValueError(f"--gpu is {name!r}; it must be one of {', '.join(GPUS)}")
+        return name.lower(), GPUS[name.lower()]
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(f"--gpu is not given, and there is no CUDA GPU here; it must be one of {', '.join(GPUS)}")
+    title, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory / GIB
+    like = [gpu for gpu in GPUS.values() if title.startswith(gpu.title) and abs(gpu.memory / memory - 1) < 0.1]
+    if not like:
+        raise ValueError(f"the peak of the GPU here, {title}, is not known; give a similar one: --gpu {'|'.join(GPUS)}")
+    return title, dataclasses.replace(like[0], memory=memory)
+
+
+def geometry_of(run: Run) -> LlavaSPConfig:
+    from transformers import AutoConfig
+
+    from llava_sp import LlavaSPConfig
+    from llava_sp.model.backbone_configs import language_config, vision_config
+
+    def known(name: str | None) -> Any:
+        return AutoConfig.for_model(**GEOMETRY[name]) if name in GEOMETRY else None
+
+    text: Any = known(run.model.language_model) or language_config(str(run.model.language_model))
+    # two tokens are added, and rows up to a multiple of 64
+    if text.vocab_size % 64 or text.vocab_size == 32000:
+        text.vocab_size = -(-(text.vocab_size + 2) // 64) * 64
+    tower = known(run.model.vision_tower) or vision_config(str(run.model.vision_tower))
+    return LlavaSPConfig(
+        text_config=text, vision_config=tower, image_token_index=text.vocab_size - 2, **run.model.projector
+    )
+
+
+def data_of(run: Run, config: LlavaSPConfig, assume: bool) -> Data:
+    import numpy as np
+
+    from llava_sp.data.mixture import load_mixture
+    from llava_sp.data.sources import open_records
+
+    data, limit, per_image = run.data, run.data.model_max_length, config.num_image_tokens
+    name = Path(data.data_path or "").name
+    if data.mixture or (data.data_path and Path(data.data_path).is_file() and not assume):
+        sources = load_mixture(data.mixture or [{"annotations": data.data_path, "images": data.image_folder}])
+        records = [open_records(source) for source in sources]
+        weights = np.concatenate([np.full(len(r), s.weight) for r, s in zip(records, sources, strict=True)])
+        images = np.concatenate([r.image_counts for r in records]).astype(float)
+        lengths = token_estimate(
+            np.concatenate([r.words for r in records]), images * per_image, limit, data.conversation_template
+        )
+        samples = round(float(weights.sum()) * (1 - data.validation_fraction))
+        mean, shown = float(np.average(lengths, weights=weights)), float(np.average(images, weights=weights))
+        source = f"{data.mixture or data.data_path}, lengths by estimate from its words"
+        signed = np.where(images > 0, lengths, -lengths).astype(np.int64)
+        return Data(samples, mean, int(lengths.max()), shown, int(images.max()), source, signed)
+    if name in DATA:
+        known, template = DATA[name], data.conversation_template
+        share = known.with_image / known.samples
+        mean, most = (
+            float(token_estimate(np.array([n]), images * per_image, limit, template)[0])
+            for n, images in zip(known.words, (share, 1.0), strict=True)
+        )
+        there = (
+            "published counts"
+            if assume
+            else f"{data.data_path} is not there; the published counts of {name} are assumed"
+        )
+        return Data(known.samples, mean, int(most), share, 1, there)
+    what = f"{data.data_path} is not there" if data.data_path else "data_path is not set"
+    return Data(None, limit, limit, 1.0, 1, f"{what}; samples of model_max_length with an image are assumed")
+
+
+def token_estimate(words: np.ndarray, image_tokens: np.ndarray | float, limit: int, template: str) -> np.ndarray:
+    """Tokens of samples by their words, cut at the limit."""
+    import numpy as np
+
+    around = 2 if template == "plain" else TEMPLATE_TOKENS
+    return np.minimum(np.ceil(words * TOKENS_PER_WORD) + around + image_tokens, limit)

@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from llava_sp import LlavaSPConfig, LlavaSPForCausalLM
+from llava_sp.checkpoints.opening.backbones import zero3_set_aside
 from llava_sp.config.arguments import ModelArguments
 from llava_sp.train.build import add_lora
 from llava_sp.train.stages import PARTS, STAGES, apply_stage, part_of
@@ -146,7 +148,9 @@ def _cuda_attention(
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
         attn_mask = attn_mask.expand(*query.shape[:3], key.shape[2])
     needs = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, needs, 0.0, is_causal)[0]
+    return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, attn_mask, needs, 0.0, is_causal)[
+        0
+    ]
 
 
 class StepTrace:
@@ -218,7 +222,9 @@ def decoder_layers(model: LlavaSPForCausalLM) -> nn.ModuleList:
     for module in model.model.language_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
-    raise ValueError(f"no list of {depth} layers in {type(model.model.language_model).__name__}: its memory is not known")
+    raise ValueError(
+        f"no list of {depth} layers in {type(model.model.language_model).__name__}: its memory is not known"
+    )
 
 
 def _shallow(config: LlavaSPConfig) -> LlavaSPConfig:
@@ -236,10 +242,11 @@ def _build(config: LlavaSPConfig, arguments: ModelArguments, setting: Setting) -
     """The model as a run builds it, without numbers."""
     if arguments.attn_implementation == "eager":
         config._attn_implementation = "eager"
-    with torch.device("meta"):
-        model = LlavaSPForCausalLM(config)
-    if "lora" in STAGES[setting.stage]:
-        add_lora(model, arguments)
+    with zero3_set_aside():
+        with torch.device("meta"):
+            model = LlavaSPForCausalLM(config)
+        if "lora" in STAGES[setting.stage]:
+            add_lora(model, arguments)
     apply_stage(model, setting.stage)
     return model
 
@@ -280,7 +287,7 @@ def _run(model: LlavaSPForCausalLM, batch: Batch, setting: Setting, recompute: b
                 parameter.register_post_accumulate_grad_hook(_leave)
             elif not setting.accumulated:
                 parameter.register_post_accumulate_grad_hook(_counting(allocations))
-        with allocations, _kernels(setting):
+        with allocations, _kernels(batch, setting):
             _loss(model, batch, setting).backward()
         marks.end("after")
     return marks.segments
@@ -342,6 +349,11 @@ def _loss(model: LlavaSPForCausalLM, batch: Batch, setting: Setting) -> Tensor:
     return loss
 
 
-def _kernels(setting: Setting) -> Any:
-    same = contextlib.nullcontext()
-    return same if setting.kind == "cpu" else mock.patch.object(F, "scaled_dot_product_attention", _cuda_attention)
+@contextlib.contextmanager
+def _kernels(batch: Batch, setting: Setting) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if setting.kind == "cuda":
+            stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _cuda_attention))
+        if not batch.masked:  # without values, transformers takes every row for a pack, and makes a mask
+            stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None))
+        yield

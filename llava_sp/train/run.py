@@ -107,7 +107,10 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
         trainer.add_callback(LongestFirst(trainer, fit))
     _log_plan(args, train_data, eval_data, checkpoint)
     start = time.time()
-    with fit.explained(), _training_errors("" if run.data.on_bad_sample == "skip" else "\non_bad_sample: skip leaves such samples out"):
+    with (
+        fit.explained(),
+        _training_errors("" if run.data.on_bad_sample == "skip" else "\non_bad_sample: skip leaves such samples out"),
+    ):
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     with folder.writing("the trained model"):
         trainer.save_model()
