@@ -260,9 +260,10 @@ def read_keys(path: str | os.PathLike | None, overrides: Sequence[str] | Mapping
             values["deepspeed"] = read_json(Path(name).expanduser(), {"zero_optimization?": dict})
         except ValueError as error:
             raise ValueError(f"{origin['deepspeed']}: deepspeed: {error}") from error
-    for name in RENAMED:
-        if name in values:
-            values[RENAMED[name].replace("activation_checkpointing", CHECKPOINTING)] = values.pop(name)
+    for former, name in RENAMED.items():
+        given = [values.pop(known_as) for known_as in (former, name) if known_as in values]
+        if given:  # the former name loses
+            values[name.replace("activation_checkpointing", CHECKPOINTING)] = given[-1]
     return values
 
 
