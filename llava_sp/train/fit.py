@@ -23,14 +23,12 @@ from llava_sp.train.processes import memory_of_device
 logger = logging.getLogger("llava_sp.train")
 
 
-def budget_of(config: LlavaSPConfig, run: Run, batch: Batch, sharding: Sharding, kind: str) -> Budget:
-    """The memory of a run by estimate. Raises `ValueError` if the model cannot be run without numbers."""
+def trace_of(config: LlavaSPConfig, run: Run, batch: Batch, deepspeed: bool, kind: str) -> StepTrace:
+    """A pass of a run's model by estimate. Raises `ValueError` if the model cannot be run without numbers."""
     args = run.train
-    deepspeed = sharding.stage is not None
     accumulated = args.gradient_accumulation_steps > 1 and not deepspeed
-    setting = Setting(args.stage, args.bf16, deepspeed, accumulated, kind)
     try:
-        return Budget.of(StepTrace(config, run.model, batch, setting), sharding, OptimizerNames(args.optim).value)
+        return StepTrace(config, run.model, batch, Setting(args.stage, args.bf16, deepspeed, accumulated, kind))
     except (RuntimeError, TypeError, AttributeError) as error:  # operations that need values, in a model's own code
         name = f"{config.text_config.model_type} with {config.vision_config.model_type}"
         raise ValueError(f"the memory of {name} cannot be estimated: {str(error).strip().splitlines()[0]}") from error
@@ -66,7 +64,8 @@ class Fit:
     def budget(self) -> Budget:
         args = self.run.train
         sharding = Sharding.of(args.deepspeed, self.here.world_size, self.config.text_config.hidden_size)
-        return budget_of(self.config, self.run, self.batch, sharding, self.kind)
+        trace = trace_of(self.config, self.run, self.batch, sharding.stage is not None, self.kind)
+        return Budget.of(trace, sharding, OptimizerNames(args.optim).value)
 
     def settle(self) -> None:
         """Choose what `activation_checkpointing: auto` leaves open, the same on all processes."""

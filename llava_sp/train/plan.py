@@ -16,7 +16,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llava_sp import LlavaSPConfig
     from llava_sp.config.arguments import Run
     from llava_sp.train.budget import Budget, Sharding
-    from llava_sp.train.memory import Batch
+    from llava_sp.train.memory import Batch, StepTrace
 
 MFU = 0.4
 
@@ -63,11 +63,15 @@ class Plan:
         learned = max(data.longest - (image_tokens if data.images >= 1 else 0), 1)
         return Batch(rows, data.longest, rows * data.most_images, rows * learned, masked=rows > 1)
 
-    @property
+    @cached_property
     def budget(self) -> Budget:
-        return _budget(_Request(self))
+        from transformers.training_args import OptimizerNames
 
-    @property
+        from llava_sp.train.budget import Budget
+
+        return Budget.of(_trace(_Request.of(self)), self.sharding, OptimizerNames(self.run.train.optim).value)
+
+    @cached_property
     def every(self) -> int | None:
         args = self.run.train
         return self.budget.least_recomputation(self.memory) if args.recomputation_is_open else args.recomputed
@@ -242,30 +246,28 @@ class Plan:
         return f"{tokens / speed / 3600:.1f} h at the {speed:,.0f} tokens/s of {log} ({100 * mfu:.1f} % useful MFU of {self.gpu.title})"
 
 
+@dataclass(frozen=True)
 class _Request:
-    """What the budget of a plan depends on, as a key."""
+    """What a plan's trace depends on; compared by `key`."""
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
-        args, model = plan.run.train, plan.run.model
-        accumulated = args.gradient_accumulation_steps > 1
+    plan: Plan = dataclasses.field(compare=False)
+    key: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, plan: Plan) -> _Request:
+        args, model, deepspeed = plan.run.train, plan.run.model, plan.zero is not None
+        accumulated = args.gradient_accumulation_steps > 1 and not deepspeed
         lora = (model.lora_r, model.lora_dropout, tuple(model.lora_target_modules), model.attn_implementation)
-        self.trace_key = (plan.config.to_json_string(), plan.batch, args.stage, args.bf16, accumulated, lora)
-        self.key = (self.trace_key, plan.sharding, str(args.optim))
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Request) and self.key == other.key
+        key = (plan.config.to_json_string(), plan.batch, args.stage, args.bf16, deepspeed, accumulated, lora)
+        return cls(plan, key)
 
 
 @cache
-def _budget(request: _Request) -> Budget:
-    from llava_sp.train.fit import budget_of
+def _trace(request: _Request) -> StepTrace:
+    from llava_sp.train.fit import trace_of
 
     plan = request.plan
-    return budget_of(plan.config, plan.run, plan.batch, plan.sharding, "cuda")
+    return trace_of(plan.config, plan.run, plan.batch, plan.zero is not None, "cuda")
 
 
 # ---- from the configuration of a run

@@ -55,7 +55,8 @@ def is_right(key: str, name: str) -> bool:
         return True
     if name == "nothing":
         return default is None or key in ("report_to", "watchdog_minutes")
-    if isinstance(default, bool) or kind in (bool, bool | None) or key in ("spatial_fusion", "spatial_projection_bias"):
+    truths = (bool, bool | None, HONOURED["activation_checkpointing"])
+    if isinstance(default, bool) or kind in truths or key in ("spatial_fusion", "spatial_projection_bias"):
         return name == "zero"
     return (
         (name == "zero" and key in ZERO | PROJECTOR_SETTINGS.keys() | {"local_rank"})

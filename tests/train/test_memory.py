@@ -181,7 +181,9 @@ def test_zero_divides_what_it_should():
     trace = StepTrace(config(), lora(), Batch(2, 200, 2, 80), Setting("finetune_lora", deepspeed=True))
     trained, total = trace.trained, sum(trace.counts.values())
     of = {
-        (stage, n): Budget.of(trace, Sharding(n, stage, live=0), "adamw_torch") for stage in (0, 1, 2, 3) for n in (1, 8)
+        (stage, n): Budget.of(trace, Sharding(n, stage, live=0), "adamw_torch")
+        for stage in (0, 1, 2, 3)
+        for n in (1, 8)
     }
     for n in (1, 8):
         assert [of[stage, n].weights for stage in (0, 2, 3)] == [2 * total, 2 * total, 2 * total // n]
