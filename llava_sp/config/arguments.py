@@ -86,6 +86,9 @@ class DataArguments:
     on_bad_sample: Literal["fail", "skip"] = "fail"  # "skip": counted and listed
     # Compare annotations and images with those that the run began with. False uses the current ones.
     check_data: bool = True
+    data_manifest: str | None = (
+        None  # what data.check --manifest wrote: a run whose data has changed since does not start
+    )
     group_by_modality_length: bool = False  # batches of one modality and of similar length
 
 
@@ -205,7 +208,15 @@ RESERVED_KEY = "provenance"  # in run.yaml: facts about a run, not settings
 # Paths in a YAML file are relative to the working directory, as in LLaVA's scripts; these, parts of a configuration, to
 # the file that names them.
 FILE_RELATIVE_KEYS = ("deepspeed", "mixture")
-PATH_KEYS = ("mixture", "data_path", "image_folder", "eval_data_path", "eval_image_folder", "output_dir")
+PATH_KEYS = (
+    "mixture",
+    "data_path",
+    "image_folder",
+    "eval_data_path",
+    "eval_image_folder",
+    "output_dir",
+    "data_manifest",
+)
 # A folder, or a name that is not a path.
 MODEL_KEYS = ("language_model", "vision_tower", "projector_checkpoint", "warm_start")
 RENAMED = {  # in transformers 5.23

@@ -165,9 +165,9 @@ class ConversationDataset(Dataset):
                     continue
         return None
 
-    def largest(self, number: int) -> list[dict[str, torch.Tensor]]:
-        """The good samples with most tokens by estimate, at most `number`; if none of them has images, the last one is
-        replaced by the sample with most, so that they have all that a batch may hold."""
+    def largest(self, number: int, tokens: int | None = None) -> list[dict[str, torch.Tensor]]:
+        """The good samples with most tokens by estimate: at most `number`, with at most `tokens` together. If none of them has
+        images, the sample with most takes the place of the last, so that they have all that a batch may hold."""
         lengths, words = np.array(self.lengths), np.abs(self.modality_lengths)
         found: list[dict[str, torch.Tensor]] = []
         for order in (np.argsort(-lengths, kind="stable"), np.argsort(words - lengths, kind="stable")):
@@ -175,10 +175,13 @@ class ConversationDataset(Dataset):
                 if len(found) == number:
                     break
                 with contextlib.suppress(BadSample):
-                    found.append(self._sample(place))
+                    sample = self._sample(place)
+                    together = sum(len(one["input_ids"]) for one in (*found, sample))
+                    if tokens is None or together <= tokens:
+                        found.append(sample)
             if any("pixel_values" in sample for sample in found) or not (lengths > words).any():
                 break
-            found = found[: number - 1]
+            found = found[:-1]
         return found
 
     def where(self, index: int) -> str:

@@ -155,6 +155,8 @@ def _data(data: DataArguments) -> Iterator[str]:
         if problems:
             problems[-1] += source
         yield from problems
+    if data.data_manifest and not Path(data.data_manifest).is_file():
+        yield f"data_manifest = {data.data_manifest}: there is no such file; python -m llava_sp.data.check --manifest writes it."
     if data.eval_data_path and not Path(data.eval_data_path).is_file():
         yield f"eval_data_path = {data.eval_data_path}: there is no such file."
     if data.eval_data_path and data.validation_fraction:

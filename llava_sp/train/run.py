@@ -22,12 +22,13 @@ from llava_sp.common import provenance
 from llava_sp.common.files import is_missing_folder
 from llava_sp.common.processes import FailedHere, Processes, leave_group
 from llava_sp.common.watchdog import Watchdog
-from llava_sp.config.arguments import Run, TrainArguments, read_keys
+from llava_sp.config.arguments import DataArguments, Run, TrainArguments, read_keys
 from llava_sp.data.annotations import BadSample
 from llava_sp.data.build import build_datasets, build_processor
 from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.fingerprint import changes, fingerprint
+from llava_sp.data.manifest import changes_since
 from llava_sp.train.build import build_model
 from llava_sp.train.fit import Fit, LongestFirst
 from llava_sp.train.logs import EndWithLauncher
@@ -74,7 +75,7 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     with here.together():
         processor = build_processor(run)
         train_data, eval_data = build_datasets(processor, run)
-    data = _same_data(train_data, checkpoint, here, run.data.check_data)
+    data = _same_data(train_data, checkpoint, here, run.data)
     if eval_data is not None and args.eval_strategy == "no":  # as often as checkpoints are saved
         args.eval_strategy = IntervalStrategy.STEPS if args.save_strategy == "steps" else IntervalStrategy.EPOCH
         args.do_eval, args.eval_steps = True, args.eval_steps or args.save_steps
@@ -127,7 +128,9 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     return result
 
 
-def _same_data(dataset: ConversationDataset, checkpoint: Path | None, here: Processes, check: bool) -> dict[str, Any]:
+def _same_data(
+    dataset: ConversationDataset, checkpoint: Path | None, here: Processes, data: DataArguments
+) -> dict[str, Any]:
     """The fingerprint of the data. Raises `ValueError` if it differs between processes or from the checkpoint's."""
     now = fingerprint(dataset)
     differing = [
@@ -137,12 +140,18 @@ def _same_data(dataset: ConversationDataset, checkpoint: Path | None, here: Proc
     ]
     if differing:
         raise ValueError(f"the processes do not see the same data as process 0: {'; '.join(differing)}")
-    changed = "; ".join(changes(read_run_state(checkpoint)["data"], now)) if checkpoint else ""
-    what = f"the data has changed since {checkpoint} was written: {changed}"
-    if changed and check:
-        raise ValueError(f"{what}. Restore it, choose another output_dir, or use the current data: --check_data false")
-    if changed:
-        logger.warning("%s.", what)
+    since = {}
+    if checkpoint:
+        since[f"{checkpoint} was written"] = changes(read_run_state(checkpoint)["data"], now)
+    if data.data_manifest:
+        since[f"{data.data_manifest} was written"] = changes_since(data.data_manifest, now)
+    for when, found in since.items():
+        what = f"the data has changed since {when}: {'; '.join(found)}"
+        if found and data.check_data:
+            cure = "Restore it, choose another output_dir, or use the current data: --check_data false"
+            raise ValueError(f"{what}. {cure}")
+        if found:
+            logger.warning("%s.", what)
     return now
 
 
