@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -35,6 +36,20 @@ Steps = Annotated[float, Check(lambda n: 0 < n < 1 or _is_count(n), f"{_STEPS}, 
 _RECOMPUTING = {"use_reentrant?": bool, "preserve_rng_state?": bool, "every_n_layers?": whole(1), "offload?": bool}
 DEEPSPEED = Check(bool, "an object with settings", {"zero_optimization?": dict})  # an empty one would be no DeepSpeed
 Recomputing = Annotated[dict, only(_RECOMPUTING)]
+
+
+# Which decoder layers are computed again in the backward pass instead of being kept
+Recomputed = (
+    bool
+    | Annotated[
+        str,
+        Check(
+            re.compile(r"auto|full|none|every_[1-9]\d{0,2}").fullmatch,
+            "auto, full, none or every_N (every N-th layer, such as every_4)",
+            str,
+        ),
+    ]
+)
 
 
 def _is_tracker(name: object) -> bool:
@@ -84,9 +99,9 @@ HONOURED: dict[str, Any] = {
     "bf16": bool,
     "tf32": bool | None,
     "use_cpu": bool,
-    "activation_checkpointing": bool | None,
+    "activation_checkpointing": Recomputed | None,
     "activation_checkpointing_kwargs": Recomputing | None,
-    "gradient_checkpointing": bool | None,
+    "gradient_checkpointing": Recomputed | None,
     "gradient_checkpointing_kwargs": Recomputing | None,
     "torch_empty_cache_steps": Count | None,
     # processes

@@ -7,6 +7,7 @@ an image is never cut.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -173,6 +174,25 @@ class ConversationDataset(Dataset):
                 except BadSample:
                     continue
         return None
+
+    def largest(self, number: int, tokens: int | None = None) -> list[dict[str, torch.Tensor]]:
+        """The good samples with most tokens by estimate: at most `number`, with at most `tokens` together. If none of them has
+        images, the sample with most takes the place of the last, so that they have all that a batch may hold."""
+        lengths, words = np.array(self.lengths), np.abs(self.modality_lengths)
+        found: list[dict[str, torch.Tensor]] = []
+        for order in (np.argsort(-lengths, kind="stable"), np.argsort(words - lengths, kind="stable")):
+            for place in order[: 4 * number].tolist():
+                if len(found) == number:
+                    break
+                with contextlib.suppress(BadSample):
+                    sample = self._sample(place)
+                    together = sum(len(one["input_ids"]) for one in (*found, sample))
+                    if tokens is None or together <= tokens:
+                        found.append(sample)
+            if any("pixel_values" in sample for sample in found) or not (lengths > words).any():
+                break
+            found = found[:-1]
+        return found
 
     def where(self, index: int) -> str:
         """File and record of sample `index`, for messages."""

@@ -60,7 +60,10 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
     def get_patch_features(self, pixel_values: Tensor) -> Tensor:
         """pixel_values [images, 3, H, W] -> patch features of the configured layer(s), [images, N, C]."""
         pixel_values = pixel_values.to(self.vision_tower.dtype)
-        hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+        # PEFT with activation checkpointing makes the tower's embeddings require gradients, which nobody reads
+        learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         layers = self.config.vision_feature_layer
         selected = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
         if selected[0].ndim == 4:  # timm towers return [images, C, G, G], class token already dropped

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import socket
 
+import psutil
+import torch
 from transformers import TrainerCallback
 
+from llava_sp.common.processes import launcher_number
 from llava_sp.common.watchdog import Watchdog
 from llava_sp.config.arguments import TrainArguments
 
@@ -77,3 +80,12 @@ class Watch(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.watchdog.stop()
+
+
+def memory_of_device(kind: str) -> int:
+    """Bytes that this process may use: of its GPU (`kind` "cuda"), or its share of what is free on a CPU's machine."""
+    if kind == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved()
+    own = psutil.Process().memory_info().rss
+    return psutil.virtual_memory().available // launcher_number("LOCAL_WORLD_SIZE") + own

@@ -22,14 +22,16 @@ from llava_sp.common import provenance
 from llava_sp.common.files import is_missing_folder
 from llava_sp.common.processes import FailedHere, Processes, leave_group
 from llava_sp.common.watchdog import Watchdog
-from llava_sp.config.arguments import Run, TrainArguments, read_keys
+from llava_sp.config.arguments import DataArguments, Run, TrainArguments, read_keys
 from llava_sp.data.annotations import BadSample
 from llava_sp.data.build import build_datasets, build_processor
 from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.fingerprint import changes, fingerprint
+from llava_sp.data.manifest import changes_since
 from llava_sp.data.packing import Packs, PackSampler
 from llava_sp.train.build import build_model
+from llava_sp.train.fit import Fit, LongestFirst
 from llava_sp.train.logs import EndWithLauncher
 from llava_sp.train.packing import describe, plan_packs
 from llava_sp.train.preflight import check_inputs
@@ -74,7 +76,7 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     with here.together():
         processor = build_processor(run)
         train_data, eval_data = build_datasets(processor, run)
-    data = _same_data(train_data, checkpoint, here, run.data.check_data)
+    data = _same_data(train_data, checkpoint, here, run.data)
     packs = plan_packs(run, train_data, here) if run.data.packing else None
     if eval_data is not None and args.eval_strategy == "no":  # as often as checkpoints are saved
         args.eval_strategy = IntervalStrategy.STEPS if args.save_strategy == "steps" else IntervalStrategy.EPOCH
@@ -86,12 +88,21 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
         check_bases(recognise(checkpoint), model.config)
     assert processor.num_image_tokens == model.config.num_image_tokens, "processor and model disagree"
     assert processor.image_token_id == model.config.image_token_id, "processor and model disagree"
+    collator = Collator(processor.pad_token_id, run.data.pad_to_multiple_of)
+    rows: ConversationDataset | Packs = train_data
+    if packs is None:
+        largest: list[Any] = train_data.largest(args.per_device_train_batch_size)
+    else:
+        rows = Packs(train_data)
+        largest = [rows[packs.largest()]]
+    fit = Fit(run, model.config, collator(largest) if largest else None, here)
+    fit.settle()
     trainer = LlavaSPTrainer(
         model=model,
         args=args,
-        train_dataset=train_data if packs is None else Packs(train_data),
+        train_dataset=rows,
         eval_dataset=eval_data,
-        data_collator=Collator(processor.pad_token_id, run.data.pad_to_multiple_of),
+        data_collator=collator,
         processing_class=processor,
         callbacks=callbacks,
         folder=folder,
@@ -101,11 +112,16 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
         packs=packs,
     )
 
+    if args.longest_step_first:
+        trainer.add_callback(LongestFirst(trainer, fit))
     _log_plan(args, train_data, eval_data, checkpoint, packs)
     if packs is not None and here.is_main:
         logger.info(describe(packs, run.data.pad_to_multiple_of))
     start = time.time()
-    with _training_errors("" if run.data.on_bad_sample == "skip" else "\non_bad_sample: skip leaves such samples out"):
+    with (
+        fit.explained(),
+        _training_errors("" if run.data.on_bad_sample == "skip" else "\non_bad_sample: skip leaves such samples out"),
+    ):
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     with folder.writing("the trained model"):
         trainer.save_model()
@@ -122,7 +138,9 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     return result
 
 
-def _same_data(dataset: ConversationDataset, checkpoint: Path | None, here: Processes, check: bool) -> dict[str, Any]:
+def _same_data(
+    dataset: ConversationDataset, checkpoint: Path | None, here: Processes, data: DataArguments
+) -> dict[str, Any]:
     """The fingerprint of the data. Raises `ValueError` if it differs between processes or from the checkpoint's."""
     now = fingerprint(dataset)
     differing = [
@@ -132,12 +150,18 @@ def _same_data(dataset: ConversationDataset, checkpoint: Path | None, here: Proc
     ]
     if differing:
         raise ValueError(f"the processes do not see the same data as process 0: {'; '.join(differing)}")
-    changed = "; ".join(changes(read_run_state(checkpoint)["data"], now)) if checkpoint else ""
-    what = f"the data has changed since {checkpoint} was written: {changed}"
-    if changed and check:
-        raise ValueError(f"{what}. Restore it, choose another output_dir, or use the current data: --check_data false")
-    if changed:
-        logger.warning("%s.", what)
+    since = {}
+    if checkpoint:
+        since[f"{checkpoint} was written"] = changes(read_run_state(checkpoint)["data"], now)
+    if data.data_manifest:
+        since[f"{data.data_manifest} was written"] = changes_since(data.data_manifest, now)
+    for when, found in since.items():
+        what = f"the data has changed since {when}: {'; '.join(found)}"
+        if found and data.check_data:
+            cure = "Restore it, choose another output_dir, or use the current data: --check_data false"
+            raise ValueError(f"{what}. {cure}")
+        if found:
+            logger.warning("%s.", what)
     return now
 
 
