@@ -33,6 +33,7 @@ from llava_sp.train.logs import EndWithLauncher
 from llava_sp.train.preflight import check_inputs
 from llava_sp.train.processes import Watch, be_the_only_process, samples_per_step, start_deepspeed
 from llava_sp.train.run_folder import RunFolder, log_position
+from llava_sp.train.signals import StopBySignal
 from llava_sp.train.trainer import Diverged, LlavaSPTrainer, read_run_state
 from llava_sp.train.verify import in_words, verify_saved
 
@@ -100,8 +101,16 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
 
     _log_plan(args, train_data, eval_data, checkpoint)
     start = time.time()
-    with _training_errors("" if run.data.on_bad_sample == "skip" else "\non_bad_sample: skip leaves such samples out"):
+    stop = StopBySignal(trainer.accelerator)
+    trainer.add_callback(stop)
+    with (
+        stop.listening(),
+        _training_errors("" if run.data.on_bad_sample == "skip" else "\non_bad_sample: skip leaves such samples out"),
+    ):
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.stopped_by:
+        leave_group()
+        stop.end(folder.newest_checkpoint())
     with folder.writing("the trained model"):
         trainer.save_model()
     proof = verify_saved(trainer, folder.path, train_data.first_good())
