@@ -10,8 +10,8 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader
 
 
-def batches_of_step(loader: DataLoader, step: int, accumulation: int, processes: int) -> list[list[int]]:
-    """The batches of `step` (from 1), those of process 0 first: each the indices that the dataset is asked for.
+def batches_of_step(loader: DataLoader, step: int, accumulation: int, processes: int) -> list[list[Any]]:
+    """The batches of `step` (from 1), those of process 0 first: each what the dataset is asked for.
 
     Args:
         loader: Trainer's, prepared by accelerate or not.
@@ -32,3 +32,8 @@ def batches_of_step(loader: DataLoader, step: int, accumulation: int, processes:
         return [batch for shard in shards for batch in islice(shard, first, first + accumulation)]
     finally:
         sampler.set_epoch(before)
+
+
+def samples_of(batches: list[list[Any]]) -> list[int]:
+    """The samples of batches, one by one; a tuple in a batch is a pack of several."""
+    return [sample for batch in batches for item in batch for sample in (item if isinstance(item, tuple) else (item,))]

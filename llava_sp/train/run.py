@@ -74,7 +74,7 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     with here.together():
         processor = build_processor(run)
         train_data, eval_data = build_datasets(processor, run)
-    data = _same_data(train_data, checkpoint, here, run.data.check_data)
+    data = same_data(train_data, checkpoint, here, run.data.check_data)
     if eval_data is not None and args.eval_strategy == "no":  # as often as checkpoints are saved
         args.eval_strategy = IntervalStrategy.STEPS if args.save_strategy == "steps" else IntervalStrategy.EPOCH
         args.do_eval, args.eval_steps = True, args.eval_steps or args.save_steps
@@ -126,7 +126,7 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     return result
 
 
-def _same_data(dataset: ConversationDataset, checkpoint: Path | None, here: Processes, check: bool) -> dict[str, Any]:
+def same_data(dataset: ConversationDataset, checkpoint: Path | None, here: Processes, check: bool) -> dict[str, Any]:
     """The fingerprint of the data. Raises `ValueError` if it differs between processes or from the checkpoint's."""
     now = fingerprint(dataset)
     differing = [

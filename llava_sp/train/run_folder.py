@@ -133,6 +133,16 @@ class RunFolder:
     def newest_checkpoint(self) -> Path | None:
         return next(iter(self._checkpoints()), None)
 
+    def recorded(self) -> tuple[dict[str, Any], int | None]:
+        """The settings of the run, and the samples of a step. Raises `ValueError` if the folder holds no run."""
+        settings = read_yaml(self._record_file(), RECORDED)
+        return settings, settings.pop(RESERVED_KEY, {}).get("samples_per_step")
+
+    def checkpoint_before(self, step: int) -> Path | None:
+        """The newest intact checkpoint that `step` (from 1) follows."""
+        before = (entry for entry in self._checkpoints() if int(entry.name.split("-")[1]) < step)
+        return next((entry for entry in before if not damage(entry)), None)
+
     def intact_checkpoint(self) -> Path | None:
         """The newest checkpoint whose files are as they were written, or None if there is no checkpoint at all.
 

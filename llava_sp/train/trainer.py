@@ -28,7 +28,7 @@ from llava_sp.data.fingerprint import FINGERPRINT
 from llava_sp.data.sampler import ModalityLengthSampler, WholeSteps
 from llava_sp.train.guard import StepGuard
 from llava_sp.train.logs import Console, JsonLines, Meter
-from llava_sp.train.order import batches_of_step
+from llava_sp.train.order import batches_of_step, samples_of
 from llava_sp.train.processes import samples_per_step
 from llava_sp.train.run_folder import STAGING, STATE_FILE, WRITE_ERRORS, RunFolder
 from llava_sp.train.signals import shielded
@@ -117,7 +117,7 @@ class LlavaSPTrainer(Trainer):
         """(file, record) of what a step learns from. With `on_bad_sample: skip`, the next good record replaces a bad one."""
         loader = self.callback_handler.train_dataloader
         batches = batches_of_step(loader, step, self.args.gradient_accumulation_steps, self.args.world_size)
-        return [self.train_dataset.origin(index) for batch in batches for index in batch]
+        return [self.train_dataset.origin(index) for index in samples_of(batches)]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; the user can correct errors in the data (for example, an annotation file was replaced)."""

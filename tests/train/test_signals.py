@@ -149,7 +149,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
     process = start([*TWO, "--config", str(path)], tmp_path)
     try:
         wait_for_step(process, tmp_path, 2)
-        first, second = workers_of(process)
+        _, second = workers_of(process)
         second.send_signal(signal.SIGINT)
         psutil.wait_procs([second], timeout=0.3)
         second.send_signal(signal.SIGINT)
