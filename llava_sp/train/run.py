@@ -35,6 +35,7 @@ from llava_sp.train.processes import Watch, be_the_only_process, samples_per_ste
 from llava_sp.train.run_folder import RunFolder, log_position
 from llava_sp.train.signals import StopBySignal
 from llava_sp.train.trainer import Diverged, LlavaSPTrainer, read_run_state
+from llava_sp.train.universal import LoadUniversal, make_universal
 from llava_sp.train.verify import in_words, verify_saved
 
 logger = logging.getLogger("llava_sp.train")
@@ -78,6 +79,11 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     if eval_data is not None and args.eval_strategy == "no":  # as often as checkpoints are saved
         args.eval_strategy = IntervalStrategy.STEPS if args.save_strategy == "steps" else IntervalStrategy.EPOCH
         args.do_eval, args.eval_steps = True, args.eval_steps or args.save_steps
+    if checkpoint and args.deepspeed and len(read_run_state(checkpoint)["losses"]) != here.world_size:
+        with here.together():
+            if here.is_main:
+                make_universal(checkpoint)
+        callbacks.append(LoadUniversal(args, checkpoint))
     start_deepspeed(args)
     set_seed(args.seed)
     model = build_model(run)

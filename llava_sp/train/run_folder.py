@@ -31,7 +31,7 @@ from llava_sp.common.folders import sync, sync_folder
 from llava_sp.common.processes import FailedHere, Processes
 from llava_sp.config.arguments import RESERVED_KEY
 from llava_sp.config.files import read_yaml
-from llava_sp.train.intact import damage, write_file_list
+from llava_sp.train.intact import check_format, damage, write_file_list
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class RunFolder:
         self._lock: Any = None
         self._record: str | None = None  # content of run.yaml
 
-    def conflicts(self, settings: Mapping[str, Any], processes: int, samples_per_step: int) -> Iterator[str]:
+    def conflicts(self, settings: Mapping[str, Any], samples_per_step: int) -> Iterator[str]:
         """Why a run with these settings cannot write here: the folder holds another run, or files not from a run.
 
         A run that left neither checkpoint nor model (its data could not be read, for example) does not own the folder.
@@ -91,9 +91,6 @@ class RunFolder:
         facts = recorded.pop(RESERVED_KEY, {})
         now["samples per step"] = samples_per_step
         recorded["samples per step"] = facts.get("samples_per_step", samples_per_step)
-        if settings.get("deepspeed") and checkpoint:
-            key = "number of processes (DeepSpeed's state is split among them)"
-            recorded[key], now[key] = facts.get("processes"), processes
         lines = differences(recorded, now)
         if lines:
             yield "\n".join([f"output_dir = {self.path} belongs to another run, which differs in:", *lines, OTHER_RUN])
@@ -147,11 +144,12 @@ class RunFolder:
         """The newest checkpoint whose files are as they were written, or None if there is no checkpoint at all.
 
         Logs the damage of newer ones and renames them: they must not count when the oldest checkpoints are deleted.
-        Raises `ValueError` if none is intact.
+        Raises `ValueError` if none is intact, or one that it meets was written by another version.
         """
         damaged: dict[Path, str] = {}
         intact = None
         for checkpoint in self._checkpoints():
+            check_format(checkpoint)
             problem = damage(checkpoint)
             if problem is None:
                 intact = checkpoint
