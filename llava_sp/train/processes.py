@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
 
 from llava_sp.common.watchdog import Watchdog
@@ -38,6 +39,11 @@ def start_deepspeed(args: TrainingArguments) -> None:
     from deepspeed.accelerator import get_accelerator
 
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), auto_mpi_discovery=False)
+
+
+def is_of_communication(error: RuntimeError) -> bool:
+    """Whether an error comes from the processes' collectives: gloo raises plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 class Watch(TrainerCallback):

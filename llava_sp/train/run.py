@@ -31,7 +31,7 @@ from llava_sp.data.fingerprint import changes, fingerprint
 from llava_sp.train.build import build_model
 from llava_sp.train.logs import EndWithLauncher
 from llava_sp.train.preflight import check_inputs
-from llava_sp.train.processes import Watch, be_the_only_process, samples_per_step, start_deepspeed
+from llava_sp.train.processes import Watch, be_the_only_process, is_of_communication, samples_per_step, start_deepspeed
 from llava_sp.train.run_folder import RunFolder, log_position
 from llava_sp.train.signals import StopBySignal
 from llava_sp.train.trainer import Diverged, LlavaSPTrainer, read_run_state
@@ -69,8 +69,10 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
         return {}
     facts = _facts(args)
     checkpoint = folder.join(here, run.settings, facts)
+    watchdog = None
     if here.world_size > 1 and args.watchdog_minutes is not None:
-        callbacks.append(Watch(Watchdog(folder.path / ".alive", here, 60 * args.watchdog_minutes)))
+        watchdog = Watchdog(folder.path / ".alive", here, 60 * args.watchdog_minutes)
+        callbacks.append(Watch(watchdog))
 
     with here.together():
         processor = build_processor(run)
@@ -111,7 +113,7 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     trainer.add_callback(stop)
     with (
         stop.listening(),
-        _training_errors("" if run.data.on_bad_sample == "skip" else "\non_bad_sample: skip leaves such samples out"),
+        _training_errors(run, watchdog),
     ):
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopped_by:
@@ -152,17 +154,24 @@ def same_data(dataset: ConversationDataset, checkpoint: Path | None, here: Proce
 
 
 @contextlib.contextmanager
-def _training_errors(advice: str) -> Iterator[None]:
-    """While training, a bad sample or a failed write is the user's to correct; any other error keeps its traceback."""
+def _training_errors(run: Run, watchdog: Watchdog | None) -> Iterator[None]:
+    """While training, a bad sample, a failed write or a lost process is reported; any other error keeps its traceback."""
     try:
         yield
     except BadSample as error:
+        advice = "" if run.data.on_bad_sample == "skip" else "\non_bad_sample: skip leaves such samples out"
         reason = str(error).strip().splitlines()[-1]  # a loader's worker prepends its whole traceback
         raise FailedHere(reason.removeprefix(f"{BadSample.__module__}.{BadSample.__name__}: ") + advice) from error
     except (FailedHere, Diverged):
         raise
     except (ValueError, OSError, MemoryError) as error:
         raise RuntimeError(f"training ended: {error}") from error
+    except RuntimeError as error:
+        lost = watchdog.lost() if watchdog and is_of_communication(error) else ""
+        if not lost:
+            raise
+        what = " ".join(str(error).split())[:200]
+        raise FailedHere(f"lost {lost}: {what}. The same command resumes from the newest checkpoint") from error
 
 
 def _facts(args: TrainArguments) -> dict[str, Any]:

@@ -29,12 +29,15 @@ running = [
 ]
 warn = os.environ.get("WARN")
 log = pathlib.Path(os.environ["OUT"]) / "log.jsonl"
-while warn and (not log.is_file() or len(log.read_text().splitlines()) < 2):
+def lines():
+    return len(log.read_text().splitlines()) if log.is_file() else 0
+before = lines()
+while warn and lines() < before + 2:
     assert running[0].poll() is None
     time.sleep(0.02)
 for task in running if warn else ():
     task.send_signal(getattr(signal, warn))
-sys.exit(max(task.wait() for task in running))
+sys.exit(max(status if status >= 0 else 128 - status for status in [task.wait() for task in running]))
 """
 SCONTROL = """#!/bin/sh
 case "$1" in

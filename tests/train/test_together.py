@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -74,6 +75,23 @@ def test_a_stopped_process_ends_the_run(tmp_path, rank):
     said = [line for line in text.splitlines() if "error: no progress for 0.1 minutes at step" in line]
     assert len(said) == 1 and f"waiting for process {rank} (step " in said[0] and "silent: stopped or dead" in said[0]
     assert said[0].startswith("process 1: " if rank == 0 else "error: ")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_run(tmp_path, rank):
+    """The other one names it, long before the watchdog's time."""
+    path = config(tmp_path, max_steps=500, save_steps=500, watchdog_minutes=1)
+    process = start([*TWO, "--config", str(path)], tmp_path)
+    wait_for_step(process, tmp_path, 2)
+    time.sleep(6)  # two beats of the watchdog
+    workers = [w for w in psutil.Process(process.pid).children(recursive=True) if "llava_sp.train" in w.cmdline()]
+    since = time.monotonic()
+    next(worker for worker in workers if worker.environ()["RANK"] == str(rank)).kill()
+    text = ended(process, tmp_path)
+    assert time.monotonic() - since < 40
+    (said,) = (line for line in text.splitlines() if "error: lost process" in line)
+    assert names(said, f"lost process {rank}", "step", "ended or silent", "same command")
+    assert said.startswith("process 1: " if rank == 0 else "error: ")
 
 
 def two_nodes(folders: list[Path], paths: list[Path]) -> list[str]:
