@@ -69,10 +69,8 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
         return {}
     facts = _facts(args)
     checkpoint = folder.join(here, run.settings, facts)
-    watchdog = None
-    if here.world_size > 1 and args.watchdog_minutes is not None:
-        watchdog = Watchdog(folder.path / ".alive", here, 60 * args.watchdog_minutes)
-        callbacks.append(Watch(watchdog))
+    watchdog = Watchdog(folder.path / ".alive", here, args.watchdog_minutes)
+    callbacks.append(Watch(watchdog))
 
     with here.together():
         processor = build_processor(run)
@@ -154,7 +152,7 @@ def same_data(dataset: ConversationDataset, checkpoint: Path | None, here: Proce
 
 
 @contextlib.contextmanager
-def _training_errors(run: Run, watchdog: Watchdog | None) -> Iterator[None]:
+def _training_errors(run: Run, watchdog: Watchdog) -> Iterator[None]:
     """While training, a bad sample, a failed write or a lost process is reported; any other error keeps its traceback."""
     try:
         yield
@@ -167,7 +165,7 @@ def _training_errors(run: Run, watchdog: Watchdog | None) -> Iterator[None]:
     except (ValueError, OSError, MemoryError) as error:
         raise RuntimeError(f"training ended: {error}") from error
     except RuntimeError as error:
-        lost = watchdog.lost() if watchdog and is_of_communication(error) else ""
+        lost = watchdog.lost() if is_of_communication(error) else ""
         if not lost:
             raise
         what = " ".join(str(error).split())[:200]
