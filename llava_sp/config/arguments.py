@@ -113,6 +113,8 @@ class TrainArguments(TrainingArguments):
     global_batch_size: Count | None = None  # samples per step over all processes; sets gradient_accumulation_steps
     # Time without progress after which the processes exit; null: never.
     watchdog_minutes: Positive | None = 10.0
+    # A step whose loss or gradients are not finite ends the run, or is left out and counted (10 in a row at most).
+    on_non_finite: Literal["stop", "skip"] = "stop"
     include_num_input_tokens_seen: Literal["all", "non_padding", "no"] | bool = "non_padding"
     # One pass over the largest batch before the first step: what does not fit fails at once.
     longest_step_first: bool = True

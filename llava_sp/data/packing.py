@@ -189,3 +189,7 @@ class Packs(Dataset):
         found = [self.dataset.sample_or_reason(index)[0] for index in pack]
         good = [sample for sample in found if sample is not None]
         return good if good or not pack else [self.dataset[pack[0]]]
+
+    def origin(self, index: int) -> tuple[str, int]:
+        """File and record of a sample."""
+        return self.dataset.origin(index)

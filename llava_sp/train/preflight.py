@@ -199,4 +199,4 @@ def _output(run: Run) -> Iterator[str]:
     if folder in (None, "trainer_output"):
         yield "output_dir is not set: give the folder that this run writes to."
     else:
-        yield from RunFolder(folder).conflicts(run.settings, run.train.world_size, samples_per_step(run.train))
+        yield from RunFolder(folder).conflicts(run.settings, samples_per_step(run.train))
