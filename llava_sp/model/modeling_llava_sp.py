@@ -6,6 +6,7 @@ Shape suffixes: B batch, L sequence, M supervised positions, D language width, V
 
 import dataclasses
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,20 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         return (opened[0].model, opened[1]) if isinstance(opened, tuple) else opened.model
 
     def get_patch_features(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [images, 3, H, W] -> patch features of the configured layer(s), [images, N, C]."""
+        """pixel_values [images, 3, H, W] -> patch features of the configured layer(s), [images, N, C].
+
+        A frozen tower leaves no autograd graph (transformers' activation checkpointing makes its embeddings require
+        gradients) and computes in its own number format, under autocast too.
+        """
         pixel_values = pixel_values.to(self.vision_tower.dtype)
+        if pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters()):
+            return self._run_tower(pixel_values)
+        kind = pixel_values.device.type
+        own_format = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+        with torch.no_grad(), own_format:
+            return self._run_tower(pixel_values)
+
+    def _run_tower(self, pixel_values: Tensor) -> Tensor:
         hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         layers = self.config.vision_feature_layer
         selected = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
