@@ -78,6 +78,8 @@ class DataArguments:
     on_bad_sample: Literal["fail", "skip"] = "fail"  # "skip": counted and listed
     # Compare annotations and images with those that the run began with. False uses the current ones.
     check_data: bool = True
+    # Folder of the images' patch features, which the run reads instead; python -m llava_sp.data.precompute writes them.
+    precompute_features: str | None = None
     group_by_modality_length: bool = False  # batches of one modality and of similar length
 
 
@@ -174,7 +176,9 @@ RESERVED_KEY = "provenance"  # in run.yaml: facts about a run, not settings
 # Paths in a YAML file are relative to the working directory, as in LLaVA's scripts; these, parts of a configuration, to
 # the file that names them.
 FILE_RELATIVE_KEYS = ("deepspeed", "mixture")
-PATH_KEYS = ("mixture", "data_path", "image_folder", "eval_data_path", "eval_image_folder", "output_dir")
+PATH_KEYS = (
+    "mixture", "data_path", "image_folder", "eval_data_path", "eval_image_folder", "output_dir", "precompute_features",
+)  # fmt: skip
 # A folder, or a name that is not a path.
 MODEL_KEYS = ("language_model", "vision_tower", "projector_checkpoint", "warm_start")
 RENAMED = {  # in transformers 5.23

@@ -14,7 +14,7 @@ class Collator:
 
     Returns:
         `input_ids`, `labels` (-100 at padding), `attention_mask` [B, L], and, if any sample has images, `pixel_values`
-        [images of the batch, 3, H, W] in the order of the placeholders.
+        [images of the batch, 3, H, W] in the order of the placeholders, or `patch_features` [images of the batch, N, C].
     """
 
     def __init__(self, pad_token_id: int):
@@ -30,7 +30,7 @@ class Collator:
             "labels": padded([sample["labels"] for sample in samples], IGNORE_INDEX),
             "attention_mask": padded([torch.ones_like(row) for row in ids], 0),
         }
-        pixels = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
-        if pixels:
-            batch["pixel_values"] = torch.cat(pixels)
+        for images in ("pixel_values", "patch_features"):
+            if given := [sample[images] for sample in samples if images in sample]:
+                batch[images] = torch.cat(given)
         return batch
