@@ -87,6 +87,7 @@ HONOURED: dict[str, Any] = {
     "gradient_checkpointing": bool | None,
     "gradient_checkpointing_kwargs": Recomputing | None,
     "torch_empty_cache_steps": Count | None,
+    "use_liger_kernel": bool,
     # processes
     "deepspeed": Annotated[Any, (dict, Check(lambda text: "{" not in text, "the name of a file", TEXT), None)],
     "ddp_backend": Literal["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"] | None,
@@ -136,7 +137,7 @@ HONOURED: dict[str, Any] = {
 
 _METRICS = "validation only computes the loss"
 _BEST = "choose among the checkpoints by log.jsonl"
-_SPEED = "the model is unmodified"
+_FUSED = "use_liger_kernel: true fuses rope, RMSNorm and SwiGLU on a GPU"
 _HUB = "hf upload NAME OUTPUT_DIR"
 _SAME_RUN = "the same command resumes data and model from the newest checkpoint in output_dir"
 _ORDER = "every epoch has all samples, in an order set by seed and epoch; see group_by_modality_length"
@@ -170,7 +171,7 @@ INSTEAD = {
     "label_names": "the conversation template sets the labels",
     "label_smoothing_factor": "the loss covers the learned tokens; Trainer would compare them with the wrong logits",
     "length_column_name": _ORDER,
-    "liger_kernel_config": _SPEED,
+    "liger_kernel_config": _FUSED,
     "load_best_model_at_end": _BEST,
     "metric_for_best_model": _BEST,
     "neftune_noise_alpha": "lora_dropout",
@@ -182,12 +183,11 @@ INSTEAD = {
     "resume_from_checkpoint": _SAME_RUN,
     "save_on_each_node": "all nodes share output_dir",
     "save_only_model": "a run cannot resume from such a checkpoint",
-    "torch_compile": _SPEED,
-    "torch_compile_backend": _SPEED,
-    "torch_compile_mode": _SPEED,
+    "torch_compile": _FUSED,
+    "torch_compile_backend": _FUSED,
+    "torch_compile_mode": _FUSED,
     "train_sampling_strategy": _ORDER,
     "use_cache": "training needs no cache",
-    "use_liger_kernel": _SPEED,
 }
 
 FORMER = {  # names in other versions and in LLaVA's scripts

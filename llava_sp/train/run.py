@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from transformers import IntervalStrategy, TrainerCallback, set_seed
 
 from llava_sp.checkpoints.opening.adapter import check_bases
@@ -28,7 +29,7 @@ from llava_sp.data.build import build_datasets, build_processor
 from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.fingerprint import changes, fingerprint
-from llava_sp.train.build import build_model
+from llava_sp.train.build import autocast_casts_back, build_model
 from llava_sp.train.logs import EndWithLauncher
 from llava_sp.train.preflight import check_inputs
 from llava_sp.train.processes import Watch, be_the_only_process, samples_per_step, start_deepspeed
@@ -100,7 +101,8 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
 
     _log_plan(args, train_data, eval_data, checkpoint)
     start = time.time()
-    with _training_errors("" if run.data.on_bad_sample == "skip" else "\non_bad_sample: skip leaves such samples out"):
+    advice = "" if run.data.on_bad_sample == "skip" else "\non_bad_sample: skip leaves such samples out"
+    with _training_errors(advice), disable_input_dtype_casting(model, autocast_casts_back(run)):
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     with folder.writing("the trained model"):
         trainer.save_model()
