@@ -28,6 +28,7 @@ from llava_sp.config.keys import (
     INSTEAD,
     NEEDS,
     Count,
+    Multiple,
     Names,
     NotNegative,
     Positive,
@@ -75,6 +76,7 @@ class DataArguments:
     conversation_template: str = "vicuna_v1"
     image_aspect_ratio: Literal["pad", "crop"] = "pad"  # to a square, or "crop" from the centre
     model_max_length: Count = 2048  # longest sequence in tokens, image tokens included
+    pad_to_multiple_of: Multiple = 1  # lengths of batches: kernels are chosen by divisibility (benchmarks/lengths.py)
     on_bad_sample: Literal["fail", "skip"] = "fail"  # "skip": counted and listed
     # Compare annotations and images with those that the run began with. False uses the current ones.
     check_data: bool = True

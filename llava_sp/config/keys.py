@@ -17,6 +17,7 @@ from transformers.trainer_utils import IntervalStrategy
 from llava_sp.common.schema import NOT_NEGATIVE, POSITIVE, SHARE, TEXT, Check, fits, only, some, whole
 
 Count = Annotated[int, whole(1)]
+Multiple = Annotated[int, whole(1, 1024)]
 Seed = Annotated[int, whole(0, 2**32 - 1)]
 Positive = Annotated[float, POSITIVE]
 NotNegative = Annotated[float, NOT_NEGATIVE]

@@ -10,19 +10,21 @@ from llava_sp.model.processing_llava_sp import IGNORE_INDEX
 
 
 class Collator:
-    """Pads on the right; the attention mask marks padding by length, never by the padding id.
+    """Pads on the right, to a multiple of `pad_to_multiple_of`; the attention mask marks padding by length, never by the
+    padding id.
 
     Returns:
         `input_ids`, `labels` (-100 at padding), `attention_mask` [B, L], and, if any sample has images, `pixel_values`
         [images of the batch, 3, H, W] in the order of the placeholders, or `patch_features` [images of the batch, N, C].
     """
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 1):
+        self.pad_token_id, self.pad_to_multiple_of = pad_token_id, pad_to_multiple_of
 
     def __call__(self, samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
-            return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+            batch = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+            return torch.nn.functional.pad(batch, (0, -batch.shape[1] % self.pad_to_multiple_of), value=value)
 
         ids = [sample["input_ids"] for sample in samples]
         batch = {

@@ -90,7 +90,7 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
         args=args,
         train_dataset=train_data,
         eval_dataset=eval_data,
-        data_collator=Collator(processor.pad_token_id),
+        data_collator=Collator(processor.pad_token_id, run.data.pad_to_multiple_of),
         processing_class=processor,
         callbacks=callbacks,
         folder=folder,
