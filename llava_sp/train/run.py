@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from transformers import IntervalStrategy, TrainerCallback, set_seed
 
 from llava_sp.checkpoints.opening.adapter import check_bases
@@ -30,7 +31,7 @@ from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.fingerprint import changes, fingerprint
 from llava_sp.data.manifest import changes_since
 from llava_sp.data.packing import Packs, PackSampler
-from llava_sp.train.build import build_model
+from llava_sp.train.build import autocast_casts_back, build_model
 from llava_sp.train.fit import Fit, LongestFirst
 from llava_sp.train.logs import EndWithLauncher
 from llava_sp.train.packing import describe, plan_packs
@@ -128,7 +129,12 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     start = time.time()
     stop = StopBySignal(trainer.accelerator)
     trainer.add_callback(stop)
-    with stop.listening(), fit.explained(), _training_errors(run, watchdog):
+    with (
+        stop.listening(),
+        fit.explained(),
+        _training_errors(run, watchdog),
+        disable_input_dtype_casting(model, autocast_casts_back(run)),
+    ):
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if stop.stopped_by:
         leave_group()
