@@ -5,14 +5,26 @@ from __future__ import annotations
 import os
 import socket
 
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from llava_sp.common.watchdog import Watchdog
+from llava_sp.config.arguments import TrainArguments
 
 
-def samples_per_step(args: TrainingArguments) -> int:
+def samples_per_step(args: TrainArguments) -> int:
     """The samples of one optimizer step, over all processes."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return args.global_batch_size or rows  # a row may be a pack
+
+
+def accumulate(args: TrainArguments, steps: int) -> None:
+    """Set `gradient_accumulation_steps` where it is known only after the arguments were made, for DeepSpeed too."""
+    args.gradient_accumulation_steps = steps
+    if args.deepspeed:
+        config = args.hf_deepspeed_config.config
+        config["gradient_accumulation_steps"] = steps
+        config["train_batch_size"] = args.per_device_train_batch_size * steps * args.world_size
+        args.deepspeed_plugin.gradient_accumulation_steps = steps
 
 
 def be_the_only_process() -> None:
