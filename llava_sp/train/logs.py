@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import resource
 import sys
@@ -16,7 +15,8 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from llava_sp.common.files import parse_json, write_atomic
+from llava_sp.common.files import parse_line, write_atomic
+from llava_sp.common.schema import NUMBER
 from llava_sp.train.run_folder import LOG_FILE, RunFolder
 
 GIB = 2**30
@@ -92,12 +92,11 @@ class JsonLines(TrainerCallback):
 
 
 def _step(line: str) -> float:
-    """The step of a log line; infinity for a damaged line, such as the half that a killed process may leave."""
-    with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-        step = parse_json(line)["step"]
-        if isinstance(step, int):
-            return step
-    return math.inf
+    """The step of a log line; infinity for a damaged one, such as the half that a killed process may leave."""
+    try:
+        return parse_line(line, LOG_FILE, {"step": NUMBER})["step"]
+    except ValueError:
+        return float("inf")
 
 
 class Console(TrainerCallback):

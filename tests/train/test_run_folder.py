@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import TrainerState
 
 from llava_sp.common.processes import Processes, ReportedElsewhere
 from llava_sp.train import run_folder
-from llava_sp.train.logs import JsonLines
 from llava_sp.train.run_folder import RunFolder
 from tests.messages import names, refused
 
@@ -216,14 +214,3 @@ def test_damage_is_reported_by_the_main_process_and_ends_all(out):
         zeroed(out / f"checkpoint-{step}" / "optimizer.pt")
     main, other = join_together(out, out)
     assert "no intact checkpoint" in str(main) and isinstance(other, ReportedElsewhere)
-
-
-@pytest.mark.parametrize(
-    "half", [b'{"step": 3, "lo', b"\xff\xfe", b'{"step": "3"}', b"[" * 100_000, b'{"step": ' + b"9" * 5000]
-)
-def test_a_damaged_line_of_the_log_is_dropped(out, half):
-    folder = RunFolder(out)
-    whole = b'{"step": 1}\n{"step": 2}\n'
-    (out / "log.jsonl").write_bytes(whole + half + b'\n{"step": 4}\n')
-    JsonLines(folder).on_train_begin(None, TrainerState(global_step=3), None)
-    assert (out / "log.jsonl").read_bytes() == whole
