@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 import torch
-from projector import machine
+from frame import RESULTS, machine
 from tqdm import tqdm
 
 SHIPPED = Path(__file__).parent.parent / "llava_sp/shapes/backbones"  # for its tokenizer and image settings
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()), help="for the models (default: %(default)s)"
     )
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/merge_cpu.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "merge_cpu.json")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
