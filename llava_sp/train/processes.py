@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import socket
 
+import psutil
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback
 
+from llava_sp.common.processes import launcher_number
 from llava_sp.common.watchdog import Watchdog
 from llava_sp.config.arguments import TrainArguments
 
@@ -52,6 +56,11 @@ def start_deepspeed(args: TrainArguments) -> None:
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), auto_mpi_discovery=False)
 
 
+def is_of_communication(error: RuntimeError) -> bool:
+    """Whether an error comes from the processes' collectives: gloo raises plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 class Watch(TrainerCallback):
     """Reports training progress to a watchdog, from the first step to the last, as loading a model may be slow."""
 
@@ -77,3 +86,12 @@ class Watch(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.watchdog.stop()
+
+
+def memory_of_device(kind: str) -> int:
+    """Bytes that this process may use: of its GPU (`kind` "cuda"), or its share of what is free on a CPU's machine."""
+    if kind == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved()
+    own = psutil.Process().memory_info().rss
+    return psutil.virtual_memory().available // launcher_number("LOCAL_WORLD_SIZE") + own
