@@ -99,6 +99,8 @@ class Fit:
         args, choices = self.run.train, []
         if args.recomputed != 1:
             choices.append("activation_checkpointing: full")
+        if self.run.data.packing:
+            choices.append(f"pack_length: {self.run.data.longest_pack // 2}")
         if args.per_device_train_batch_size > 1:
             rows = args.per_device_train_batch_size // 2
             choices.append(f"per_device_train_batch_size: {rows} (global_batch_size stays)")

@@ -58,6 +58,13 @@ class Plan:
         from llava_sp.train.memory import Batch
 
         rows, data = self.run.train.per_device_train_batch_size, self.data
+        if (
+            self.run.data.packing
+        ):  # a full pack of mean samples; a dense mask only where its attention is not the default
+            tokens = self.run.data.longest_pack
+            images = math.ceil(tokens / data.mean * data.images)
+            learned = max(tokens - images * self.config.num_image_tokens, 1)
+            return Batch(1, tokens, images, learned, masked=self.run.model.attn_implementation in ("sdpa", "eager"))
         image_tokens = data.most_images * self.config.num_image_tokens
         # the longest samples may be text alone
         learned = max(data.longest - (image_tokens if data.images >= 1 else 0), 1)
@@ -92,30 +99,43 @@ class Plan:
         plan = self._with(recompute=True)
         if args.recomputed != 1 and not args.recomputation_is_open:
             yield "activation_checkpointing: auto", plan
-        rows = args.per_device_train_batch_size
-        smaller = [rows >> shift for shift in range(1, rows.bit_length())]
-        for size in smaller:
-            yield f"per_device_train_batch_size: {size}", plan._with(rows=size)
+        smaller = self._smaller()
+        for words, size in smaller:
+            yield words, plan._with(rows=size)
         for stage in (2, 3):
             if (self.sharding.stage or 0) < stage and (stage == 2 or self.processes > 1):
                 zero = {"zero_optimization": {"stage": stage}}
                 yield f"deepspeed: configs/deepspeed/zero{stage}.json", plan._with(zero=zero)
-                for size in smaller:
-                    words = f"deepspeed: configs/deepspeed/zero{stage}.json and per_device_train_batch_size: {size}"
-                    yield words, plan._with(zero=zero, rows=size)
+                for words, size in smaller:
+                    yield f"deepspeed: configs/deepspeed/zero{stage}.json and {words}", plan._with(zero=zero, rows=size)
         for processes in (2, 4, 8, 16):
             if processes > self.processes:
                 zero = {"zero_optimization": {"stage": 3}}
-                words = (
-                    f"{processes} GPUs with deepspeed: configs/deepspeed/zero3.json and per_device_train_batch_size: 1"
-                )
-                yield words, plan._with(zero=zero, rows=1, processes=processes)
+                words, size = smaller[-1] if smaller else self._size(1)
+                words = f"{processes} GPUs with deepspeed: configs/deepspeed/zero3.json and {words}"
+                yield words, plan._with(zero=zero, rows=size, processes=processes)
+
+    def _smaller(self) -> list[tuple[str, int]]:
+        """(words, value) of smaller micro batches: fewer rows, or shorter packs, down to the longest sample."""
+        if self.run.data.packing:
+            sizes = [self.run.data.longest_pack >> shift for shift in range(1, 8)]
+            return [self._size(size) for size in sizes if size >= self.data.longest]
+        rows = self.run.train.per_device_train_batch_size
+        return [self._size(rows >> shift) for shift in range(1, rows.bit_length())]
+
+    def _size(self, size: int) -> tuple[str, int]:
+        if self.run.data.packing:
+            size = max(size, self.data.longest)
+            return f"pack_length: {size}", size
+        return f"per_device_train_batch_size: {size}", size
 
     def _with(self, recompute: bool = False, rows: int | None = None, **changed: Any) -> Plan:
-        run = dataclasses.replace(self.run, train=copy.copy(self.run.train))
+        run = dataclasses.replace(self.run, train=copy.copy(self.run.train), data=copy.copy(self.run.data))
         if recompute:
             run.train.recomputation_is_open = True
-        if rows is not None:
+        if rows is not None and run.data.packing:
+            run.data.pack_length = rows
+        elif rows is not None:
             total = run.train.per_device_train_batch_size * run.train.gradient_accumulation_steps
             run.train.per_device_train_batch_size = rows
             run.train.gradient_accumulation_steps = max(1, total // rows)
@@ -126,7 +146,8 @@ class Plan:
     @property
     def samples_per_step(self) -> int:
         args = self.run.train
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.processes
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.processes
+        return (args.global_batch_size or rows) if self.run.data.packing else rows
 
     @property
     def steps(self) -> int | None:
@@ -204,6 +225,8 @@ class Plan:
         data, steps, per_step = self.data, self.steps, self.samples_per_step
         args = self.run.train
         made = f"{args.per_device_train_batch_size} x {self.processes} x {args.gradient_accumulation_steps} accumulated"
+        if self.run.data.packing:
+            made = f"in packs of at most {self.run.data.longest_pack:,} tokens"
         yield f"Data: {data.source}"
         if data.samples is not None:
             yield f"  {data.samples:,} samples of {data.mean:.0f} tokens in the mean, {data.longest:,} at most"
@@ -229,6 +252,8 @@ class Plan:
 
         args, lengths = self.run.train, self.data.lengths
         rows, batches = args.per_device_train_batch_size, self.processes * args.gradient_accumulation_steps
+        if self.run.data.packing:
+            return "none, in packs"
         if rows == 1:
             return "none, with one sample a row"
         if lengths is None:
@@ -290,8 +315,9 @@ def plan_of(
     name, device = gpu_of(gpu)
     keys = read_keys(config, words)
     zero = keys.pop("deepspeed", None)
-    whole = keys.pop("global_batch_size", None)
-    if whole is not None:
+    packing = keys.get("packing")
+    whole = keys.get("global_batch_size") if packing else keys.pop("global_batch_size", None)
+    if whole is not None and not packing:
         sizes = split_global_batch(whole, keys.get("per_device_train_batch_size", 8), processes)
         keys["per_device_train_batch_size"], keys["gradient_accumulation_steps"] = sizes
     run = Run.of({**keys, "use_cpu": True})
@@ -304,7 +330,11 @@ def plan_of(
     if any(problems):
         raise ValueError("this run cannot be planned: " + " ".join(filter(None, problems)))
     geometry = geometry_of(run)
-    return Plan(run, geometry, data_of(run, geometry, assume), device, name, processes, zero)
+    data = data_of(run, geometry, assume)
+    if packing:
+        packs = run.train.global_batch_size * data.mean / run.data.longest_pack
+        run.train.gradient_accumulation_steps = max(1, math.ceil(packs / processes))
+    return Plan(run, geometry, data, device, name, processes, zero)
 
 
 def speed_of(log: Path) -> float:

@@ -24,6 +24,7 @@ from llava_sp.model.processing_llava_sp import IGNORE_INDEX
 from llava_sp.train.__main__ import main
 from llava_sp.train.build import build_model
 from llava_sp.train.packing import plan_packs
+from llava_sp.train.replay import main as replay
 from llava_sp.train.trainer import LlavaSPTrainer
 from tests.messages import names, refused
 from tests.train.conftest import no_launcher
@@ -220,6 +221,15 @@ def test_a_resumed_run_is_bit_equal(whole, tmp_path, step):
     assert losses(log(out)) == losses(log(whole / "out")) and len(losses(log(out))) == 7
     for name in ("projector.safetensors", "lora/adapter_model.safetensors"):
         assert (out / name).read_bytes() == (whole / "out" / name).read_bytes()
+
+
+def test_a_step_is_replayed(whole, capsys):
+    """Without dropout, which the run had: its samples, and the loss at a rate of 0 before the first step."""
+    assert replay(["--run", str(whole / "out"), "--step", "1", "--lora_dropout", "0"]) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) == 2 + 4 + 1
+    first = next(record for record in log(whole / "out") if record["step"] == 1)
+    assert float(text.splitlines()[-1].split()[0]) == pytest.approx(first["loss"], rel=1e-3)
 
 
 def test_the_log_says_what_the_packs_are(data, tmp_path, caplog):
