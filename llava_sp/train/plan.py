@@ -331,8 +331,8 @@ def plan_of(
         raise ValueError("this run cannot be planned: " + " ".join(filter(None, problems)))
     geometry = geometry_of(run)
     data = data_of(run, geometry, assume)
-    if packing:
-        packs = run.train.global_batch_size * data.mean / run.data.longest_pack
+    if packing and whole:
+        packs = whole * data.mean / run.data.longest_pack
         run.train.gradient_accumulation_steps = max(1, math.ceil(packs / processes))
     return Plan(run, geometry, data, device, name, processes, zero)
 
