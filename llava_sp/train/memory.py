@@ -158,7 +158,7 @@ class StepTrace:
 
     Attributes:
         layers: decoder layers.
-        counts: {part: parameters}, at full depth; trained: how many of them train.
+        counts: {part: parameters}, at full depth; trained: how many of them train; largest: in one tensor of these.
         setting: as given.
     """
 
@@ -176,11 +176,13 @@ class StepTrace:
         middle = {id(p) for p in decoder_layers(model)[min(1, self._depth - 1)].parameters()}
         repeated = 1 + self.layers - self._depth
         self.counts = dict.fromkeys(PARTS, 0)
-        self.trained = 0
+        self.trained = self.largest = 0
         for name, parameter in model.named_parameters():
             times = repeated if id(parameter) in middle else 1
             self.counts[part_of(name)] += times * parameter.numel()
-            self.trained += times * parameter.numel() if parameter.requires_grad else 0
+            if parameter.requires_grad:
+                self.trained += times * parameter.numel()
+                self.largest = max(self.largest, parameter.numel())
         # transformers counts the layers of tower and language model in one row
         self._offset = sum(isinstance(m, GradientCheckpointingLayer) for m in model.model.vision_tower.modules())
 

@@ -65,11 +65,15 @@ class Plan:
 
     @cached_property
     def budget(self) -> Budget:
-        from transformers.training_args import OptimizerNames
-
         from llava_sp.train.budget import Budget
 
-        return Budget.of(_trace(_Request.of(self)), self.sharding, OptimizerNames(self.run.train.optim).value)
+        return Budget.of(_trace(_Request.of(self)), self.sharding, self._optimizer)
+
+    @property
+    def _optimizer(self) -> str:
+        from transformers.training_args import OptimizerNames
+
+        return OptimizerNames(self.run.train.optim).value
 
     @cached_property
     def every(self) -> int | None:
@@ -196,9 +200,16 @@ class Plan:
         if self.fits:
             return "fits"
         for words, plan in self.alternatives():
-            if plan.fits:
+            if self._leaves_room(plan) and plan.fits:
                 return f"does not fit; {words} would ({plan.budget.total(plan.every) / GIB:.1f})"
         return f"does not fit, with no setting on up to 16 of {self.gpu_name}"
+
+    def _leaves_room(self, other: Plan) -> bool:
+        """Whether what another plan of the same model holds throughout fits, which needs no trace of its own."""
+        from llava_sp.train.budget import Budget, fits
+
+        held = Budget.of(self.budget.trace, other.sharding, self._optimizer)
+        return fits(held.weights + held.optimizer, self.memory)
 
     def _time(self, mfu: float, log: Path | None) -> Iterator[str]:
         data, steps, per_step = self.data, self.steps, self.samples_per_step
