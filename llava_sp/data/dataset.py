@@ -154,6 +154,12 @@ class ConversationDataset(Dataset):
         records = self.files[self._table[index][0]]
         return [records.image(name) for name in conversation.images]
 
+    def look_at_images(self, index: int, conversation: Conversation) -> None:
+        """Raises `BadSample` unless the images of sample `index` are there and begin as images; nothing is decoded."""
+        records = self.files[self._table[index][0]]
+        for name in conversation.images:
+            records.look_at_image(name)
+
     def first_good(self, tries: int = 100) -> dict[str, torch.Tensor] | None:
         """The first good sample with an image, else the first good one; None if the first `tries` of each are bad."""
         with_image = np.array(self.modality_lengths) > 0

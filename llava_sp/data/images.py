@@ -11,6 +11,7 @@ import os
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -53,8 +54,18 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
     return decode_image(path, f"image {path}")
 
 
+def look_at_image(folder: str | os.PathLike, name: str) -> None:
+    """Raises `BadSample` as `load_image` does, but for damage beyond the header, which only decoding finds."""
+    path = image_path(folder, name)
+    _read(path, f"image {path}", lambda image: image)
+
+
 def decode_image(source: Path | bytes, what: str) -> Image.Image:
     """An image file, or the bytes of one, as RGB. Raises `BadSample` like `load_image`, naming `what`."""
+    return _read(source, what, lambda image: image.convert("RGB"))
+
+
+def _read(source: Path | bytes, what: str, use: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits below are stricter
@@ -67,7 +78,7 @@ def decode_image(source: Path | bytes, what: str) -> Image.Image:
                 ):
                     if value > limit:
                         raise BadSample(f"{what} is {width} x {height}, {value:,}; the limit is {limit:,} {unit}")
-                return image.convert("RGB")
+                return use(image)
     except BadSample:
         raise
     except _BROKEN as error:
