@@ -24,14 +24,15 @@ from llava_sp.common.files import is_missing_folder, read_json
 from llava_sp.common.processes import launcher_number
 from llava_sp.config.files import nearest, read_with_bases, specs_of, split_command_line, typed
 from llava_sp.config.keys import (
+    DEEPSPEED,
     FORMER,
     HONOURED,
     INSTEAD,
     NEEDS,
     Count,
     Names,
-    NotNegative,
     Positive,
+    Rate,
     Share,
     allowed,
 )
@@ -97,7 +98,7 @@ class TrainArguments(TrainingArguments):
     """Optimization: `transformers.TrainingArguments` and the keys that LLaVA-SP adds."""
 
     stage: str = "pretrain"  # which parts train: an entry of train/stages.py
-    projector_lr: NotNegative | None = None  # default learning_rate; as of any key here that ends in _lr
+    projector_lr: Rate | None = None  # default learning_rate; as of any key here that ends in _lr
     global_batch_size: Count | None = None  # samples per step over all processes; sets gradient_accumulation_steps
     # Time without progress after which the processes exit; null: never.
     watchdog_minutes: Positive | None = 10.0
@@ -268,7 +269,7 @@ def read_keys(path: str | os.PathLike | None, overrides: Sequence[str] | Mapping
     name = values.get("deepspeed")
     if isinstance(name, str) and not name.startswith("{"):
         try:
-            values["deepspeed"] = read_json(Path(name).expanduser(), {"zero_optimization?": dict})
+            values["deepspeed"] = read_json(Path(name).expanduser(), DEEPSPEED)
         except ValueError as error:
             raise ValueError(f"{origin['deepspeed']}: deepspeed: {error}") from error
     for former, name in RENAMED.items():

@@ -20,6 +20,7 @@ from llava_sp.common.schema import NOT_NEGATIVE, POSITIVE, SHARE, TEXT, Check, f
 Count = Annotated[int, whole(1)]
 Seed = Annotated[int, whole(0, 2**32 - 1)]
 Positive = Annotated[float, POSITIVE]
+Rate = Annotated[float, Check(lambda rate: 0 <= rate <= 1000, "a number from 0 to 1000", float)]
 NotNegative = Annotated[float, NOT_NEGATIVE]
 Share = Annotated[float, SHARE]
 Text = Annotated[str, TEXT]
@@ -33,6 +34,7 @@ def _is_count(number: float) -> bool:
 _STEPS = "a whole number of steps, or a share of all steps below 1"
 Steps = Annotated[float, Check(lambda n: 0 < n < 1 or _is_count(n), f"{_STEPS}, above 0", float)]
 _RECOMPUTING = {"use_reentrant?": bool, "preserve_rng_state?": bool, "every_n_layers?": whole(1), "offload?": bool}
+DEEPSPEED = Check(bool, "an object with settings", {"zero_optimization?": dict})  # an empty one would be no DeepSpeed
 Recomputing = Annotated[dict, only(_RECOMPUTING)]
 
 
@@ -76,7 +78,7 @@ HONOURED: dict[str, Any] = {
     "per_device_train_batch_size": Count,
     "gradient_accumulation_steps": Count,
     # how it learns
-    "learning_rate": NotNegative,
+    "learning_rate": Rate,
     "lr_scheduler_type": Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
         "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
@@ -103,7 +105,7 @@ HONOURED: dict[str, Any] = {
     "gradient_checkpointing_kwargs": Recomputing | None,
     "torch_empty_cache_steps": Count | None,
     # processes
-    "deepspeed": Annotated[Any, (dict, Check(lambda text: "{" not in text, "the name of a file", TEXT), None)],
+    "deepspeed": Annotated[Any, (DEEPSPEED, Check(lambda text: "{" not in text, "the name of a file", TEXT), None)],
     "ddp_backend": Literal["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"] | None,
     "ddp_broadcast_buffers": bool | None,
     "ddp_bucket_cap_mb": Count | None,

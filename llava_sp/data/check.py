@@ -125,7 +125,7 @@ def summary(findings: Findings, limit: int, show: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("llava_sp.data.check", __doc__)
-    parser.add_argument("--config", required=True, help="training YAML")
+    parser.add_argument("--config", type=Path, required=True, help="training YAML")
     parser.add_argument(
         "--workers", type=fitting(whole(0, 1024)), default=min(8, os.cpu_count() or 1), help="reading processes"
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +14,15 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 FULL_LLAVAS = ("llava", "llava_sp")  # transformers' own and ours: with a text_config and a vision_config
+# What a processor is read from, besides config.json
+PROCESSOR_FILES = (
+    "processor_config.json", "preprocessor_config.json", "chat_template.jinja", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "tokenizer.model",
+)  # fmt: skip
 # Raised by transformers, PEFT and torch for invalid settings
 _INVALID = (
     StrictDataclassError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError, ValueError,
+    MemoryError,
 )  # fmt: skip
 
 
@@ -24,12 +32,27 @@ def as_value_error(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except _INVALID as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, ValueError) and (str(path) in reason or not os.path.exists(path)):
             raise
         raise ValueError(
             f"{path} cannot be read: its config.json, or another JSON file there, holds invalid values ({reason})"
         ) from error
+
+
+def damaged_file(folder: str | os.PathLike, error: Exception) -> str:
+    """The cause of `error`, which names no file: a file that is not text or not JSON, else one of those that are there."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    files = [file for file in (Path(folder, name) for name in PROCESSOR_FILES) if file.is_file()]
+    for file in files:
+        try:
+            text = "" if file.suffix == ".model" else file.read_text(encoding="utf-8")
+            if file.suffix == ".json":
+                json.loads(text)
+        except (ValueError, RecursionError, OSError) as cause:
+            return f"{file}: {cause}"
+    names = ", ".join(file.name for file in files) or "its files"
+    return f"{names}: one of these is missing, cut off or invalid ({reason})"
 
 
 def is_original(settings: dict[str, Any]) -> bool:
@@ -48,8 +71,8 @@ def read_settings(path: str | os.PathLike, **hub_kwargs) -> dict[str, Any]:
 
 def read_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
     """A model's configuration. Raises `ValueError` or `OSError`."""
-    with as_value_error(path):
-        return AutoConfig.from_pretrained(path, **hub_kwargs)
+    with as_value_error(path):  # without the keyword, transformers would ask on the terminal
+        return AutoConfig.from_pretrained(path, **{"trust_remote_code": False, **hub_kwargs})
 
 
 def language_config(path: str | os.PathLike, **hub_kwargs) -> PreTrainedConfig:
@@ -115,10 +138,7 @@ def load_tokenizer(path: str | os.PathLike, **hub_kwargs) -> PreTrainedTokenizer
     except OSError:
         raise
     except Exception as error:  # tokenizers raises Exception itself
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"the tokenizer of {path} cannot be read: one of its files is missing, cut off or invalid ({reason})"
-        ) from error
+        raise ValueError(f"the tokenizer of {path} cannot be read: {damaged_file(path, error)}") from error
     if not has_words(tokenizer):
         raise ValueError(
             f"the tokenizer of {path} has no vocabulary: no tokenizer.json or tokenizer.model, or it is empty"

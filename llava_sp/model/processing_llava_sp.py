@@ -18,7 +18,7 @@ from transformers import BatchFeature
 from transformers.models.llava.processing_llava import LlavaProcessor
 from transformers.processing_utils import MultiModalData
 
-from .backbone_configs import has_words, load_tokenizer
+from .backbone_configs import damaged_file, has_words, load_tokenizer
 from .configuration_llava_sp import LlavaSPConfig
 from .conversation import (
     IMAGE_MARK,
@@ -186,9 +186,12 @@ class LlavaSPProcessor(LlavaProcessor):
     @classmethod
     def from_saved(cls, path, *args, **kwargs) -> LlavaSPProcessor:
         """transformers' own `from_pretrained`. Raises `ValueError` for files that are broken."""
-        # tokenizers raises Exception itself
-        with _as_value_error(f"{path}: a file of the processor is missing, cut off, or not valid", Exception):
+        try:
             return super().from_pretrained(path, *args, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:  # tokenizers raises Exception itself
+            raise ValueError(f"the processor of {path} cannot be read: {damaged_file(path, error)}") from error
 
     @property
     def pad_token_id(self) -> int:

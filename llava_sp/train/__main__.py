@@ -26,7 +26,9 @@ def main(words: Sequence[str] | None = None, default_config: Path | None = None)
     """Entry point of the scripts and of `python -m llava_sp.train`. Returns the exit status."""
     parser = command_parser("llava_sp.train", __doc__, usage="%(prog)s [--config FILE.yaml] [--key value ...]")
     otherwise = f"; default {default_config}" if default_config else ""
-    parser.add_argument("--config", default=default_config, required=not default_config, help=f"YAML{otherwise}")
+    parser.add_argument(
+        "--config", type=Path, default=default_config, required=not default_config, help=f"YAML{otherwise}"
+    )
     parser.add_argument("--plan", action="store_true", help="print what the run needs, and end; nothing is loaded")
     planning = parser.add_argument_group("with --plan")
     planning.add_argument("--gpu", help="h200, h100, a100-40, 4090-24, ...; default: the one here")

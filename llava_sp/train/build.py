@@ -48,16 +48,19 @@ def build_model(run: Run) -> LlavaSPForCausalLM:
 def add_lora(model: LlavaSPForCausalLM, arguments: ModelArguments, seed: int = 0) -> None:
     """LoRA on the named linear layers of the language model, nowhere else; the same weights for the same seed.
 
-    Raises ValueError for a name that the language model does not have.
+    Raises ValueError for a name that the language model does not have, and a rank that none of its layers can have.
     """
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.model.language_model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    linear: dict[str, int] = {}  # name -> the largest rank that a layer of this name can have
+    for name, module in model.model.language_model.named_modules():
+        if isinstance(module, nn.Linear):
+            leaf = name.rsplit(".", 1)[-1]
+            linear[leaf] = max(linear.get(leaf, 0), min(module.in_features, module.out_features))
     unknown = [name for name in arguments.lora_target_modules if name not in linear]
     if unknown:
         raise ValueError(f"lora_target_modules names {', '.join(unknown)}; the model has {', '.join(sorted(linear))}")
+    largest = max((linear[name] for name in arguments.lora_target_modules), default=arguments.lora_r)
+    if arguments.lora_r > largest:
+        raise ValueError(f"lora_r is {arguments.lora_r}; it must be at most {largest}, the largest rank of a layer")
     leaves = "|".join(map(re.escape, arguments.lora_target_modules))
     config = LoraConfig(
         r=arguments.lora_r,

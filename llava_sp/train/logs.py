@@ -15,7 +15,8 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from llava_sp.common.files import write_atomic
+from llava_sp.common.files import parse_line, write_atomic
+from llava_sp.common.schema import NUMBER
 from llava_sp.train.run_folder import LOG_FILE, RunFolder
 
 GIB = 2**30
@@ -78,7 +79,7 @@ class JsonLines(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if _step(line) <= state.global_step and state.global_step > 0]
             with self.folder.writing(LOG_FILE):
                 write_atomic(self.path, "".join(line + "\n" for line in kept))
@@ -91,10 +92,10 @@ class JsonLines(TrainerCallback):
 
 
 def _step(line: str) -> float:
-    """The step of a log line; infinity for half a line, which a killed process may leave."""
+    """The step of a log line; infinity for a damaged one, such as the half that a killed process may leave."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return parse_line(line, LOG_FILE, {"step": NUMBER})["step"]
+    except ValueError:
         return float("inf")
 
 

@@ -69,8 +69,7 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
         return {}
     facts = _facts(args)
     checkpoint = folder.join(here, run.settings, facts)
-    if here.world_size > 1 and args.watchdog_minutes is not None:
-        callbacks.append(Watch(Watchdog(folder.path / ".alive", here, 60 * args.watchdog_minutes)))
+    callbacks.append(Watch(Watchdog(folder.path / ".alive", here, args.watchdog_minutes)))
 
     with here.together():
         processor = build_processor(run)

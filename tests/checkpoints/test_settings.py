@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from functools import reduce
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from llava_sp.checkpoints.inspection.report import inspect
 from llava_sp.checkpoints.opening.full import recorded_config
 from llava_sp.checkpoints.reading.formats import recognise
 from llava_sp.checkpoints.reading.settings import read_all_settings
+from llava_sp.model.backbone_configs import PROCESSOR_FILES
 from tests.checkpoints.kinds import Kind
-from tests.messages import names
+from tests.messages import names, refused
 from tests.released import load_released
 
 NAN, INF = float("nan"), float("inf")
@@ -46,7 +48,7 @@ WRONG = {  # file, key -> values that are never right
     ("generation_config.json", "top_p"): (-0.1, 2, NAN),
     ("generation_config.json", "num_beams"): (0, -1),
     ("generation_config.json", "repetition_penalty"): (0, -1, NAN),
-    (ADAPTER, "lora_alpha"): (NAN, INF, 0, -16, None, "x"),
+    (ADAPTER, "lora_alpha"): (NAN, INF, 0, -16, None, "x", 2**31),
     (ADAPTER, "r"): (0, -8, NAN, 1.5, True, 10**30),
     (ADAPTER, "lora_dropout"): (-0.1, 1.5, NAN),
     (ADAPTER, "alpha_pattern"): ({"q_proj": NAN}, {"q_proj": -1}, [1]),
@@ -58,6 +60,7 @@ WRONG = {  # file, key -> values that are never right
     ("processor_config.json", "image_processor.image_mean"): ([NAN] * 3, ["x"], 3),
     ("processor_config.json", "image_processor.image_std"): ([0, 0, 0], [-1, 1, 1], [NAN] * 3),
     ("processor_config.json", "image_processor.resample"): (7, -1, "x", NAN),
+    ("processor_config.json", "image_processor.size"): (10**6, {"height": 10**6, "width": 16}),
     ("processor_config.json", "image_processor.do_normalize"): (0, "x", {}),
     ("processor_config.json", "image_processor.rescale_factor"): (0, -1, NAN),
     ("tokenizer_config.json", "model_max_length"): (0, -1, NAN),
@@ -204,3 +207,44 @@ def test_the_base_decides_whether_its_head_is_its_embedding(copy):
     for key in ("tie_word_embeddings", "text_config.tie_word_embeddings"):
         put(copy.folder / "config.json", key, True)
         assert torch.equal(copy.open().lm_head.weight, head)
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        *product(["original_lora", "original_projector", "original_full"], ["the key", "its value"]),
+        *product(["original_lora", "original_projector"], ["the file"]),
+    ],
+)
+def test_the_original_must_state_how_images_are_prepared(kinds, tmp_path, name, lost):
+    copy = kinds[name].copy(tmp_path / "copy")
+    file = copy.folder / "config.json"
+    settings = json.loads(file.read_text())
+    if lost == "the file":
+        file.unlink()
+    elif lost == "the key":
+        del settings["image_aspect_ratio"]
+    else:
+        settings["image_aspect_ratio"] = None
+    if lost != "the file":
+        file.write_text(json.dumps(settings))
+    with refused(file, "image_aspect_ratio"):
+        LlavaSPProcessor.from_pretrained(copy.folder, **copy.keywords)
+    given = LlavaSPProcessor.from_pretrained(copy.folder, **copy.keywords, image_aspect_ratio="crop")
+    assert given.image_aspect_ratio == "crop"
+
+
+@pytest.mark.parametrize("name", ["llava_sp", "llava_sp_adapter", "original_full", "llava_hf"])
+@pytest.mark.parametrize("damage", [b"\xe9\xff", b'{"a": ', b"[" * 100_000, b'{"added_tokens": [{"id": "x"}]}'])
+def test_a_damaged_tokenizer_or_template_is_named(kinds, tmp_path, name, damage):
+    for file in kinds[name].folder.iterdir():
+        if file.name not in PROCESSOR_FILES or file.name.endswith("config.json") or file.suffix == ".model":
+            continue
+        copy = kinds[name].copy(tmp_path / file.name)
+        (copy.folder / file.name).write_bytes(damage)
+        try:
+            LlavaSPProcessor.from_pretrained(copy.folder, **copy.keywords)
+        except ValueError as error:
+            assert names(str(error), file.name), error
+        else:  # transformers does not need a special_tokens_map.json, or its keys
+            assert file.name in ("special_tokens_map.json", "chat_template.jinja")

@@ -18,7 +18,7 @@ from llava_sp.checkpoints.opening.ends import never_stops
 from llava_sp.checkpoints.opening.fit import Comparison, compare
 from llava_sp.checkpoints.opening.foreign import check_language_model, has_tokenizer
 from llava_sp.checkpoints.opening.full import recorded_config
-from llava_sp.checkpoints.opening.processors import make_processor, open_processor
+from llava_sp.checkpoints.opening.processors import make_processor, open_processor, recorded_aspect_ratio
 from llava_sp.checkpoints.reading.formats import (
     OURS,
     Checkpoint,
@@ -251,6 +251,8 @@ def _try_processor(found: Checkpoint, language: Backbone, tower: Backbone) -> tu
     processor: LlavaSPProcessor | None = None
     bases = {"language_model": language.folder, "vision_tower": tower.folder}
     try:
+        if found.is_original:
+            recorded_aspect_ratio(found)
         if found.format not in OURS and has_tokenizer(found):
             read_vocabulary(found.folder)
         if found.format != "llava_sp" and language.folder is not None:

@@ -29,7 +29,7 @@ _LANGUAGE_SETTINGS = {
     "num_attention_heads": ("num_attention_heads",),
     "rope_parameters": ("rope_theta", "rope_scaling"),
 }
-_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
+_VOCABULARIES = ("tokenizer.model", "tokenizer.json")
 
 
 def open_original(
@@ -118,7 +118,8 @@ def check_language_model(found: Checkpoint, text: PreTrainedConfig, token_ids: t
         ids = add_special_tokens(load_tokenizer(found.folder, **hub_kwargs))[:2]
         if ids != token_ids:
             raise ValueError(
-                f"{found.folder}: its tokenizer has <image>, <pad> at {ids}, not {token_ids} as in {other}"
+                f"{found.folder}: its tokenizer (tokenizer_config.json and its vocabulary) has <image>, <pad> at {ids}, "
+                f"not {token_ids} as in {other}"
             )
 
 
@@ -128,4 +129,4 @@ def _plain_rope(value: Any) -> Any:
 
 
 def has_tokenizer(found: Checkpoint) -> bool:
-    return any((found.folder / name).is_file() for name in _TOKENIZER_FILES)
+    return any((found.folder / name).is_file() for name in _VOCABULARIES)

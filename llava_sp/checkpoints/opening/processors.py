@@ -90,8 +90,8 @@ def make_processor(
     """The processor of a checkpoint that other code wrote.
 
     Args:
-        image_aspect_ratio: "pad" or "crop"; None is what the checkpoint records, and for transformers' LLaVA, which
-            records nothing, LLaVA-1.5's own "pad" (transformers' processor crops).
+        image_aspect_ratio: "pad" or "crop"; None is what the original's config.json records (without one, an error),
+            and for transformers' LLaVA, which records nothing, LLaVA-1.5's own "pad" (its processor crops).
         conversation_template: no checkpoint of the original code records it; LLaVA-1.5's and LLaVA-SP's is vicuna_v1.
     """
     kwargs = hub_kwargs(base_kwargs(kwargs))
@@ -100,8 +100,7 @@ def make_processor(
         token_ids = add_special_tokens(load_tokenizer(language, **kwargs))[:2]
         check_language_model(found, language_config(language, **kwargs), token_ids, **kwargs)
     if image_aspect_ratio is None:
-        recorded = found.config.get("image_aspect_ratio")
-        image_aspect_ratio = "pad" if found.format == "llava_hf" or recorded == "pad" else "crop"
+        image_aspect_ratio = "pad" if found.format == "llava_hf" else recorded_aspect_ratio(found)
     return cls.from_backbones(
         LlavaSPConfig(vision_config=vision_config(tower, **kwargs), **found.spatial),
         language_model=found.folder if has_tokenizer(found) else language,
@@ -110,3 +109,10 @@ def make_processor(
         conversation_template=conversation_template,
         **kwargs,
     )
+
+
+def recorded_aspect_ratio(found: Checkpoint) -> str:
+    """How the original prepared the images of training. Raises `ValueError` where its config.json does not state it."""
+    stated = {"image_aspect_ratio": one_of("pad", "square", "crop")}
+    expect(found.config, stated, f"{found.folder / 'config.json'} (add it, or pass image_aspect_ratio=)")
+    return "pad" if found.config["image_aspect_ratio"] == "pad" else "crop"

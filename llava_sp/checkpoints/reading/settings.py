@@ -22,7 +22,8 @@ _DTYPE = Check(
     str,
 )
 _SIZE = (COUNT, [COUNT], None)
-_SIDES = (COUNT, [COUNT], {str: (COUNT, None)}, None)
+_PIXELS = Check(lambda value: 1 <= value <= 2**14, "1 to 16384 pixels", int)
+_SIDES = (_PIXELS, [_PIXELS], {str: (_PIXELS, None)}, None)
 
 
 def _each(names: str, spec: Spec) -> dict[str, Spec]:
@@ -62,6 +63,7 @@ _IMAGES = {
 _TOKENIZER = _each("model_max_length", (POSITIVE, None)) | _each("add_prefix_space", (bool, None))
 # Of this package's formats; for required settings, see `opening.full.recorded_config`.
 _OUR_CONFIG = _CONFIG | {
+    "model_type?": one_of("llava_sp"),
     **_each("spatial_scales", ([COUNT], None)),
     **_each("spatial_width fusion_kernel fusion_stride", (COUNT, None)),
     **_each("spatial_fusion spatial_projection_bias multimodal_projector_bias", (bool, None)),
