@@ -37,6 +37,7 @@ from llava_sp.config.keys import (
     allowed,
 )
 from llava_sp.model.configuration_llava_sp import PROJECTOR_SETTINGS
+from llava_sp.model.packed_attention import KEEP_APART
 
 # transformers 5.17 to 5.22 know the second name alone
 CHECKPOINTING = next(
@@ -91,6 +92,16 @@ class DataArguments:
         None  # what data.check --manifest wrote: a run whose data has changed since does not start
     )
     group_by_modality_length: bool = False  # batches of one modality and of similar length
+    # Several samples in one row without padding, balanced over processes; a step has global_batch_size samples as without.
+    packing: bool = False
+    pack_length: Count | None = None  # most tokens in a pack, which sets the memory; default 8 times model_max_length
+    pad_to_multiple_of: Count = 1  # lengths of packs and padded batches
+
+    @property
+    def longest_pack(self) -> int:
+        """Most tokens in a pack, a multiple of `pad_to_multiple_of`."""
+        length = 8 * self.model_max_length if self.pack_length is None else self.pack_length
+        return length - length % self.pad_to_multiple_of
 
 
 @dataclass
@@ -125,10 +136,6 @@ class TrainArguments(TrainingArguments):
             self.data_seed = self.seed
         if self.report_to is None:
             self.report_to = "none"
-        if self.global_batch_size is not None:
-            self.per_device_train_batch_size, self.gradient_accumulation_steps = split_global_batch(
-                self.global_batch_size, self.per_device_train_batch_size, launcher_number("WORLD_SIZE")
-            )
         super().__post_init__()
 
     def recompute(self, every: int | None) -> None:
@@ -194,7 +201,15 @@ class Run:
 
         projector = {key: given.get(key, f.default) for key, f in PROJECTOR_SETTINGS.items()}
         model = ModelArguments(**keys_of(ModelArguments), projector=projector)
-        return cls(model, DataArguments(**keys_of(DataArguments)), TrainArguments(**keys_of(TrainArguments)), given)
+        data, train = DataArguments(**keys_of(DataArguments)), keys_of(TrainArguments)
+        whole = train.get("global_batch_size")
+        if data.packing:  # a row is a pack; how many a step takes is planned from the data
+            train["per_device_train_batch_size"] = 1
+        elif whole is not None:
+            per_device = train.get("per_device_train_batch_size", TrainArguments.per_device_train_batch_size)
+            sizes = split_global_batch(whole, per_device, launcher_number("WORLD_SIZE"))
+            train["per_device_train_batch_size"], train["gradient_accumulation_steps"] = sizes
+        return cls(model, data, TrainArguments(**train), given)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -326,5 +341,28 @@ def _conflicts(values: Mapping[str, Any], origin: Mapping[str, str]) -> Iterator
             f"{origin[accumulated]}: {accumulated} follows from global_batch_size ({batch}, {origin['global_batch_size']}); "
             "set one of them (--global_batch_size null leaves the accumulation to you)"
         )
+    yield from _packing_conflicts(values, origin)
     if values.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         yield f"{origin['deepspeed']}: deepspeed is set but not installed (pip install deepspeed)"
+
+
+def _packing_conflicts(values: Mapping[str, Any], origin: Mapping[str, str]) -> Iterator[str]:
+    if not values.get("packing"):
+        return
+    where = f"packing is true ({origin['packing']})"
+    if values.get("group_by_modality_length"):
+        key = "group_by_modality_length"
+        yield f"{origin[key]}: {key} is true, and {where}: a pack has no padding to save; set one of them to false"
+    if (size := values.get("per_device_train_batch_size", 1)) != 1:
+        key = "per_device_train_batch_size"
+        yield (
+            f"{origin[key]}: {key} is {size}, and {where}: a forward pass takes one pack, of pack_length tokens at most; "
+            f"set {key} to 1 (and pack_length for the memory), or packing to false"
+        )
+    if (attention := values.get("attn_implementation")) not in (None, *KEEP_APART):
+        yield (
+            f"{origin['attn_implementation']}: attn_implementation is {attention!r}, and {where}: it is not known to keep the "
+            f"samples of a pack apart; null chooses, and {', '.join(KEEP_APART)} do"
+        )
+    elif attention == "flex_attention" and not torch.accelerator.is_available():
+        yield f"{origin['attn_implementation']}: attn_implementation is {attention!r}: it cannot train on a CPU; use sdpa"

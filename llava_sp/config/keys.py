@@ -232,6 +232,8 @@ NEEDS = {
     "eval_image_folder": ("eval_data_path",),
     "eval_on_start": ("eval_data_path", "validation_fraction"),
     "eval_strategy": ("eval_data_path", "validation_fraction"),
+    "pack_length": ("packing",),
+    "packing": ("global_batch_size",),
 }
 
 

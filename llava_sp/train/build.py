@@ -14,9 +14,11 @@ from llava_sp import LlavaSPForCausalLM
 from llava_sp.checkpoints.opening.adapter import load_projector
 from llava_sp.checkpoints.opening.warm_start import start_from
 from llava_sp.config.arguments import ModelArguments, Run, TrainArguments
+from llava_sp.model.packed_attention import PER_SAMPLE, can_attend_per_sample
 from llava_sp.train.stages import STAGES, apply_stage, table
 
 SCRATCH = "scratch"
+LANGUAGE_ONLY = ("flex_attention", PER_SAMPLE)  # attention implementations that the tower's few tokens do not need
 logger = logging.getLogger(__name__)
 
 
@@ -24,7 +26,8 @@ def build_model(run: Run) -> LlavaSPForCausalLM:
     """Backbones, LoRA if the stage trains it, projector (fresh, a warm start's patch MLP, or stage 1's whole one); frozen as
     the stage requires."""
     arguments, args = run.model, run.train
-    options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
+    attention = arguments.attn_implementation
+    options = {"attn_implementation": attention} if attention and attention not in LANGUAGE_ONLY else {}
     model = LlavaSPForCausalLM.from_backbones(
         language_model=arguments.language_model,
         vision_tower=arguments.vision_tower,
@@ -33,6 +36,11 @@ def build_model(run: Run) -> LlavaSPForCausalLM:
         seed=args.seed,
         **options,
     )
+    language = model.model.language_model
+    if attention in LANGUAGE_ONLY:
+        language.set_attn_implementation(str(attention))
+    elif attention is None and run.data.packing and can_attend_per_sample(language):
+        language.set_attn_implementation(PER_SAMPLE)
     if "lora" in STAGES[args.stage]:
         add_lora(model, arguments, args.seed)
     if arguments.warm_start is not None:

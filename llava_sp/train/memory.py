@@ -242,8 +242,8 @@ def _shallow(config: LlavaSPConfig) -> LlavaSPConfig:
 
 def _build(config: LlavaSPConfig, arguments: ModelArguments, setting: Setting) -> LlavaSPForCausalLM:
     """The model as a run builds it, without numbers."""
-    if arguments.attn_implementation == "eager":
-        config._attn_implementation = "eager"
+    eager = "eager" in (arguments.attn_implementation, getattr(config.text_config, "_attn_implementation", None))
+    config._attn_implementation = "eager" if eager else "sdpa"  # whose kernels stand for the others'
     with zero3_set_aside():
         with torch.device("meta"):
             model = LlavaSPForCausalLM(config)

@@ -29,9 +29,11 @@ from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.fingerprint import changes, fingerprint
 from llava_sp.data.manifest import changes_since
+from llava_sp.data.packing import Packs, PackSampler
 from llava_sp.train.build import build_model
 from llava_sp.train.fit import Fit, LongestFirst
 from llava_sp.train.logs import EndWithLauncher
+from llava_sp.train.packing import describe, largest_pack, plan_packs
 from llava_sp.train.preflight import check_inputs
 from llava_sp.train.processes import Watch, be_the_only_process, samples_per_step, start_deepspeed
 from llava_sp.train.run_folder import RunFolder, log_position
@@ -75,6 +77,7 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
         processor = build_processor(run)
         train_data, eval_data = build_datasets(processor, run)
     data = _same_data(train_data, checkpoint, here, run.data)
+    packs = plan_packs(run, train_data, here) if run.data.packing else None
     if eval_data is not None and args.eval_strategy == "no":  # as often as checkpoints are saved
         args.eval_strategy = IntervalStrategy.STEPS if args.save_strategy == "steps" else IntervalStrategy.EPOCH
         args.do_eval, args.eval_steps = True, args.eval_steps or args.save_steps
@@ -85,14 +88,17 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
         check_bases(recognise(checkpoint), model.config)
     assert processor.num_image_tokens == model.config.num_image_tokens, "processor and model disagree"
     assert processor.image_token_id == model.config.image_token_id, "processor and model disagree"
-    collator = Collator(processor.pad_token_id)
-    largest = train_data.largest(args.per_device_train_batch_size)
+    collator = Collator(processor.pad_token_id, run.data.pad_to_multiple_of)
+    if packs is None:
+        largest: Any = train_data.largest(args.per_device_train_batch_size)
+    else:
+        largest = [Packs(train_data)[largest_pack(packs, args.max_steps)]]
     fit = Fit(run, model.config, collator(largest) if largest else None, here)
     fit.settle()
     trainer = LlavaSPTrainer(
         model=model,
         args=args,
-        train_dataset=train_data,
+        train_dataset=train_data if packs is None else Packs(train_data),
         eval_dataset=eval_data,
         data_collator=collator,
         processing_class=processor,
@@ -101,11 +107,14 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
         provenance=facts,
         data=data,
         group_by_modality_length=run.data.group_by_modality_length,
+        packs=packs,
     )
 
     if args.longest_step_first:
         trainer.add_callback(LongestFirst(trainer, fit))
-    _log_plan(args, train_data, eval_data, checkpoint)
+    _log_plan(args, train_data, eval_data, checkpoint, packs)
+    if packs is not None and here.is_main:
+        logger.info(describe(packs, run.data.pad_to_multiple_of))
     start = time.time()
     with (
         fit.explained(),
@@ -183,15 +192,21 @@ def _facts(args: TrainArguments) -> dict[str, Any]:
 
 
 def _log_plan(
-    args: TrainArguments, data: ConversationDataset, eval_data: ConversationDataset | None, checkpoint: Path | None
+    args: TrainArguments,
+    data: ConversationDataset,
+    eval_data: ConversationDataset | None,
+    checkpoint: Path | None,
+    packs: PackSampler | None,
 ) -> None:
-    per_step = samples_per_step(args)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data) / per_step) * args.num_train_epochs)
+    per_step, samples = samples_per_step(args), len(data) if packs is None else len(packs.samples)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(samples / per_step) * args.num_train_epochs)
     validation = "" if eval_data is None else f", {len(eval_data):,} for validation"
-    logger.info(
-        f"{len(data):,} samples{validation}, {steps:,} steps; {per_step} per step = {args.per_device_train_batch_size} per "
-        f"process x {args.world_size} processes x {args.gradient_accumulation_steps} accumulated."
+    rows = (
+        f"{args.per_device_train_batch_size} per process x {args.world_size} processes x "
+        f"{args.gradient_accumulation_steps} accumulated"
     )
+    how = f" = {rows}" if packs is None else ", in packs"
+    logger.info(f"{samples:,} samples{validation}, {steps:,} steps; {per_step} per step{how}.")
     if checkpoint:
         logger.info("Resuming from %s (step %s).", checkpoint, log_position(checkpoint))
     else:

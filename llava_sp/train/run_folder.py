@@ -56,6 +56,7 @@ HARMLESS = (
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
     "activation_checkpointing_kwargs", "per_device_eval_batch_size", "prediction_loss_only",
     "per_device_train_batch_size", "gradient_accumulation_steps",  # samples_per_step is compared
+    "pack_length", "pad_to_multiple_of",  # a step has the same samples
 )  # fmt: skip
 HARMLESS_PREFIXES = (
     "logging_", "log_", "save_", "eval_", "hub_", "ddp_", "trackio_", "dataloader_num_", "dataloader_pin_",

@@ -26,8 +26,10 @@ from llava_sp.config.arguments import TrainArguments
 from llava_sp.data.annotations import BadSample
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.fingerprint import FINGERPRINT
+from llava_sp.data.packing import Packs, PackSampler
 from llava_sp.data.sampler import ModalityLengthSampler
 from llava_sp.train.logs import Console, JsonLines, Meter
+from llava_sp.train.packing import KeptApart
 from llava_sp.train.processes import samples_per_step
 from llava_sp.train.run_folder import STAGING, STATE_FILE, WRITE_ERRORS, RunFolder
 from llava_sp.train.stages import optimizer_groups, trained_names
@@ -51,12 +53,13 @@ class LlavaSPTrainer(Trainer):
         provenance: facts about the run that every checkpoint repeats.
         data: the fingerprint of the training data, which every checkpoint keeps.
         group_by_modality_length: batches of one modality and of similar lengths.
+        packs: the packs that `train_dataset`, a `Packs`, is read by.
     """
 
     args: TrainArguments
     model: LlavaSPForCausalLM
     model_wrapped: Any
-    train_dataset: ConversationDataset
+    train_dataset: ConversationDataset | Packs
 
     def __init__(
         self,
@@ -65,12 +68,13 @@ class LlavaSPTrainer(Trainer):
         provenance: dict[str, Any] | None = None,
         data: dict[str, Any] | None = None,
         group_by_modality_length: bool = False,
+        packs: PackSampler | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.folder = folder
         self.provenance, self.data = provenance or {}, data
-        self.group_by_modality_length = group_by_modality_length
+        self.group_by_modality_length, self.packs = group_by_modality_length, packs
         self.args.logging_nan_inf_filter = False  # it would log the mean of earlier losses instead of NaN
         self.meter = Meter(samples_per_step(self.args))
         self._staging: Path | None = None
@@ -78,14 +82,19 @@ class LlavaSPTrainer(Trainer):
             self.remove_callback(unwanted)
         for callback in (self.meter, JsonLines(folder), Console(), RestoreLosses(self)):
             self.add_callback(callback)
+        if packs is not None:
+            self.add_callback(KeptApart(self))
         self.model.register_load_state_dict_post_hook(allow_missing_frozen)
 
     # ---- data order: a function of (seed, epoch), the same for any number of processes
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        sampler: ModalityLengthSampler | DistributedSampler
-        if self.group_by_modality_length:
+        sampler: ModalityLengthSampler | DistributedSampler | PackSampler
+        if self.packs is not None:
+            sampler = self.packs
+        elif self.group_by_modality_length:
+            assert isinstance(dataset, ConversationDataset)
             sampler = ModalityLengthSampler(
                 dataset.modality_lengths,
                 batch_size=self.args.train_batch_size,
@@ -96,6 +105,9 @@ class LlavaSPTrainer(Trainer):
             sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=self.args.data_seed or 0)
         self.add_callback(SetEpoch(sampler))
         return sampler
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        return samples_per_step(self.args)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; the user can correct errors in the data (for example, an annotation file was replaced)."""
@@ -254,7 +266,7 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
 class SetEpoch(TrainerCallback):
     """Sets the sampler's epoch; accelerate does not reach it in the first epoch of a resumed run."""
 
-    def __init__(self, sampler: ModalityLengthSampler | DistributedSampler):
+    def __init__(self, sampler: ModalityLengthSampler | DistributedSampler | PackSampler):
         self.sampler = sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):
