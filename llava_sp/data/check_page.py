@@ -35,7 +35,7 @@ def histogram(tokens: Sequence[int], limit: int) -> str:
     width, height, base = 1000, 260, 230
     step = width / len(counts)
     bars = []
-    for place, (number, low, high) in enumerate(zip(counts.tolist(), edges, edges[1:], strict=True)):
+    for place, (number, low, high) in enumerate(zip(counts.tolist(), edges[:-1], edges[1:], strict=True)):
         tall = (base - 20) * number / counts.max()
         note = f"<title>{int(np.ceil(low))} to {int(high)} tokens: {number:,} samples</title>"
         bars.append(

@@ -25,8 +25,8 @@ OPTIMIZERS = {
 }
 # A GPU must also hold what is not counted: the CUDA context, NCCL, kernels' own memory; and torch's allocator cannot use
 # every gap.
-CONTEXT = GIB
-GAPS = 1.04
+CONTEXT = 1.5 * GIB
+GAPS = 1.06
 ZERO3_LIVE = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parameters
 
 

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from llava_sp import LlavaSPConfig, LlavaSPForCausalLM
 from llava_sp.config.arguments import ModelArguments
-from llava_sp.train.budget import Budget, Sharding
+from llava_sp.train.budget import CONTEXT, GAPS, Budget, Sharding
 from llava_sp.train.build import add_lora
 from llava_sp.train.memory import Batch, Setting, StepTrace
 from llava_sp.train.stages import apply_stage, by_part, count
@@ -170,7 +170,7 @@ def test_less_memory_means_more_recomputation():
     budget = Budget.of(trace, Sharding(), "adamw_torch")
     needed = {every: budget.total(every) for every in (None, 12, 6, 4, 3, 2, 1)}
     assert list(needed.values()) == sorted(needed.values(), reverse=True) and needed[None] > 2 * needed[1]
-    enough = {every: 1.04 * size + 2**30 + 1 for every, size in needed.items()}
+    enough = {every: GAPS * size + CONTEXT + 1 for every, size in needed.items()}
     for every, memory in enough.items():
         chosen = budget.least_recomputation(memory)
         assert sum(trace.recomputed(chosen)) == sum(trace.recomputed(every))
