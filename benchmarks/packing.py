@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from projector import machine
+from frame import machine
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_sp import LlavaSPConfig, LlavaSPForCausalLM

@@ -6,9 +6,12 @@ the process group. Each process writes its state to a shared folder, and reads t
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +39,7 @@ class Watchdog:
         self._patient = False
         self._idle = 0  # beats; a clock would advance while the run is suspended
         self._heard: dict[int, tuple[str, int]] = {}  # rank -> last update, beats since
+        self._id = f"{socket.gethostname()}:{os.getpid()}"
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="watchdog")
 
@@ -81,7 +85,7 @@ class Watchdog:
             self._idle += 1
             marks, step, doing = self._at
             try:
-                self._say(f"{count} {marks + lived} {step} {doing}")
+                self._say(f"{count} {self._id} {marks + lived} {step} {doing}")
                 self._listen()
             except OSError:
                 continue  # a full disk is reported elsewhere
@@ -108,16 +112,49 @@ class Watchdog:
 
     def _whom(self) -> str:
         """The processes that block the others: the silent ones, else those that do not wait with the least progress."""
-        states = {rank: (text or "0 0 0 starting").split(" ", 3) for rank, (text, _) in self._heard.items()}
+        states = {rank: _fields(text) for rank, (text, _) in self._heard.items()}
         silent = [rank for rank, (_, beats) in self._heard.items() if beats > _SILENT]
-        marks = {rank: int(state[1]) for rank, state in states.items() if state[3] != WAITING}
+        marks = {rank: int(state[2]) for rank, state in states.items() if state[4] != WAITING}
         late = silent or [rank for rank, count in marks.items() if count == min(marks.values())] or list(states)
-        words = [
-            f"process {rank} (step {states[rank][2]}, {states[rank][3]}{'; silent: stopped or dead' if silent else ''})"
-            for rank in late
-        ]
+        words = [self._described(rank, "; silent: stopped or dead" if silent else "") for rank in late]
         _, step, doing = self._at
         return f"no progress for {self.minutes:.3g} minutes at step {step} ({doing}): waiting for {', '.join(words)}"
 
+    def _described(self, rank: int, more: str) -> str:
+        _, _, _, step, doing = _fields(self._heard[rank][0])
+        return f"process {rank} (step {step}, {doing}{more})"
+
+    def lost(self) -> str:
+        """The processes that ended without a word, to be asked after an error of communication; empty if there are none.
+
+        Known at once for those of this machine; waits for the others until they must have been heard.
+        """
+        end = time.monotonic() + (_SILENT + 2) * 60 * (self.minutes or 0) / _BEATS
+        while time.monotonic() < end:
+            heard = dict(self._heard)
+            gone = [rank for rank, (text, beats) in heard.items() if beats > _SILENT or _has_ended(_fields(text)[1])]
+            if gone:
+                return ", ".join(self._described(rank, "; ended or silent") for rank in gone)
+            self._stopped.wait(0.05)
+        return ""
+
     def _file(self, rank: int) -> Path:
         return self.folder / f"{rank}"
+
+
+def _fields(text: str) -> list[str]:
+    """Beats, host:process, marks, step, activity."""
+    return (text or "0 ? 0 0 starting").split(" ", 4)
+
+
+def _has_ended(identity: str) -> bool:
+    """Whether a process of this machine has ended."""
+    host, _, number = identity.rpartition(":")
+    if host != socket.gethostname():
+        return False
+    with contextlib.suppress(PermissionError):
+        try:
+            os.kill(int(number), 0)
+        except ProcessLookupError:
+            return True
+    return False

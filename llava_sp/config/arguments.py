@@ -30,6 +30,7 @@ from llava_sp.config.keys import (
     INSTEAD,
     NEEDS,
     Count,
+    Multiple,
     Names,
     Positive,
     Rate,
@@ -85,17 +86,21 @@ class DataArguments:
     conversation_template: str = "vicuna_v1"
     image_aspect_ratio: Literal["pad", "crop"] = "pad"  # to a square, or "crop" from the centre
     model_max_length: Count = 2048  # longest sequence in tokens, image tokens included
+    pad_to_multiple_of: Multiple = (
+        1  # lengths of batches and packs: kernels are chosen by divisibility (benchmarks/lengths.py)
+    )
     on_bad_sample: Literal["fail", "skip"] = "fail"  # "skip": counted and listed
     # Compare annotations and images with those that the run began with. False uses the current ones.
     check_data: bool = True
     data_manifest: str | None = (
         None  # what data.check --manifest wrote: a run whose data has changed since does not start
     )
+    # Folder of the images' patch features, which the run reads instead; python -m llava_sp.data.precompute writes them.
+    precompute_features: str | None = None
     group_by_modality_length: bool = False  # batches of one modality and of similar length
     # Several samples in one row without padding, balanced over processes; a step has global_batch_size samples as without.
     packing: bool = False
     pack_length: Count | None = None  # most tokens in a pack, which sets the memory; default 8 times model_max_length
-    pad_to_multiple_of: Count = 1  # lengths of packs and padded batches
 
     @property
     def longest_pack(self) -> int:
@@ -113,6 +118,8 @@ class TrainArguments(TrainingArguments):
     global_batch_size: Count | None = None  # samples per step over all processes; sets gradient_accumulation_steps
     # Time without progress after which the processes exit; null: never.
     watchdog_minutes: Positive | None = 10.0
+    # A step whose loss or gradients are not finite ends the run, or is left out and counted (10 in a row at most).
+    on_non_finite: Literal["stop", "skip"] = "stop"
     include_num_input_tokens_seen: Literal["all", "non_padding", "no"] | bool = "non_padding"
     # One pass over the largest batch before the first step: what does not fit fails at once.
     longest_step_first: bool = True
@@ -225,14 +232,9 @@ RESERVED_KEY = "provenance"  # in run.yaml: facts about a run, not settings
 # the file that names them.
 FILE_RELATIVE_KEYS = ("deepspeed", "mixture")
 PATH_KEYS = (
-    "mixture",
-    "data_path",
-    "image_folder",
-    "eval_data_path",
-    "eval_image_folder",
-    "output_dir",
-    "data_manifest",
-)
+    "mixture", "data_path", "image_folder", "eval_data_path", "eval_image_folder", "output_dir", "data_manifest",
+    "precompute_features",
+)  # fmt: skip
 # A folder, or a name that is not a path.
 MODEL_KEYS = ("language_model", "vision_tower", "projector_checkpoint", "warm_start")
 RENAMED = {  # in transformers 5.23

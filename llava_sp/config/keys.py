@@ -18,6 +18,7 @@ from transformers.trainer_utils import IntervalStrategy
 from llava_sp.common.schema import NOT_NEGATIVE, POSITIVE, SHARE, TEXT, Check, fits, only, some, whole
 
 Count = Annotated[int, whole(1)]
+Multiple = Annotated[int, whole(1, 1024)]
 Seed = Annotated[int, whole(0, 2**32 - 1)]
 Positive = Annotated[float, POSITIVE]
 Rate = Annotated[float, Check(lambda rate: 0 <= rate <= 1000, "a number from 0 to 1000", float)]
@@ -104,6 +105,7 @@ HONOURED: dict[str, Any] = {
     "gradient_checkpointing": Recomputed | None,
     "gradient_checkpointing_kwargs": Recomputing | None,
     "torch_empty_cache_steps": Count | None,
+    "use_liger_kernel": bool,
     # processes
     "deepspeed": Annotated[Any, (DEEPSPEED, Check(lambda text: "{" not in text, "the name of a file", TEXT), None)],
     "ddp_backend": Literal["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"] | None,
@@ -153,7 +155,7 @@ HONOURED: dict[str, Any] = {
 
 _METRICS = "validation only computes the loss"
 _BEST = "choose among the checkpoints by log.jsonl"
-_SPEED = "the model is unmodified"
+_FUSED = "use_liger_kernel: true fuses rope, RMSNorm and SwiGLU on a GPU"
 _HUB = "hf upload NAME OUTPUT_DIR"
 _SAME_RUN = "the same command resumes data and model from the newest checkpoint in output_dir"
 _ORDER = "every epoch has all samples, in an order set by seed and epoch; see group_by_modality_length"
@@ -187,7 +189,7 @@ INSTEAD = {
     "label_names": "the conversation template sets the labels",
     "label_smoothing_factor": "the loss covers the learned tokens; Trainer would compare them with the wrong logits",
     "length_column_name": _ORDER,
-    "liger_kernel_config": _SPEED,
+    "liger_kernel_config": _FUSED,
     "load_best_model_at_end": _BEST,
     "metric_for_best_model": _BEST,
     "neftune_noise_alpha": "lora_dropout",
@@ -199,12 +201,11 @@ INSTEAD = {
     "resume_from_checkpoint": _SAME_RUN,
     "save_on_each_node": "all nodes share output_dir",
     "save_only_model": "a run cannot resume from such a checkpoint",
-    "torch_compile": _SPEED,
-    "torch_compile_backend": _SPEED,
-    "torch_compile_mode": _SPEED,
+    "torch_compile": _FUSED,
+    "torch_compile_backend": _FUSED,
+    "torch_compile_mode": _FUSED,
     "train_sampling_strategy": _ORDER,
     "use_cache": "training needs no cache",
-    "use_liger_kernel": _SPEED,
 }
 
 FORMER = {  # names in other versions and in LLaVA's scripts

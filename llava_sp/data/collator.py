@@ -12,30 +12,31 @@ Sample = dict[str, torch.Tensor]
 
 
 class Collator:
-    """Pads on the right; the attention mask marks padding by length, never by the padding id.
+    """Pads on the right, to a multiple of `pad_to_multiple_of`; the attention mask marks padding by length, never by the
+    padding id.
 
     A list in place of a sample is a pack (see `data.packing`): one row of its samples, one after the other.
 
     Args:
         pad_token_id: what `input_ids` are padded with.
-        multiple: lengths are padded to a multiple of it.
+        pad_to_multiple_of: lengths of rows.
 
     Returns:
         `input_ids`, `labels` (-100 at padding), `attention_mask` [B, L]; of a pack, `input_ids`, `labels` and
         `position_ids` [1, L], which start again at 0 with each sample. If any sample has images, `pixel_values`
-        [images of the batch, 3, H, W] in the order of the placeholders.
+        [images of the batch, 3, H, W] in the order of the placeholders, or `patch_features` [images of the batch, N, C].
     """
 
-    def __init__(self, pad_token_id: int, multiple: int = 1):
-        self.pad_token_id, self.multiple = pad_token_id, multiple
+    def __init__(self, pad_token_id: int, pad_to_multiple_of: int = 1):
+        self.pad_token_id, self.multiple = pad_token_id, pad_to_multiple_of
 
     def __call__(self, samples: Sequence[Sample] | Sequence[list[Sample]]) -> Sample:
         first = samples[0]
         if isinstance(first, list):
             assert len(samples) == 1, "a row is a pack"
-            return _with_pixels(self._pack(first), first)
+            return _with_images(self._pack(first), first)
         batch: list[Sample] = [sample for sample in samples if isinstance(sample, dict)]
-        return _with_pixels(self._padded(batch), batch)
+        return _with_images(self._padded(batch), batch)
 
     def _padded(self, samples: list[Sample]) -> Sample:
         ids = [sample["input_ids"] for sample in samples]
@@ -64,6 +65,8 @@ class Collator:
         return {name: row.unsqueeze(0) for name, row in rows.items()}
 
 
-def _with_pixels(batch: Sample, samples: list[Sample]) -> Sample:
-    pixels = [sample["pixel_values"] for sample in samples if "pixel_values" in sample]
-    return {**batch, "pixel_values": torch.cat(pixels)} if pixels else batch
+def _with_images(batch: Sample, samples: list[Sample]) -> Sample:
+    for images in ("pixel_values", "patch_features"):
+        if given := [sample[images] for sample in samples if images in sample]:
+            batch[images] = torch.cat(given)
+    return batch

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from llava_sp.data.skipped import SampleReport
 from llava_sp.data.sources import open_records
 from llava_sp.model.conversation import get_template
 from llava_sp.model.processing_llava_sp import IGNORE_INDEX, LlavaSPProcessor
+
+if TYPE_CHECKING:
+    from llava_sp.data.features import PatchFeatures
 
 MAX_SKIPS = 1000  # bad samples in a row after which `skip` raises too
 
@@ -51,7 +55,8 @@ class ConversationDataset(Dataset):
         skipped_path: JSONL file that lists what was skipped or cut; needed to skip.
         seed: draws the part of a source whose weight is not a whole number.
 
-    `dataset[i]` is `{"input_ids": [L], "labels": [L], "pixel_values": [n, 3, H, W] if it has images}`.
+    `dataset[i]` is `{"input_ids": [L], "labels": [L], "pixel_values": [n, 3, H, W] if it has images}`; with `features`,
+    every sample has `"patch_features": [n, N, C]` instead, n = 0 without images.
 
     Raises:
         ValueError: from the constructor for unreadable files and unknown names; from `dataset[i]` for a bad sample.
@@ -76,6 +81,7 @@ class ConversationDataset(Dataset):
         self.on_bad_sample = on_bad_sample
         self.sources = expect(list(sources), some(), "sources")
         self.files = [open_records(source) for source in self.sources]
+        self.features: PatchFeatures | None = None  # of the images, read instead of them
         self.report = SampleReport(skipped_path)
         self._table = _table(self.sources, [len(file) for file in self.files], seed)
 
@@ -116,11 +122,12 @@ class ConversationDataset(Dataset):
             "input_ids": torch.tensor(encoded.input_ids, dtype=torch.long),
             "labels": torch.tensor(encoded.labels, dtype=torch.long),
         }
-        images = self.load_images(index, conversation)
+        if self.features is not None:
+            sample["patch_features"] = self.features.read(int(self._table[index][0]), conversation.images)
+        elif images := self.load_images(index, conversation):
+            sample["pixel_values"] = self.processor.preprocess_images(images)
         if encoded.uncut > len(encoded.input_ids):
             self.report.add("cut", *self.origin(index), tokens=encoded.uncut, limit=self.model_max_length)
-        if images:
-            sample["pixel_values"] = self.processor.preprocess_images(images)
         return sample
 
     def conversation(self, index: int) -> Conversation:

@@ -97,6 +97,10 @@ class PackSampler(Sampler[Pack]):
         assert packs is not None, "packs_per_step was chosen so"
         return sorted(map(tuple, packs), key=lambda pack: -self.cost(pack))
 
+    def largest(self) -> Pack:
+        """The most expensive of the packs that `summary` looks at."""
+        return max((self.packs(step)[0] for step in self._some_steps()), key=self.cost)
+
     def cost(self, pack: Pack) -> float:
         return float(self.costs[list(pack)].sum())
 
@@ -139,11 +143,14 @@ class PackSampler(Sampler[Pack]):
                 heapq.heappush(heap, entry)
         return packs
 
-    def summary(self, multiple: int = 1) -> PackSummary:
-        """What the packs of the first epoch are like, when their lengths are padded to a multiple."""
+    def _some_steps(self) -> list[np.ndarray]:
         steps = self.steps(0)
         chosen = np.unique(np.linspace(0, len(steps) - 1, min(LOOKED_AT, len(steps))).astype(int))
-        looked_at = [self.packs(steps[place]) for place in chosen]
+        return [steps[place] for place in chosen]
+
+    def summary(self, multiple: int = 1) -> PackSummary:
+        """What the packs of the first epoch are like, when their lengths are padded to a multiple."""
+        looked_at = [self.packs(step) for step in self._some_steps()]
         tokens = np.array([[self.tokens[list(pack)].sum() for pack in packs] for packs in looked_at])
         costs = np.array([[self.cost(pack) for pack in packs] for packs in looked_at])
         rows = np.maximum(-(-tokens // multiple) * multiple, multiple)
@@ -182,3 +189,7 @@ class Packs(Dataset):
         found = [self.dataset.sample_or_reason(index)[0] for index in pack]
         good = [sample for sample in found if sample is not None]
         return good if good or not pack else [self.dataset[pack[0]]]
+
+    def origin(self, index: int) -> tuple[str, int]:
+        """File and record of a sample."""
+        return self.dataset.origin(index)

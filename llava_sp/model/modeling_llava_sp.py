@@ -6,6 +6,7 @@ Shape suffixes: B batch, L sequence, M supervised positions, D language width, V
 
 import dataclasses
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,21 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         return (opened[0].model, opened[1]) if isinstance(opened, tuple) else opened.model
 
     def get_patch_features(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [images, 3, H, W] -> patch features of the configured layer(s), [images, N, C]."""
+        """pixel_values [images, 3, H, W] -> patch features of the configured layer(s), [images, N, C].
+
+        A frozen tower leaves no autograd graph (transformers' activation checkpointing makes its embeddings require
+        gradients) and computes in its own number format, under autocast too.
+        """
         pixel_values = pixel_values.to(self.vision_tower.dtype)
-        # PEFT with activation checkpointing makes the tower's embeddings require gradients, which nobody reads
-        learns = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-            hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+        if pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters()):
+            return self._run_tower(pixel_values)
+        kind = pixel_values.device.type
+        own_format = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+        with torch.no_grad(), own_format:
+            return self._run_tower(pixel_values)
+
+    def _run_tower(self, pixel_values: Tensor) -> Tensor:
+        hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         layers = self.config.vision_feature_layer
         selected = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
         if selected[0].ndim == 4:  # timm towers return [images, C, G, G], class token already dropped
@@ -103,11 +113,14 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         mask = placeholders_BL.unsqueeze(-1).to(embeds_BLD.device)
         return embeds_BLD.masked_scatter(mask, tokens.to(embeds_BLD.device, embeds_BLD.dtype))
 
-    def blank_image_edge(self) -> Tensor:
+    def blank_image_edge(self, patch_features: Tensor | None = None) -> Tensor:
         """Zero, computed through tower and projector: adds them to the graph of a batch without images.
 
-        Every process of a distributed run then runs the same modules and reduces the same gradients.
+        Every process of a distributed run then runs the same modules and reduces the same gradients. A run on stored patch
+        features gives those of no image, [0, N, C]: its batches do not pass through the tower.
         """
+        if patch_features is not None:
+            return (0.0 * self.project(patch_features.new_zeros(1, *patch_features.shape[1:]))).sum()
         side, channels = self.config.image_size, getattr(self.config.vision_config, "num_channels", 3)
         blank = torch.zeros(1, channels, side, side, device=self.vision_tower.device)
         return (0.0 * self.project(self.get_patch_features(blank))).sum()
@@ -122,6 +135,7 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         past_key_values=None,
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        patch_features: Tensor | None = None,
         blank_image: bool = False,
         **kwargs,
     ) -> LlavaModelOutputWithPast:
@@ -140,10 +154,14 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         if images is None and pixel_values is not None:
             images = self.get_image_features(pixel_values)
         tokens = None if images is None else torch.stack(list(images.pooler_output))
+        if patch_features is not None and len(patch_features):
+            tokens = self.project(patch_features)
         if input_ids is not None and (tokens is not None or input_ids.shape[1] > 1):
             inputs_embeds = self.place_image_tokens(inputs_embeds, input_ids == self.config.image_token_id, tokens)
         if tokens is None and blank_image:
-            inputs_embeds = inputs_embeds + self.blank_image_edge().to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds + self.blank_image_edge(patch_features).to(
+                inputs_embeds.device, inputs_embeds.dtype
+            )
 
         options = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
         if attention_mask is None and past_key_values is None and position_ids is not None and position_ids.ndim == 2:
@@ -187,6 +205,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         num_items_in_batch: int | Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         mm_token_type_ids: Tensor | None = None,
+        patch_features: Tensor | None = None,
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
         r"""
@@ -199,6 +218,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
                 then runs at the learned positions only, and `logits` is `None` unless `logits_to_keep` asks for them.
             logits_to_keep: how many positions, from the end, get logits (0 = all), or their indices.
             num_items_in_batch: what the summed token losses are divided by; by default the learned tokens here.
+            patch_features: [images of the whole batch, N, C], what `get_patch_features` gives, instead of pixel_values.
             mm_token_type_ids: not used; `input_ids` contain the same. A processor can return them.
 
         Raises:
@@ -212,6 +232,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            patch_features=patch_features,
             blank_image=labels is not None,
             **kwargs,
             return_dict=True,

@@ -16,7 +16,7 @@ from llava_sp.common.processes import FailedHere, Processes
 from llava_sp.config.arguments import Run
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.lengths import measure
-from llava_sp.data.packing import Pack, PackSampler
+from llava_sp.data.packing import PackSampler
 from llava_sp.train.processes import accumulate, samples_per_step
 
 logger = logging.getLogger(__name__)
@@ -77,12 +77,6 @@ def _check_longest(run: Run, dataset: ConversationDataset, tokens: np.ndarray) -
             f"{key}, but {dataset.where(index)} has {longest} tokens, the most of all: give a pack_length of {least} or more, "
             f"or a model_max_length (now {data.model_max_length}) that is less"
         )
-
-
-def largest_pack(packs: PackSampler, max_steps: int) -> Pack:
-    """The pack with most tokens of the first epoch, or of its first `max_steps` steps where that is above 0."""
-    steps = packs.steps(0)[: max_steps if max_steps > 0 else None]
-    return max((pack for step in steps for pack in packs.packs(step)), key=lambda pack: packs.tokens[list(pack)].sum())
 
 
 def describe(packs: PackSampler, multiple: int) -> str:

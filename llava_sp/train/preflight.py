@@ -20,6 +20,7 @@ from llava_sp.config.arguments import DataArguments, ModelArguments, Run, TrainA
 from llava_sp.data.mixture import load_mixture
 from llava_sp.data.sources import missing
 from llava_sp.train.build import SCRATCH
+from llava_sp.train.kernels import liger_problem
 from llava_sp.train.processes import samples_per_step
 from llava_sp.train.run_folder import RunFolder
 from llava_sp.train.stages import FIRST_STAGES, STAGES
@@ -49,6 +50,7 @@ def check_inputs(run: Run) -> None:
         *_models(model),
         *_projector(model, args),
         *_data(data),
+        *_kernels(model, args),
         *_trainer(args),
         *_output(run),
     ]
@@ -174,6 +176,14 @@ def _mixture(file: Path) -> Iterator[str]:
             yield f"mixture = {file}: {key}: {path} does not exist."
 
 
+def _kernels(model: ModelArguments, args: TrainArguments) -> Iterator[str]:
+    if not args.use_liger_kernel:
+        return
+    known = model.language_model is not None and not is_missing_folder(model.language_model)  # else another message
+    if problem := liger_problem(model.language_model if known else None):
+        yield f"use_liger_kernel = true: {problem}."
+
+
 def _trainer(args: TrainArguments) -> Iterator[str]:
     """Creates trackers and schedule as Trainer does, to raise its errors now instead of hours later."""
     try:
@@ -199,4 +209,4 @@ def _output(run: Run) -> Iterator[str]:
     if folder in (None, "trainer_output"):
         yield "output_dir is not set: give the folder that this run writes to."
     else:
-        yield from RunFolder(folder).conflicts(run.settings, run.train.world_size, samples_per_step(run.train))
+        yield from RunFolder(folder).conflicts(run.settings, samples_per_step(run.train))

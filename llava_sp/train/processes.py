@@ -7,6 +7,7 @@ import socket
 
 import psutil
 import torch
+import torch.distributed as dist
 from transformers import TrainerCallback
 
 from llava_sp.common.processes import launcher_number
@@ -53,6 +54,11 @@ def start_deepspeed(args: TrainArguments) -> None:
     from deepspeed.accelerator import get_accelerator
 
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), auto_mpi_discovery=False)
+
+
+def is_of_communication(error: RuntimeError) -> bool:
+    """Whether an error comes from the processes' collectives: gloo raises plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 class Watch(TrainerCallback):

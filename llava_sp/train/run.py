@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 from transformers import IntervalStrategy, TrainerCallback, set_seed
 
 from llava_sp.checkpoints.opening.adapter import check_bases
@@ -30,14 +31,16 @@ from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.fingerprint import changes, fingerprint
 from llava_sp.data.manifest import changes_since
 from llava_sp.data.packing import Packs, PackSampler
-from llava_sp.train.build import build_model
+from llava_sp.train.build import autocast_casts_back, build_model
 from llava_sp.train.fit import Fit, LongestFirst
 from llava_sp.train.logs import EndWithLauncher
-from llava_sp.train.packing import describe, largest_pack, plan_packs
+from llava_sp.train.packing import describe, plan_packs
 from llava_sp.train.preflight import check_inputs
-from llava_sp.train.processes import Watch, be_the_only_process, samples_per_step, start_deepspeed
+from llava_sp.train.processes import Watch, be_the_only_process, is_of_communication, samples_per_step, start_deepspeed
 from llava_sp.train.run_folder import RunFolder, log_position
+from llava_sp.train.signals import StopBySignal
 from llava_sp.train.trainer import Diverged, LlavaSPTrainer, read_run_state
+from llava_sp.train.universal import LoadUniversal, make_universal
 from llava_sp.train.verify import in_words, verify_saved
 
 logger = logging.getLogger("llava_sp.train")
@@ -71,16 +74,22 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
         return {}
     facts = _facts(args)
     checkpoint = folder.join(here, run.settings, facts)
-    callbacks.append(Watch(Watchdog(folder.path / ".alive", here, args.watchdog_minutes)))
+    watchdog = Watchdog(folder.path / ".alive", here, args.watchdog_minutes)
+    callbacks.append(Watch(watchdog))
 
     with here.together():
         processor = build_processor(run)
         train_data, eval_data = build_datasets(processor, run)
-    data = _same_data(train_data, checkpoint, here, run.data)
+    data = same_data(train_data, checkpoint, here, run.data)
     packs = plan_packs(run, train_data, here) if run.data.packing else None
     if eval_data is not None and args.eval_strategy == "no":  # as often as checkpoints are saved
         args.eval_strategy = IntervalStrategy.STEPS if args.save_strategy == "steps" else IntervalStrategy.EPOCH
         args.do_eval, args.eval_steps = True, args.eval_steps or args.save_steps
+    if checkpoint and args.deepspeed and len(read_run_state(checkpoint)["losses"]) != here.world_size:
+        with here.together():
+            if here.is_main:
+                make_universal(checkpoint)
+        callbacks.append(LoadUniversal(args, checkpoint))
     start_deepspeed(args)
     set_seed(args.seed)
     model = build_model(run)
@@ -89,16 +98,18 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     assert processor.num_image_tokens == model.config.num_image_tokens, "processor and model disagree"
     assert processor.image_token_id == model.config.image_token_id, "processor and model disagree"
     collator = Collator(processor.pad_token_id, run.data.pad_to_multiple_of)
+    rows: ConversationDataset | Packs = train_data
     if packs is None:
-        largest: Any = train_data.largest(args.per_device_train_batch_size)
+        largest: list[Any] = train_data.largest(args.per_device_train_batch_size)
     else:
-        largest = [Packs(train_data)[largest_pack(packs, args.max_steps)]]
+        rows = Packs(train_data)
+        largest = [rows[packs.largest()]]
     fit = Fit(run, model.config, collator(largest) if largest else None, here)
     fit.settle()
     trainer = LlavaSPTrainer(
         model=model,
         args=args,
-        train_dataset=train_data if packs is None else Packs(train_data),
+        train_dataset=rows,
         eval_dataset=eval_data,
         data_collator=collator,
         processing_class=processor,
@@ -116,11 +127,18 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     if packs is not None and here.is_main:
         logger.info(describe(packs, run.data.pad_to_multiple_of))
     start = time.time()
+    stop = StopBySignal(trainer.accelerator)
+    trainer.add_callback(stop)
     with (
+        stop.listening(),
         fit.explained(),
-        _training_errors("" if run.data.on_bad_sample == "skip" else "\non_bad_sample: skip leaves such samples out"),
+        _training_errors(run, watchdog),
+        disable_input_dtype_casting(model, autocast_casts_back(run)),
     ):
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.stopped_by:
+        leave_group()
+        stop.end(folder.newest_checkpoint())
     with folder.writing("the trained model"):
         trainer.save_model()
     proof = verify_saved(trainer, folder.path, train_data.first_good())
@@ -136,7 +154,7 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     return result
 
 
-def _same_data(
+def same_data(
     dataset: ConversationDataset, checkpoint: Path | None, here: Processes, data: DataArguments
 ) -> dict[str, Any]:
     """The fingerprint of the data. Raises `ValueError` if it differs between processes or from the checkpoint's."""
@@ -164,17 +182,24 @@ def _same_data(
 
 
 @contextlib.contextmanager
-def _training_errors(advice: str) -> Iterator[None]:
-    """While training, a bad sample or a failed write is the user's to correct; any other error keeps its traceback."""
+def _training_errors(run: Run, watchdog: Watchdog) -> Iterator[None]:
+    """While training, a bad sample, a failed write or a lost process is reported; any other error keeps its traceback."""
     try:
         yield
     except BadSample as error:
+        advice = "" if run.data.on_bad_sample == "skip" else "\non_bad_sample: skip leaves such samples out"
         reason = str(error).strip().splitlines()[-1]  # a loader's worker prepends its whole traceback
         raise FailedHere(reason.removeprefix(f"{BadSample.__module__}.{BadSample.__name__}: ") + advice) from error
     except (FailedHere, Diverged):
         raise
     except (ValueError, OSError, MemoryError) as error:
         raise RuntimeError(f"training ended: {error}") from error
+    except RuntimeError as error:
+        lost = watchdog.lost() if is_of_communication(error) else ""
+        if not lost:
+            raise
+        what = " ".join(str(error).split())[:200]
+        raise FailedHere(f"lost {lost}: {what}. The same command resumes from the newest checkpoint") from error
 
 
 def _facts(args: TrainArguments) -> dict[str, Any]:

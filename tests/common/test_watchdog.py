@@ -68,6 +68,7 @@ def said(process: subprocess.Popen) -> str:
 
 def test_a_stopped_process_is_named(processes):
     first, second = processes(5, 5)
+    time.sleep(0.3)  # some beats
     second.send_signal(signal.SIGSTOP)
     assert said(first) == (
         "error: no progress for 0.0167 minutes at step 5 (computing): waiting for process 1 "

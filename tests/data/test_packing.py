@@ -90,7 +90,7 @@ def test_a_tight_fit(tokens, length, packs):
 
 
 def test_packs_are_balanced_and_those_of_a_moment_alike():
-    found = sampler(count=4000, per_step=128, processes=8, length=8192).summary(multiple=64)
+    found = sampler(count=4000, per_step=128, processes=8, length=8192).summary(pad_to_multiple_of=64)
     assert found.padding < 0.02 and found.waiting < 0.02 and found.longest <= 8192
 
 
@@ -112,7 +112,7 @@ def sample(ids: list[int], images: int = 0) -> dict[str, torch.Tensor]:
 
 
 def test_a_pack_is_a_row():
-    batch = Collator(0, multiple=4)([[sample([1, 2, 3], 2), sample([4]), sample([5, 6], 1)]])
+    batch = Collator(0, pad_to_multiple_of=4)([[sample([1, 2, 3], 2), sample([4]), sample([5, 6], 1)]])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 0, 0]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 0, 1]]
     assert batch["labels"].tolist() == [[-100, 20, 30, -100, -100, 60, -100, -100]]
@@ -127,7 +127,7 @@ def test_an_empty_pack_is_padding(multiple):
 
 
 def test_padded_batches_have_a_multiple_too():
-    batch = Collator(9, multiple=4)([sample([1, 2, 3, 4, 5]), sample([6])])
+    batch = Collator(9, pad_to_multiple_of=4)([sample([1, 2, 3, 4, 5]), sample([6])])
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 9, 9, 9], [6] + [9] * 7]
     assert batch["attention_mask"].sum(1).tolist() == [5, 1] and (batch["labels"][1, 1:] == -100).all()
 

@@ -27,8 +27,8 @@ KEYS = sorted(OURS | set(HONOURED) | set(PROJECTOR_SETTINGS))
 
 TEXTS = {
     "attn_implementation", "conversation_template", "data_manifest", "data_path", "data_source", "deepspeed", "eval_data_path",
-    "eval_image_folder", "image_folder", "language_model", "mixture", "output_dir", "project", "projector_checkpoint",
-    "run_name", "spatial_variant", "stage", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
+    "eval_image_folder", "image_folder", "language_model", "mixture", "output_dir", "precompute_features", "project",
+    "projector_checkpoint", "run_name", "spatial_variant", "stage", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
     "vision_tower", "warm_start",
 }  # fmt: skip
 OBJECTS = {

@@ -117,7 +117,7 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(tmp_path, data, sett
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    collate = Collator(dataset.processor.pad_token_id, multiple=8)
+    collate = Collator(dataset.processor.pad_token_id, pad_to_multiple_of=8)
     samples = [dataset[index] for index in indices]
     packed, padded = collate([samples]), collate(samples)
     assert packed["input_ids"].shape[0] == 1 and "attention_mask" not in packed
