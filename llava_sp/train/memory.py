@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -170,7 +171,7 @@ class StepTrace:
         for recompute in (False, True):
             model = _build(shallow, arguments, setting)
             self._count(model)
-            self._segments[recompute] = _run(model, batch, setting, recompute)
+            self._segments[recompute] = _run(model, batch, setting, recompute, arguments.lora_dropout)
 
     def _count(self, model: LlavaSPForCausalLM) -> None:
         middle = {id(p) for p in decoder_layers(model)[min(1, self._depth - 1)].parameters()}
@@ -269,7 +270,9 @@ def _make_fake(model: nn.Module, setting: Setting) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _run(model: LlavaSPForCausalLM, batch: Batch, setting: Setting, recompute: bool) -> dict[str, Segment]:
+def _run(
+    model: LlavaSPForCausalLM, batch: Batch, setting: Setting, recompute: bool, dropout: float
+) -> dict[str, Segment]:
     with FakeTensorMode():
         _make_fake(model, setting)
         model.train()
@@ -289,7 +292,9 @@ def _run(model: LlavaSPForCausalLM, batch: Batch, setting: Setting, recompute: b
                 parameter.register_post_accumulate_grad_hook(_leave)
             elif not setting.accumulated:
                 parameter.register_post_accumulate_grad_hook(_counting(allocations))
-        with allocations, _kernels(batch, setting):
+        # as `build.autocast_casts_back`
+        without_casts = setting.bf16 and not setting.deepspeed and (dropout == 0 or setting.kind == "cuda")
+        with allocations, _kernels(batch, setting), disable_input_dtype_casting(model, without_casts):
             _loss(model, batch, setting).backward()
         marks.end("after")
     return marks.segments

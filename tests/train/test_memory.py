@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch.profiler import ProfilerActivity, profile
 
 from llava_sp import LlavaSPConfig, LlavaSPForCausalLM
@@ -89,10 +90,12 @@ def inputs_of(sizes: LlavaSPConfig, batch: Batch, device: str) -> dict[str, torc
 def step(model: LlavaSPForCausalLM, inputs: dict[str, torch.Tensor], setting: Setting) -> None:
     device = model.device.type
     own = {name: value.clone() for name, value in inputs.items()}
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=setting.bf16 and not setting.deepspeed):
-        loss = model(**own).loss
-    own.clear()
-    loss.backward()
+    autocast = setting.bf16 and not setting.deepspeed
+    with disable_input_dtype_casting(model, autocast and device == "cuda"):  # as a run does
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+            loss = model(**own).loss
+        own.clear()
+        loss.backward()
 
 
 def allocated(action) -> int:

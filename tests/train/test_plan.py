@@ -16,6 +16,8 @@ from llava_sp.train.plan import plan_of, table
 from tests.messages import names, refused
 from tests.train.runs import config, environment, log, run_here
 
+UNPACKED = ["--packing", "false", "--per_device_train_batch_size", "16"]
+
 
 @pytest.fixture
 def recipe(repo, monkeypatch):
@@ -32,7 +34,7 @@ def test_a_recipe_without_network_and_data(recipe, capsys):
     out = capsys.readouterr().out
     # Vicuna-7B with 64 more rows, r 128 on seven projections, the released projector's sizes
     assert names(out, "6,738,939,904  frozen", "319,815,680  trains at 0.0002", "902,570,496  trains at 2e-05")
-    assert names(out, "8 x NVIDIA H200, ZeRO-2, bf16", "of 139.8: fits", "16 x 2048 tokens")
+    assert names(out, "8 x NVIDIA H200, ZeRO-2, bf16", "of 139.8: fits", "1 x 16384 tokens")
     assert names(
         out, "llava_v1_5_mix665k.json is not there", "assumed", "665,298 samples", "5,198 steps of 128 samples"
     )
@@ -50,16 +52,20 @@ def test_other_recipes(recipe, stage, size, trained):
     assert plan.sharding.stage == 2 and "558,128 samples" in plan.text()
 
 
-def test_what_does_not_fit_says_what_would(recipe):
-    plan = plan_of(recipe("finetune_lora_7b_cropping"), [], "a100-40", 8)
+@pytest.mark.parametrize("key, words", [("pack_length", []), ("per_device_train_batch_size", UNPACKED)])
+def test_what_does_not_fit_says_what_would(recipe, key, words):
+    plan = plan_of(recipe("finetune_lora_7b_cropping"), words, "4090-24", 8)
     assert not plan.fits
-    change = re.fullmatch(r"does not fit; (.+): (\d+) would \((.+)\)", plan.verdict())
-    assert change and change[1].endswith("per_device_train_batch_size")
-    smaller = plan_of(recipe("finetune_lora_7b_cropping"), ["--per_device_train_batch_size", change[2]], "a100-40", 8)
+    change = re.fullmatch(rf"does not fit; {key}: (\d+) would \((.+)\)", plan.verdict())
+    assert change
+    smaller = plan_of(recipe("finetune_lora_7b_cropping"), [*words, f"--{key}", change[1]], "4090-24", 8)
     assert smaller.fits and smaller.samples_per_step == plan.samples_per_step
-    assert float(change[3]) == pytest.approx(smaller.budget.total(smaller.every) / GIB, abs=0.1)
-    small = plan_of(recipe("finetune_lora_13b_cropping"), ["--deepspeed", "null"], "3090-24", 1)
-    assert names(small.verdict(), "does not fit", "GPUs", "zero3.json")
+    assert float(change[2]) == pytest.approx(smaller.budget.total(smaller.every) / GIB, abs=0.1)
+
+
+def test_what_does_not_fit_on_one_gpu(recipe):
+    plan = plan_of(recipe("finetune_lora_13b_cropping"), ["--deepspeed", "null"], "3090-24", 1)
+    assert names(plan.verdict(), "does not fit", "GPUs", "zero3.json")
 
 
 def test_the_table_of_the_readme(repo):
