@@ -120,12 +120,11 @@ def summary(findings: Findings, limit: int, show: int) -> str:
         lines.append(
             f"{findings.spelled} good records without an image hold {IMAGE_MARK}: it is text there, as in LLaVA"
         )
-    if findings.repeats and findings.repeats.same:
-        again, first = findings.repeats.same[0]
-        lines.append(f"{len(findings.repeats.same)} records repeat another: sample {again} is sample {first} again")
-    if findings.repeats and findings.repeats.empty:
-        empty = findings.repeats.empty
-        lines.append(f"{len(empty)} records teach nothing but the end of an answer: sample {empty[0]}")
+    repeats = findings.repeats
+    if repeats and repeats.same:
+        lines.append(f"there twice: {counted(repeats.same, 'record')}; {repeats.first_same}")
+    if repeats and repeats.empty:
+        lines.append(f"answers without text: {counted(repeats.empty, 'record')}; {repeats.first_empty}")
     lines += [f"  {entry['file']}, record {entry['index']}: {entry['reason']}" for entry in findings.bad[:show]]
     if len(findings.bad) > show:
         lines.append(f"  ... and {len(findings.bad) - show} more (--output lists them all)")

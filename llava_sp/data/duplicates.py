@@ -19,11 +19,13 @@ BATCH = 512
 
 @dataclass(frozen=True)
 class Repeats:
-    """`same`: (place, place of the first of its kind) of each record that repeats another; `empty`: places of records
-    whose answers hold no text, from which only the end of an answer is learned."""
+    """How many records repeat an earlier one, and how many have answers without text, from which only the end of an answer is
+    learned; with the first of each in words."""
 
-    same: list[tuple[int, int]]
-    empty: list[int]
+    same: int
+    empty: int
+    first_same: str
+    first_empty: str
 
 
 class _Digests:
@@ -63,4 +65,10 @@ def find_repeats(dataset: ConversationDataset, workers: int = 0) -> Repeats:
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     earlier = first[inverse]
     again = np.flatnonzero((earlier != np.arange(len(digests))) & (digests != 0))
-    return Repeats([(int(place), int(earlier[place])) for place in again], np.flatnonzero(empty).tolist())
+    blank = np.flatnonzero(empty)
+    return Repeats(
+        len(again),
+        len(blank),
+        f"{dataset.where(again[0])} is {dataset.where(earlier[again[0]])} again" if len(again) else "",
+        dataset.where(blank[0]) if len(blank) else "",
+    )

@@ -61,15 +61,14 @@ class Fit:
     def __init__(self, run: Run, config: LlavaSPConfig, inputs: dict[str, Tensor] | None, here: Processes):
         self.run, self.config, self.inputs, self.here = run, config, inputs, here
         self.batch = Batch(1, 1, 0, 1) if inputs is None else shape_of(inputs, config.text_config._attn_implementation)
-        self.kind = "cpu" if run.train.use_cpu else "cuda"
-        self.memory = memory_of_device(self.kind)
+        self.memory = memory_of_device(run.train.device)
+        self.sharding = Sharding.of(run.train.deepspeed, here.world_size, config.text_config.hidden_size)
 
     @cached_property
     def budget(self) -> Budget:
-        args = self.run.train
-        sharding = Sharding.of(args.deepspeed, self.here.world_size, self.config.text_config.hidden_size)
-        trace = trace_of(self.config, self.run, self.batch, sharding.stage is not None, self.kind)
-        return Budget.of(trace, sharding, OptimizerNames(args.optim).value)
+        kind = "cpu" if self.run.train.use_cpu else "cuda"
+        trace = trace_of(self.config, self.run, self.batch, self.sharding.stage is not None, kind)
+        return Budget.of(trace, self.sharding, OptimizerNames(self.run.train.optim).value)
 
     def settle(self) -> None:
         """Choose what `activation_checkpointing: auto` leaves open, the same on all processes."""
@@ -109,7 +108,7 @@ class Fit:
             rows = args.per_device_train_batch_size // 2
             choices.append(f"per_device_train_batch_size: {rows} (global_batch_size stays)")
         choices.append(f"model_max_length: {self.run.data.model_max_length // 2}")
-        if not args.deepspeed or '"stage": 3' not in str(args.deepspeed).replace("'", '"'):
+        if self.sharding.stage != 3:
             choices.append("deepspeed: configs/deepspeed/zero3.json on more devices")
         return "; ".join(choices)
 

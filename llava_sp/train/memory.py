@@ -6,7 +6,8 @@ counted between marks: before the layers, each layer's forward, the head, each l
 depth follows by arithmetic, as the middle layer repeats. It takes seconds and no memory at any size. A language model whose layers differ
 (`layer_types`) is run at full depth.
 
-Not seen: what kernels allocate inside, and the process's own memory (CUDA context, NCCL).
+Not seen: what kernels allocate inside, the process's own memory (CUDA context, NCCL), and `offload`, whose activations count as if
+they stayed.
 """
 
 from __future__ import annotations

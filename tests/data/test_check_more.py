@@ -28,8 +28,9 @@ def test_repeats_and_empty_answers(run_yaml, tmp_path, capsys, workers):
     words = records(tmp_path / "d.json", {"conversations": [Q, A]}, other, {"conversations": [Q, A]}, empty, {"x": 1})
     assert check.main(["--config", str(run_yaml), *words, "--workers", workers]) == 1  # the last has no conversation
     out = capsys.readouterr().out
-    assert "1 records repeat another: sample 2 is sample 0 again" in out
-    assert "1 records teach nothing but the end of an answer: sample 3" in out
+    file = tmp_path / "d.json"
+    assert f"there twice: 1 record; {file}, record 2 is {file}, record 0 again" in out
+    assert f"answers without text: 1 record; {file}, record 3\n" in out
     assert re.search(r"\([\d,]+ records/s; images not decoded: --full\)", out)
 
 

@@ -109,7 +109,7 @@ def test_the_hours_of_a_log_and_the_disk(tmp_path):
         (["--gpu", "h200", "--stage", "third"], ("stage is 'third'", "pretrain", "finetune_lora")),
         (["--gpu", "h200", "--lora_target_modules", "c_attn"], ("lora_target_modules", "c_attn", "q_proj")),
         (["--gpu", "h200", "--lerning_rate", "1"], ("lerning_rate", "learning_rate")),
-        (["--gpu", "h200", "--processes", "3"], ("global_batch_size = 128", "3 processes")),
+        (["--gpu", "h200", "--processes", "3", *UNPACKED], ("global_batch_size = 128", "3 processes")),
         (["--gpu", "h200", "--log", "/nowhere/log.jsonl"], ("/nowhere/log.jsonl",)),
     ],
 )
