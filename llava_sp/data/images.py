@@ -57,9 +57,18 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
         BadSample: the file is outside the folder, missing, empty, not an image, too large, or damaged.
         OSError: the folder itself is gone or empty, as when its file system is no longer mounted, or cannot be read.
     """
+    return _from_folder(folder, name, _as_rgb)
+
+
+def look_at_image(folder: str | os.PathLike, name: str) -> None:
+    """Raises as `load_image` does, but not for damage beyond the header, which only decoding finds."""
+    _from_folder(folder, name, lambda image: image)
+
+
+def _from_folder(folder: str | os.PathLike, name: str, use: Callable[[Image.Image], Image.Image]) -> Image.Image:
     path = image_path(folder, name)
     try:
-        return decode_image(path, f"image {path}")
+        return _read(path, f"image {path}", use)
     except BadSample:
         if not path.exists() and not _holds_files(folder):
             raise OSError(
@@ -76,15 +85,13 @@ def _holds_files(folder: str | os.PathLike) -> bool:
         return False
 
 
-def look_at_image(folder: str | os.PathLike, name: str) -> None:
-    """Raises `BadSample` as `load_image` does, but for damage beyond the header, which only decoding finds."""
-    path = image_path(folder, name)
-    _read(path, f"image {path}", lambda image: image)
-
-
 def decode_image(source: Path | bytes, what: str) -> Image.Image:
     """An image file, or the bytes of one, as RGB. Raises `BadSample` like `load_image`, naming `what`."""
-    return _read(source, what, lambda image: image.convert("RGB"))
+    return _read(source, what, _as_rgb)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
 
 
 def _read(source: Path | bytes, what: str, use: Callable[[Image.Image], Image.Image]) -> Image.Image:

@@ -244,8 +244,10 @@ def _shallow(config: LlavaSPConfig) -> LlavaSPConfig:
 
 def _build(config: LlavaSPConfig, arguments: ModelArguments, setting: Setting) -> LlavaSPForCausalLM:
     """The model as a run builds it, without numbers."""
-    eager = "eager" in (arguments.attn_implementation, getattr(config.text_config, "_attn_implementation", None))
-    config._attn_implementation = "eager" if eager else "sdpa"  # whose kernels stand for the others'
+    if arguments.attn_implementation == "eager":
+        config._attn_implementation = "eager"
+    elif (getattr(config.text_config, "_attn_implementation", None) or "").startswith("fl"):  # flash, flex: as large as
+        config._attn_implementation = "sdpa"
     with zero3_set_aside():
         with torch.device("meta"):
             model = LlavaSPForCausalLM(config)

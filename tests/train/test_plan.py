@@ -45,14 +45,17 @@ def test_a_recipe_without_network_and_data(recipe, capsys):
     assert sum(parts) == pytest.approx(sizes["all"], abs=0.3)
 
 
-@pytest.mark.parametrize("stage, size, trained", [("pretrain", "7b", 923_550_208), ("pretrain", "13b", 935_087_616)])
-def test_other_recipes(recipe, stage, size, trained):
-    plan = plan_of(recipe(f"{stage}_{size}_cropping"), [], "h100", 8)
+@pytest.mark.parametrize("size, trained", [("7b", 923_550_208), ("13b", 935_087_616)])
+def test_other_recipes(recipe, size, trained):
+    plan = plan_of(recipe(f"pretrain_{size}_cropping"), [], "h100", 8)
     assert plan.budget.trace.trained == trained and plan.samples_per_step == 256
     assert plan.sharding.stage == 2 and "558,128 samples" in plan.text()
 
 
-@pytest.mark.parametrize("key, words", [("pack_length", []), ("per_device_train_batch_size", UNPACKED)])
+@pytest.mark.parametrize(
+    "key, words",
+    [("pack_length", []), pytest.param("per_device_train_batch_size", UNPACKED, marks=pytest.mark.slow)],
+)
 def test_what_does_not_fit_says_what_would(recipe, key, words):
     plan = plan_of(recipe("finetune_lora_7b_cropping"), words, "4090-24", 8)
     assert not plan.fits
@@ -63,6 +66,7 @@ def test_what_does_not_fit_says_what_would(recipe, key, words):
     assert float(change[2]) == pytest.approx(smaller.budget.total(smaller.every) / GIB, abs=0.1)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_on_one_gpu(recipe):
     plan = plan_of(recipe("finetune_lora_13b_cropping"), ["--deepspeed", "null"], "3090-24", 1)
     assert names(plan.verdict(), "does not fit", "GPUs", "zero3.json")
