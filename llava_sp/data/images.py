@@ -70,8 +70,7 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
 
 def _holds_files(folder: str | os.PathLike) -> bool:
     try:
-        with os.scandir(folder) as entries:
-            return any(True for _ in entries)
+        return next(Path(folder).iterdir(), None) is not None
     except OSError:
         return False
 

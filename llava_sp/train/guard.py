@@ -133,7 +133,9 @@ class StepGuard:
             row = f" ({MOST_SKIPPED + 1} steps in a row)" if self.skip else ""
             self.stop(verdict.what + row, step, words)
         logger.warning("Step %s is left out: %s. %s.", step, verdict.what, words)
-        self.trainer.model.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient
+        model = self.trainer.model
+        assert model is not None
+        model.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient
         self.trainer._tr_loss.copy_(self._logged_before + self.history.usual)
         return None
 
