@@ -195,7 +195,9 @@ def measure(way: str, tally: dict, arguments: argparse.Namespace, end: float, fo
     """Adds kills to `tally` until there are enough, or the time is over."""
     processes, keys = WAYS[way]
     start = time.monotonic()
-    if not Attempt(processes, words(folder / "undisturbed", keys), folder / "output.txt").finish():
+    if not Attempt(processes, words(folder / "undisturbed", keys), folder / "output.txt").finish(
+        5 * PATIENCE
+    ):  # DeepSpeed may compile
         raise SystemExit((folder / "output.txt").read_text()[-3000:])
     seconds, right = time.monotonic() - start, outcome(folder / "undisturbed")
     while tally["kills"] < arguments.kills and time.monotonic() < end:
@@ -246,8 +248,8 @@ def main() -> None:
         empty = {"kills": 0, "within_a_save": 0, "runs": 0, "equal_runs": 0, "kills_of_equal_runs": 0, "unequal": []}
         tally = arguments.result["ways"].setdefault(way, empty)
         with tempfile.TemporaryDirectory() as folder:
-            own = Path(folder) / "extensions"  # a killed process leaves locks there
-            if extensions.is_dir():
+            own = Path(tempfile.gettempdir()) / "kill_training_extensions"  # a killed process leaves locks there
+            if extensions.is_dir() and not own.is_dir():
                 shutil.copytree(extensions, own)
             os.environ["TORCH_EXTENSIONS_DIR"] = str(next(own.glob("py*"), own))
             clear_locks()
