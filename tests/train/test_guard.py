@@ -244,6 +244,14 @@ def test_what_cannot_be_replayed(finished, capsys, words, parts):
     assert status == 2 and names(capsys.readouterr().err, *parts)
 
 
+def test_replay_with_a_damaged_checkpoint(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "out")
+    file = tmp_path / "out" / "checkpoint-2" / "projector.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert replay(["--run", str(tmp_path / "out"), "--step", "4"]) == 2
+    assert names(capsys.readouterr().err, file, "damaged")
+
+
 def test_replay_of_other_data_or_of_no_run(finished, tmp_path, capsys):
     (tmp_path / "data.json").write_text(json.dumps(SAMPLES[::-1]))
     assert replay(["--run", str(finished), "--step", "3", "--data_path", str(tmp_path / "data.json")]) == 2
