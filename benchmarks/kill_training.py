@@ -29,7 +29,7 @@ from pathlib import Path
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
 
 import torch
-from projector import machine
+from frame import machine
 
 import llava_sp.train.run
 from llava_sp.train.__main__ import main as train

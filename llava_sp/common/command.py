@@ -81,6 +81,7 @@ def fitting(right: Check) -> Callable[[str], Any]:
 
 count, natural, seed = fitting(whole(1)), fitting(whole(0)), fitting(whole(0, 2**32 - 1))
 at_once = fitting(whole(1, 1024))  # processes, threads, requests, beams: more would exhaust memory
+share_of_peak = fitting(Check(lambda share: 0 < share <= 1, "a share of the peak, above 0 and at most 1", float))
 temperature = fitting(
     Check(lambda t: t == 0 or 0.001 <= t <= 1000, "0 (greedy), or a number from 0.001 to 1000", float)
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -17,6 +18,7 @@ from transformers.trainer_utils import IntervalStrategy
 from llava_sp.common.schema import NOT_NEGATIVE, POSITIVE, SHARE, TEXT, Check, fits, only, some, whole
 
 Count = Annotated[int, whole(1)]
+Multiple = Annotated[int, whole(1, 1024)]
 Seed = Annotated[int, whole(0, 2**32 - 1)]
 Positive = Annotated[float, POSITIVE]
 Rate = Annotated[float, Check(lambda rate: 0 <= rate <= 1000, "a number from 0 to 1000", float)]
@@ -35,6 +37,20 @@ Steps = Annotated[float, Check(lambda n: 0 < n < 1 or _is_count(n), f"{_STEPS}, 
 _RECOMPUTING = {"use_reentrant?": bool, "preserve_rng_state?": bool, "every_n_layers?": whole(1), "offload?": bool}
 DEEPSPEED = Check(bool, "an object with settings", {"zero_optimization?": dict})  # an empty one would be no DeepSpeed
 Recomputing = Annotated[dict, only(_RECOMPUTING)]
+
+
+# Which decoder layers are computed again in the backward pass instead of being kept
+Recomputed = (
+    bool
+    | Annotated[
+        str,
+        Check(
+            re.compile(r"auto|full|none|every_[1-9]\d{0,2}").fullmatch,
+            "auto, full, none or every_N (every N-th layer, such as every_4)",
+            str,
+        ),
+    ]
+)
 
 
 def _is_tracker(name: object) -> bool:
@@ -84,11 +100,12 @@ HONOURED: dict[str, Any] = {
     "bf16": bool,
     "tf32": bool | None,
     "use_cpu": bool,
-    "activation_checkpointing": bool | None,
+    "activation_checkpointing": Recomputed | None,
     "activation_checkpointing_kwargs": Recomputing | None,
-    "gradient_checkpointing": bool | None,
+    "gradient_checkpointing": Recomputed | None,
     "gradient_checkpointing_kwargs": Recomputing | None,
     "torch_empty_cache_steps": Count | None,
+    "use_liger_kernel": bool,
     # processes
     "deepspeed": Annotated[Any, (DEEPSPEED, Check(lambda text: "{" not in text, "the name of a file", TEXT), None)],
     "ddp_backend": Literal["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"] | None,
@@ -138,7 +155,7 @@ HONOURED: dict[str, Any] = {
 
 _METRICS = "validation only computes the loss"
 _BEST = "choose among the checkpoints by log.jsonl"
-_SPEED = "the model is unmodified"
+_FUSED = "use_liger_kernel: true fuses rope, RMSNorm and SwiGLU on a GPU"
 _HUB = "hf upload NAME OUTPUT_DIR"
 _SAME_RUN = "the same command resumes data and model from the newest checkpoint in output_dir"
 _ORDER = "every epoch has all samples, in an order set by seed and epoch; see group_by_modality_length"
@@ -172,7 +189,7 @@ INSTEAD = {
     "label_names": "the conversation template sets the labels",
     "label_smoothing_factor": "the loss covers the learned tokens; Trainer would compare them with the wrong logits",
     "length_column_name": _ORDER,
-    "liger_kernel_config": _SPEED,
+    "liger_kernel_config": _FUSED,
     "load_best_model_at_end": _BEST,
     "metric_for_best_model": _BEST,
     "neftune_noise_alpha": "lora_dropout",
@@ -184,12 +201,11 @@ INSTEAD = {
     "resume_from_checkpoint": _SAME_RUN,
     "save_on_each_node": "all nodes share output_dir",
     "save_only_model": "a run cannot resume from such a checkpoint",
-    "torch_compile": _SPEED,
-    "torch_compile_backend": _SPEED,
-    "torch_compile_mode": _SPEED,
+    "torch_compile": _FUSED,
+    "torch_compile_backend": _FUSED,
+    "torch_compile_mode": _FUSED,
     "train_sampling_strategy": _ORDER,
     "use_cache": "training needs no cache",
-    "use_liger_kernel": _SPEED,
 }
 
 FORMER = {  # names in other versions and in LLaVA's scripts
@@ -217,6 +233,8 @@ NEEDS = {
     "eval_image_folder": ("eval_data_path",),
     "eval_on_start": ("eval_data_path", "validation_fraction"),
     "eval_strategy": ("eval_data_path", "validation_fraction"),
+    "pack_length": ("packing",),
+    "packing": ("global_batch_size",),
 }
 
 

@@ -19,6 +19,7 @@ from llava_sp.common.processes import Processes
 from llava_sp.common.schema import expect
 from llava_sp.config.arguments import Run, load_config
 from llava_sp.data.dataset import ConversationDataset
+from llava_sp.data.features import PatchFeatures, made_of
 from llava_sp.data.mixture import Source, load_mixture
 from llava_sp.data.skipped import SampleReport
 from llava_sp.model.backbone_configs import language_config, vision_config
@@ -33,12 +34,8 @@ def build_processor(run: Run) -> LlavaSPProcessor:
     Warns if the language model would not learn to stop. Raises `ValueError` for an invalid model, projector, template or
     image aspect ratio.
     """
-    assert run.model.language_model and run.model.vision_tower, "checked before"
-    config = LlavaSPConfig(
-        text_config=language_config(run.model.language_model),
-        vision_config=vision_config(run.model.vision_tower),
-        **run.model.projector,
-    )
+    config = config_of(run)
+    assert run.model.language_model, "checked before"
     with torch.device("meta"):
         SpatialProjector(config)  # only for its errors
     processor = LlavaSPProcessor.from_backbones(
@@ -52,6 +49,16 @@ def build_processor(run: Run) -> LlavaSPProcessor:
     if warning and Processes.from_environment().is_main:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     return processor
+
+
+def config_of(run: Run) -> LlavaSPConfig:
+    """The configuration of the run's model, from those of its backbones."""
+    assert run.model.language_model and run.model.vision_tower, "checked before"
+    return LlavaSPConfig(
+        text_config=language_config(run.model.language_model),
+        vision_config=vision_config(run.model.vision_tower),
+        **run.model.projector,
+    )
 
 
 def build_datasets(processor: LlavaSPProcessor, run: Run) -> tuple[ConversationDataset, ConversationDataset | None]:
@@ -72,6 +79,8 @@ def build_datasets(processor: LlavaSPProcessor, run: Run) -> tuple[ConversationD
     train = dataset(
         load_mixture(data.mixture or [{"annotations": data.data_path, "images": data.image_folder}]), "train"
     )
+    if data.precompute_features:
+        train.features = PatchFeatures(Path(data.precompute_features), made_of(train, run, config_of(run)))
     if data.eval_data_path:
         images = data.eval_image_folder or data.image_folder
         return train, dataset(load_mixture([{"annotations": data.eval_data_path, "images": images}]), "eval")
@@ -80,8 +89,8 @@ def build_datasets(processor: LlavaSPProcessor, run: Run) -> tuple[ConversationD
     return train, None
 
 
-def dataset_of_config(path: str | PathLike, overrides: Sequence[str] = ()) -> ConversationDataset:
-    """The training data of a run as the run uses it; a bad sample raises, regardless of `on_bad_sample`.
+def run_of_config(path: str | PathLike, overrides: Sequence[str] = ()) -> Run:
+    """The run of a configuration that names its backbones and data.
 
     Args:
         path: a training YAML, see `llava_sp.config.arguments`.
@@ -98,6 +107,15 @@ def dataset_of_config(path: str | PathLike, overrides: Sequence[str] = ()) -> Co
     expect({**backbones, "data_path or mixture": data}, {str: str}, path)
     if missing := [name for name in backbones.values() if is_missing_folder(str(name))]:
         raise FileNotFoundError(f"there is no folder {missing[0]}, and it is not a valid hub id")
+    return run
+
+
+def dataset_of_config(path: str | PathLike, overrides: Sequence[str] = ()) -> ConversationDataset:
+    """The training data of a run as the run uses it; a bad sample raises, regardless of `on_bad_sample`.
+
+    Arguments and errors are those of `run_of_config`.
+    """
+    run = run_of_config(path, overrides)
     dataset, _ = build_datasets(build_processor(run), run)
     dataset.on_bad_sample, dataset.report = "fail", SampleReport(None)  # checking writes nothing
     return dataset

@@ -70,7 +70,7 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
 
 def _holds_files(folder: str | os.PathLike) -> bool:
     try:
-        return next(Path(folder).iterdir(), None) is not None
+        return any(True for _ in Path(folder).iterdir())
     except OSError:
         return False
 

@@ -6,6 +6,7 @@ Shape suffixes: B batch, L sequence, M supervised positions, D language width, V
 
 import dataclasses
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_llava_sp import LlavaSPConfig
 from .opening import needed_formats, other_formats
+from .packed_attention import keep_apart
 from .projector import SpatialProjector, reset_parameters
 
 IGNORE_INDEX = -100
@@ -57,8 +59,20 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         return (opened[0].model, opened[1]) if isinstance(opened, tuple) else opened.model
 
     def get_patch_features(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values [images, 3, H, W] -> patch features of the configured layer(s), [images, N, C]."""
+        """pixel_values [images, 3, H, W] -> patch features of the configured layer(s), [images, N, C].
+
+        A frozen tower leaves no autograd graph (transformers' activation checkpointing makes its embeddings require
+        gradients) and computes in its own number format, under autocast too.
+        """
         pixel_values = pixel_values.to(self.vision_tower.dtype)
+        if pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters()):
+            return self._run_tower(pixel_values)
+        kind = pixel_values.device.type
+        own_format = torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+        with torch.no_grad(), own_format:
+            return self._run_tower(pixel_values)
+
+    def _run_tower(self, pixel_values: Tensor) -> Tensor:
         hidden_states = self.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
         layers = self.config.vision_feature_layer
         selected = [hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
@@ -99,11 +113,14 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         mask = placeholders_BL.unsqueeze(-1).to(embeds_BLD.device)
         return embeds_BLD.masked_scatter(mask, tokens.to(embeds_BLD.device, embeds_BLD.dtype))
 
-    def blank_image_edge(self) -> Tensor:
+    def blank_image_edge(self, patch_features: Tensor | None = None) -> Tensor:
         """Zero, computed through tower and projector: adds them to the graph of a batch without images.
 
-        Every process of a distributed run then runs the same modules and reduces the same gradients.
+        Every process of a distributed run then runs the same modules and reduces the same gradients. A run on stored patch
+        features gives those of no image, [0, N, C]: its batches do not pass through the tower.
         """
+        if patch_features is not None:
+            return (0.0 * self.project(patch_features.new_zeros(1, *patch_features.shape[1:]))).sum()
         side, channels = self.config.image_size, getattr(self.config.vision_config, "num_channels", 3)
         blank = torch.zeros(1, channels, side, side, device=self.vision_tower.device)
         return (0.0 * self.project(self.get_patch_features(blank))).sum()
@@ -118,10 +135,14 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         past_key_values=None,
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        patch_features: Tensor | None = None,
         blank_image: bool = False,
         **kwargs,
     ) -> LlavaModelOutputWithPast:
-        """See `LlavaSPForCausalLM.forward`; `blank_image` runs an empty image when the batch has none."""
+        """See `LlavaSPForCausalLM.forward`; `blank_image` runs an empty image when the batch has none.
+
+        Samples may share a row (a pack): `position_ids` then start again at 0 with each, without an `attention_mask`.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if input_ids is None and pixel_values is not None:
@@ -133,18 +154,20 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         if images is None and pixel_values is not None:
             images = self.get_image_features(pixel_values)
         tokens = None if images is None else torch.stack(list(images.pooler_output))
+        if patch_features is not None and len(patch_features):
+            tokens = self.project(patch_features)
         if input_ids is not None and (tokens is not None or input_ids.shape[1] > 1):
             inputs_embeds = self.place_image_tokens(inputs_embeds, input_ids == self.config.image_token_id, tokens)
         if tokens is None and blank_image:
-            inputs_embeds = inputs_embeds + self.blank_image_edge().to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds + self.blank_image_edge(patch_features).to(
+                inputs_embeds.device, inputs_embeds.dtype
+            )
 
+        options = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
+        if attention_mask is None and past_key_values is None and position_ids is not None and position_ids.ndim == 2:
+            options |= keep_apart(position_ids, self.language_model.config._attn_implementation)
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-            return_dict=True,
+            inputs_embeds=inputs_embeds, position_ids=position_ids, **options, return_dict=True
         )
         return LlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -182,16 +205,20 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         num_items_in_batch: int | Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         mm_token_type_ids: Tensor | None = None,
+        patch_features: Tensor | None = None,
         **kwargs,
     ) -> LlavaCausalLMOutputWithPast:
         r"""
         Args:
             input_ids: [B, L], with `num_image_tokens` placeholders where each image belongs.
             pixel_values: [images of the whole batch, 3, H, W] in the order of their placeholders; `None` for text.
+            position_ids: [B, L]; positions that start again at 0 begin another sample of a pack (no attention_mask then),
+                whose first label must be -100.
             labels: [B, L], aligned with `input_ids` (not shifted), -100 where nothing is learned. The language head
                 then runs at the learned positions only, and `logits` is `None` unless `logits_to_keep` asks for them.
             logits_to_keep: how many positions, from the end, get logits (0 = all), or their indices.
             num_items_in_batch: what the summed token losses are divided by; by default the learned tokens here.
+            patch_features: [images of the whole batch, N, C], what `get_patch_features` gives, instead of pixel_values.
             mm_token_type_ids: not used; `input_ids` contain the same. A processor can return them.
 
         Raises:
@@ -205,6 +232,7 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            patch_features=patch_features,
             blank_image=labels is not None,
             **kwargs,
             return_dict=True,

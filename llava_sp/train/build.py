@@ -14,9 +14,12 @@ from llava_sp import LlavaSPForCausalLM
 from llava_sp.checkpoints.opening.adapter import load_projector
 from llava_sp.checkpoints.opening.warm_start import start_from
 from llava_sp.config.arguments import ModelArguments, Run, TrainArguments
+from llava_sp.model.packed_attention import PER_SAMPLE, can_attend_per_sample
+from llava_sp.train.kernels import use_liger
 from llava_sp.train.stages import STAGES, apply_stage, table
 
 SCRATCH = "scratch"
+LANGUAGE_ONLY = ("flex_attention", PER_SAMPLE)  # attention implementations that the tower's few tokens do not need
 logger = logging.getLogger(__name__)
 
 
@@ -24,7 +27,8 @@ def build_model(run: Run) -> LlavaSPForCausalLM:
     """Backbones, LoRA if the stage trains it, projector (fresh, a warm start's patch MLP, or stage 1's whole one); frozen as
     the stage requires."""
     arguments, args = run.model, run.train
-    options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
+    attention = arguments.attn_implementation
+    options = {"attn_implementation": attention} if attention and attention not in LANGUAGE_ONLY else {}
     model = LlavaSPForCausalLM.from_backbones(
         language_model=arguments.language_model,
         vision_tower=arguments.vision_tower,
@@ -33,6 +37,11 @@ def build_model(run: Run) -> LlavaSPForCausalLM:
         seed=args.seed,
         **options,
     )
+    language = model.model.language_model
+    if attention in LANGUAGE_ONLY:
+        language.set_attn_implementation(str(attention))
+    elif attention is None and run.data.packing and can_attend_per_sample(language):
+        language.set_attn_implementation(PER_SAMPLE)
     if "lora" in STAGES[args.stage]:
         add_lora(model, arguments, args.seed)
     if arguments.warm_start is not None:
@@ -42,6 +51,9 @@ def build_model(run: Run) -> LlavaSPForCausalLM:
         load_projector(model, arguments.projector_checkpoint, check_base=arguments.check_base)
         logger.info("The projector starts from %s.", arguments.projector_checkpoint)
     prepare_stage(model, args)
+    if args.use_liger_kernel:
+        use_liger(model)
+        args.use_liger_kernel = False  # Trainer's own does not know our model, and gives models another argument
     return model
 
 
@@ -73,6 +85,15 @@ def add_lora(model: LlavaSPForCausalLM, arguments: ModelArguments, seed: int = 0
     with torch.random.fork_rng(devices=[]):  # ZeRO-3 has drawn other numbers before than a single process
         torch.manual_seed(seed)
         model.add_adapter(config)
+
+
+def autocast_casts_back(run: Run) -> bool:
+    """Whether PEFT's cast of each LoRA layer's input to float32 is for nothing, as autocast makes it bfloat16 again.
+
+    With dropout only on a GPU: on a CPU it rounds 1 / (1 - p) to the input's number format.
+    """
+    exact = run.model.lora_dropout == 0 or run.train.device.type == "cuda"
+    return run.train.bf16 and not run.train.deepspeed and exact
 
 
 def prepare_stage(model: LlavaSPForCausalLM, args: TrainArguments) -> None:

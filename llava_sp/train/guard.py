@@ -133,9 +133,8 @@ class StepGuard:
             row = f" ({MOST_SKIPPED + 1} steps in a row)" if self.skip else ""
             self.stop(verdict.what + row, step, words)
         logger.warning("Step %s is left out: %s. %s.", step, verdict.what, words)
-        model = self.trainer.model
-        assert model is not None
-        model.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient
+        assert self.trainer.model is not None
+        self.trainer.model.zero_grad(set_to_none=True)  # optimizers pass over parameters without a gradient
         self.trainer._tr_loss.copy_(self._logged_before + self.history.usual)
         return None
 

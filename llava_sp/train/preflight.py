@@ -20,6 +20,7 @@ from llava_sp.config.arguments import DataArguments, ModelArguments, Run, TrainA
 from llava_sp.data.mixture import load_mixture
 from llava_sp.data.sources import missing
 from llava_sp.train.build import SCRATCH
+from llava_sp.train.kernels import liger_problem
 from llava_sp.train.processes import samples_per_step
 from llava_sp.train.run_folder import RunFolder
 from llava_sp.train.stages import FIRST_STAGES, STAGES
@@ -49,6 +50,7 @@ def check_inputs(run: Run) -> None:
         *_models(model),
         *_projector(model, args),
         *_data(data),
+        *_kernels(model, args),
         *_trainer(args),
         *_output(run),
     ]
@@ -75,15 +77,20 @@ def _warm_start(model: ModelArguments, args: TrainArguments) -> Iterator[str]:
 
 
 def _models(model: ModelArguments) -> Iterator[str]:
-    for key, source in MODEL_SOURCES.items():
-        name = getattr(model, key)
-        if name is None:
-            yield f"{key} is not set: {source}."
-        elif Path(name).is_absolute():  # as every local path is by now
-            if not (Path(name) / "config.json").is_file():
-                yield f"{_named(key, name)}: there is no model (no config.json) in this folder; give {source}."
-        elif reason := _unreachable(name):
-            yield f"{_named(key, name)}: {reason}; give {source}."
+    yield from filter(None, (missing_model(key, getattr(model, key)) for key in MODEL_SOURCES))
+
+
+def missing_model(key: str, name: str | None) -> str | None:
+    """Why the model that `key` names cannot be opened; None if it is there."""
+    source = MODEL_SOURCES[key]
+    if name is None:
+        return f"{key} is not set: {source}."
+    if Path(name).is_absolute():  # as every local path is by now
+        if (Path(name) / "config.json").is_file():
+            return None
+        return f"{_named(key, name)}: there is no model (no config.json) in this folder; give {source}."
+    reason = _unreachable(name)
+    return f"{_named(key, name)}: {reason}; give {source}." if reason else None
 
 
 def _unreachable(name: str) -> str | None:
@@ -150,6 +157,8 @@ def _data(data: DataArguments) -> Iterator[str]:
         if problems:
             problems[-1] += source
         yield from problems
+    if data.data_manifest and not Path(data.data_manifest).is_file():
+        yield f"data_manifest = {data.data_manifest}: there is no such file; python -m llava_sp.data.check --manifest writes it."
     if data.eval_data_path and not Path(data.eval_data_path).is_file():
         yield f"eval_data_path = {data.eval_data_path}: there is no such file."
     if data.eval_data_path and data.validation_fraction:
@@ -165,6 +174,14 @@ def _mixture(file: Path) -> Iterator[str]:
     for source in sources:
         for key, path in missing(source):
             yield f"mixture = {file}: {key}: {path} does not exist."
+
+
+def _kernels(model: ModelArguments, args: TrainArguments) -> Iterator[str]:
+    if not args.use_liger_kernel:
+        return
+    known = model.language_model is not None and not is_missing_folder(model.language_model)  # else another message
+    if problem := liger_problem(model.language_model if known else None):
+        yield f"use_liger_kernel = true: {problem}."
 
 
 def _trainer(args: TrainArguments) -> Iterator[str]:

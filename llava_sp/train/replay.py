@@ -95,7 +95,7 @@ def _trainer_of(folder: Path, step: int, overrides: Sequence[str]) -> tuple[Any,
     checkpoint = run_folder.checkpoint_before(step)
     processor = build_processor(run)
     data, _ = build_datasets(processor, run)
-    same_data(data, checkpoint, Processes(), run.data.check_data)
+    same_data(data, checkpoint, Processes(), run.data)
     model = build_model(run)
     if checkpoint is not None:
         load_adapter(model, checkpoint)

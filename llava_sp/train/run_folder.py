@@ -52,10 +52,11 @@ OTHER_RUN = "Give the same settings to resume that run, or choose another output
 HARMLESS = (
     "output_dir", "report_to", "run_name", "project", "disable_tqdm", "use_cpu", "tf32", "data_source",
     "attn_implementation", "local_rank", "include_num_input_tokens_seen", "skip_memory_metrics", "push_to_hub",
-    "on_bad_sample", "on_non_finite", "check_base", "check_data", "watchdog_minutes", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns", "torch_empty_cache_steps",
+    "on_bad_sample", "precompute_features", "use_liger_kernel", "on_non_finite", "longest_step_first", "check_base", "check_data", "data_manifest", "watchdog_minutes", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns", "torch_empty_cache_steps",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
     "activation_checkpointing_kwargs", "per_device_eval_batch_size", "prediction_loss_only",
     "per_device_train_batch_size", "gradient_accumulation_steps",  # samples_per_step is compared
+    "pack_length", "pad_to_multiple_of",  # a step has the same samples
 )  # fmt: skip
 HARMLESS_PREFIXES = (
     "logging_", "log_", "save_", "eval_", "hub_", "ddp_", "trackio_", "dataloader_num_", "dataloader_pin_",

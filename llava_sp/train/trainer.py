@@ -25,10 +25,12 @@ from llava_sp.config.arguments import TrainArguments
 from llava_sp.data.annotations import BadSample
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.fingerprint import FINGERPRINT
+from llava_sp.data.packing import Packs, PackSampler
 from llava_sp.data.sampler import ModalityLengthSampler, WholeSteps
 from llava_sp.train.guard import StepGuard
 from llava_sp.train.logs import Console, JsonLines, Meter
 from llava_sp.train.order import batches_of_step, samples_of
+from llava_sp.train.packing import KeptApart
 from llava_sp.train.processes import samples_per_step
 from llava_sp.train.run_folder import STAGING, STATE_FILE, WRITE_ERRORS, RunFolder
 from llava_sp.train.signals import shielded
@@ -60,12 +62,13 @@ class LlavaSPTrainer(Trainer):
         provenance: facts about the run that every checkpoint repeats.
         data: the fingerprint of the training data, which every checkpoint keeps.
         group_by_modality_length: batches of one modality and of similar lengths.
+        packs: the packs that `train_dataset`, a `Packs`, is read by.
     """
 
     args: TrainArguments
     model: LlavaSPForCausalLM
     model_wrapped: Any
-    train_dataset: ConversationDataset
+    train_dataset: ConversationDataset | Packs
 
     def __init__(
         self,
@@ -74,12 +77,13 @@ class LlavaSPTrainer(Trainer):
         provenance: dict[str, Any] | None = None,
         data: dict[str, Any] | None = None,
         group_by_modality_length: bool = False,
+        packs: PackSampler | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.folder = folder
         self.provenance, self.data = provenance or {}, data
-        self.group_by_modality_length = group_by_modality_length
+        self.group_by_modality_length, self.packs = group_by_modality_length, packs
         self.args.logging_nan_inf_filter = False  # it would log the mean of earlier losses instead of NaN
         self.meter, self.journal = Meter(samples_per_step(self.args)), JsonLines(folder)
         self.guard = StepGuard(
@@ -90,14 +94,20 @@ class LlavaSPTrainer(Trainer):
             self.remove_callback(unwanted)
         for callback in (self.meter, self.journal, Console(), RestoreState(self)):
             self.add_callback(callback)
+        if packs is not None:
+            self.add_callback(KeptApart(self))
         self.model.register_load_state_dict_post_hook(allow_missing_frozen)
 
     # ---- data order: a function of (seed, epoch), the same for any number of processes
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.packs is not None:
+            self.add_callback(SetEpoch(self.packs))
+            return self.packs
         order: ModalityLengthSampler | DistributedSampler
         if self.group_by_modality_length:
+            assert isinstance(dataset, ConversationDataset)
             order = ModalityLengthSampler(
                 dataset.modality_lengths,
                 batch_size=self.args.train_batch_size,
@@ -109,6 +119,9 @@ class LlavaSPTrainer(Trainer):
         sampler = WholeSteps(order, samples_per_step(self.args))
         self.add_callback(SetEpoch(sampler))
         return sampler
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        return samples_per_step(self.args)
 
     def get_train_dataloader(self) -> DataLoader:
         return shielded(super().get_train_dataloader())
@@ -287,7 +300,7 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
 class SetEpoch(TrainerCallback):
     """Sets the sampler's epoch; accelerate does not reach it in the first epoch of a resumed run."""
 
-    def __init__(self, sampler: WholeSteps):
+    def __init__(self, sampler: WholeSteps | PackSampler):
         self.sampler = sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):

@@ -23,6 +23,15 @@ def test_padding_and_pixels():
     assert batch["pixel_values"][:, 0, 0, 0].tolist() == [3, 3, 4]
 
 
+def test_padding_to_a_multiple():
+    samples = [sample(1, 2, 3), sample(4, 5, 6, 7, 8, images=1)]
+    batch, shorter = Collator(9, pad_to_multiple_of=4)(samples), Collator(9)(samples)
+    for key, filler in (("input_ids", 9), ("labels", -100), ("attention_mask", 0)):
+        assert batch[key].shape == (2, 8)
+        assert torch.equal(batch[key][:, :5], shorter[key]) and (batch[key][:, 5:] == filler).all()
+    assert Collator(9, pad_to_multiple_of=5)(samples)["input_ids"].shape == (2, 5)
+
+
 def test_text_only_batch_has_no_pixels():
     assert set(Collator(0)([sample(1), sample(2, 3)])) == {"input_ids", "labels", "attention_mask"}
 

@@ -26,9 +26,9 @@ DEFAULTS |= {name: f.default for name, f in PROJECTOR_SETTINGS.items()}
 KEYS = sorted(OURS | set(HONOURED) | set(PROJECTOR_SETTINGS))
 
 TEXTS = {
-    "attn_implementation", "conversation_template", "data_path", "data_source", "deepspeed", "eval_data_path",
-    "eval_image_folder", "image_folder", "language_model", "mixture", "output_dir", "project", "projector_checkpoint",
-    "run_name", "spatial_variant", "stage", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
+    "attn_implementation", "conversation_template", "data_manifest", "data_path", "data_source", "deepspeed", "eval_data_path",
+    "eval_image_folder", "image_folder", "language_model", "mixture", "output_dir", "precompute_features", "project",
+    "projector_checkpoint", "run_name", "spatial_variant", "stage", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
     "vision_tower", "warm_start",
 }  # fmt: skip
 OBJECTS = {
@@ -55,7 +55,8 @@ def is_right(key: str, name: str) -> bool:
         return True
     if name == "nothing":
         return default is None or key in ("report_to", "watchdog_minutes")
-    if isinstance(default, bool) or kind in (bool, bool | None) or key in ("spatial_fusion", "spatial_projection_bias"):
+    truths = (bool, bool | None, HONOURED["activation_checkpointing"])
+    if isinstance(default, bool) or kind in truths or key in ("spatial_fusion", "spatial_projection_bias"):
         return name == "zero"
     return (
         (name == "zero" and key in ZERO | PROJECTOR_SETTINGS.keys() | {"local_rank"})

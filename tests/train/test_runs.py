@@ -243,6 +243,12 @@ def test_gradient_checkpointing_changes_nothing(whole, tmp_path):
     assert checkpointed == pytest.approx(plain, rel=1e-5)
 
 
+def test_padding_to_a_multiple_changes_nothing(tmp_path):
+    plain = run_here(tmp_path / "a", max_steps=2)
+    padded = run_here(tmp_path / "b", max_steps=2, pad_to_multiple_of=128)
+    assert losses(padded) == pytest.approx(losses(plain), rel=1e-5)
+
+
 def test_bad_data_is_reported_without_a_traceback(tmp_path, capsys):
     broken = tmp_path / "broken.json"
     for text in ("", "[]", '[{"conversations": [{"from": "hum'):

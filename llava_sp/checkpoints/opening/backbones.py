@@ -50,7 +50,7 @@ from llava_sp.model.backbone_configs import (
     vision_config,
 )
 from llava_sp.model.configuration_llava_sp import PROJECTOR_SETTINGS, LlavaSPConfig
-from llava_sp.model.modeling_llava_sp import LlavaSPForCausalLM
+from llava_sp.model.modeling_llava_sp import LlavaSPForCausalLM, LlavaSPModel
 from llava_sp.model.processing_llava_sp import add_special_tokens
 from llava_sp.model.projector import SpatialProjector
 
@@ -282,6 +282,22 @@ def load_vision_tower(path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     return _load_complete(AutoModel, path, config=vision_config(path, **hub_kwargs(kwargs)), **kwargs)
 
 
+def open_tower(config: LlavaSPConfig, path: str | os.PathLike, **kwargs) -> LlavaSPModel:
+    """A frozen model of `config` of which only the vision tower is loaded: for `get_patch_features`.
+
+    Raises `ValueError` for a tower without a square grid of patches.
+    """
+    tower = load_vision_tower(path, **kwargs)
+    config.vision_config = tower.config
+    _record_leading(config, tower)
+    if problem := tower_problem(tower, config):
+        raise ValueError(problem)
+    with torch.device("meta"), as_value_error(path):
+        model = LlavaSPModel(config)
+    model.vision_tower = tower
+    return model.eval().requires_grad_(False)
+
+
 def fresh_projector(config: LlavaSPConfig, dtype: torch.dtype, seed: int) -> SpatialProjector:
     """A projector with new weights, the same for the same seed; its parameters are split under ZeRO-3."""
     with torch.random.fork_rng(devices=[]):
@@ -355,11 +371,15 @@ def zero3_set_aside() -> Iterator[None]:
 
 def _record_ends(config: LlavaSPConfig, language: PreTrainedModel, tower: PreTrainedModel) -> None:
     """Record the tower's tokens before its patches, and the language model's steps after its head."""
+    _record_leading(config, tower)
+    config.language_model_logit_scale, config.language_model_logit_softcap = head_steps(language) or (None, None)
+    config.language_model_head_bias = getattr(language.get_output_embeddings(), "bias", None) is not None
+
+
+def _record_leading(config: LlavaSPConfig, tower: PreTrainedModel) -> None:
     leading = leading_tokens(tower, config) or 0
     config.vision_feature_select_strategy = "default" if leading else "full"
     config.vision_tower_leading_tokens = leading if leading > 1 else None
-    config.language_model_logit_scale, config.language_model_logit_softcap = head_steps(language) or (None, None)
-    config.language_model_head_bias = getattr(language.get_output_embeddings(), "bias", None) is not None
 
 
 def _recorded(path: str) -> str:

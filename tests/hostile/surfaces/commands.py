@@ -25,6 +25,7 @@ LINES = {
     "generate": "--model full --image images/wide.png --prompt What? --max-new-tokens 3 --num-beams 1 --repetition-penalty 1.5 --seed 3",
     "data.check": "--config run.yaml --workers 0 --show 5 --output bad.jsonl --model_max_length 700",
     "data.preview": "--config run.yaml --index 1 --output preview --image_aspect_ratio pad",
+    "data.precompute": "--config run.yaml --precompute_features features --workers 0 --batch-size 2 --images-per-shard 2",
     "checkpoints.inspect": "adapter --json",
     "checkpoints.convert": "--from full --to converted --format original --max-shard-size 5GB",
     "checkpoints.merge": "adapter --to merged --dtype float32 --max-shard-size 5GB --device cpu",
@@ -75,7 +76,9 @@ class CommandSurface(Surface):
             return True
         if mutation.action == "before":
             return option.startswith("--") and old.startswith("--") and option in ("--json",)
-        if _number(old) is None or (new == "null" and self.command in ("train", "data.check", "data.preview")):
+        if _number(old) is None or (
+            new == "null" and self.command in ("train", "data.check", "data.preview", "data.precompute")
+        ):
             return not old.startswith("--")
         value = _number(new)
         if value is None or not math.isfinite(value) or value < 0 or (value == 0 and option not in ZERO):

@@ -18,7 +18,8 @@ import yaml
 from safetensors.torch import load_file
 
 from llava_sp.config.arguments import TrainArguments, load_config
-from llava_sp.data.build import build_processor
+from llava_sp.data.build import build_processor, dataset_of_config
+from llava_sp.data.precompute import main as precompute
 from llava_sp.train.__main__ import main
 from llava_sp.train.preflight import check_inputs
 from llava_sp.train.replay import main as replay
@@ -238,4 +239,26 @@ def _in_child(folder: Path) -> int | None:
     return contained(lambda: (train(folder), None, None), folder, 120).status
 
 
-SURFACES: list[Surface] = [ConfigSurface(), RunSurface(), ResumeSurface(), ReplaySurface()]
+class FeaturesSurface(Surface):
+    """A folder of patch features, one image to a shard. Result: a digest of those of every sample."""
+
+    name = "features"
+
+    def build(self, folder: Path) -> None:
+        write_run(folder, precompute_features="features")
+        command = ["--config", "run.yaml", "--workers", "0", "--images-per-shard", "1"]
+        assert contained(lambda: (precompute(command), None, None), folder, 120).status == 0
+
+    def targets(self, folder: Path) -> list[str]:
+        return sorted(str(file.relative_to(folder)) for file in (folder / "features").glob("features*"))
+
+    def act(self, folder: Path, words: Sequence[str]) -> Answer:
+        def digests() -> list[str]:
+            dataset = dataset_of_config("run.yaml")
+            samples = (dataset[index] for index in range(len(dataset)))
+            return [hashlib.sha256(sample["patch_features"].numpy().tobytes()).hexdigest() for sample in samples]
+
+        return *through_command(digests), None
+
+
+SURFACES: list[Surface] = [ConfigSurface(), RunSurface(), ResumeSurface(), ReplaySurface(), FeaturesSurface()]
