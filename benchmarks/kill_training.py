@@ -52,6 +52,7 @@ RUN = {
     "global_batch_size": 2,
     "group_by_modality_length": "false",
     "gradient_checkpointing": "false",
+    "packing": "false",
     "max_steps": 8,
     "save_steps": 1,
 }
@@ -59,6 +60,7 @@ RUN = {
 WAYS = {
     "plain": (1, {"deepspeed": "null"}),
     "two processes": (2, {"deepspeed": "null"}),
+    "packed": (1, {"deepspeed": "null", "packing": "true", "pack_length": 1024}),
     "zero2": (2, {"deepspeed": REPO / "configs" / "deepspeed" / "zero2.json"}),
 }
 PATIENCE = 300.0  # seconds for one attempt
