@@ -40,8 +40,8 @@ def replay(folder: Path, step: int, overrides: Sequence[str] = ()) -> int:
     """Prints the step's table; the exit status. Raises `ValueError` for a folder, step or key that cannot be."""
     from llava_sp.train.order import batches_of_step, samples_of
 
-    trainer, checkpoint = _trainer_of(folder, step, overrides)
-    accumulation, packed = trainer.args.gradient_accumulation_steps, trainer.packs is not None
+    trainer, data, checkpoint = _trainer_of(folder, step, overrides)
+    accumulation = trainer.args.gradient_accumulation_steps
     loader = trainer.get_train_dataloader()
     last = _last_step(trainer, len(loader))
     if step > last:
@@ -58,8 +58,8 @@ def replay(folder: Path, step: int, overrides: Sequence[str] = ()) -> int:
 
     print(f"{'loss':>10} {'gradient norm':>14} {'tokens':>7} {'learned':>8}  sample")
     for index in samples_of(batches):
-        sample = trainer.data_collator([trainer.train_dataset[(index,) if packed else index]])
-        file, record = trainer.train_dataset.origin(index)
+        sample = trainer.data_collator([data[index]])
+        file, record = data.origin(index)
         own = _pass(trainer, model, sample, _learned(sample))
         gradient = _gradient_norm(trainer.model)
         bad |= not _finite(own, gradient)
@@ -72,8 +72,8 @@ def replay(folder: Path, step: int, overrides: Sequence[str] = ()) -> int:
     return int(bad)
 
 
-def _trainer_of(folder: Path, step: int, overrides: Sequence[str]) -> tuple[Any, Path | None]:
-    """A trainer for one process that takes the steps of the run, with the weights before `step`."""
+def _trainer_of(folder: Path, step: int, overrides: Sequence[str]) -> tuple[Any, Any, Path | None]:
+    """(trainer for one process that takes the steps of the run, with the weights before `step`; its data; their checkpoint)"""
     from llava_sp.checkpoints.opening.adapter import load_adapter
     from llava_sp.common.processes import Processes
     from llava_sp.config.arguments import Run, read_keys
@@ -112,7 +112,7 @@ def _trainer_of(folder: Path, step: int, overrides: Sequence[str]) -> tuple[Any,
         group_by_modality_length=run.data.group_by_modality_length,
         packs=packs,
     )
-    return trainer, checkpoint
+    return trainer, data, checkpoint
 
 
 def _words(overrides: Sequence[str]) -> dict[str, Any]:
