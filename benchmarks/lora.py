@@ -17,6 +17,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,16 +164,20 @@ def saved_bytes(layer: Layer, x: Tensor, autocast: bool) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def seconds(layer: Layer, x: Tensor, autocast: bool) -> float:
+def seconds(action: Callable[[], Any], device: str) -> float:
+    """Of one call. On a CPU with one thread its own processor time, which other work on the machine disturbs less."""
     import torch
 
-    if layer.device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    gradients(layer, x, autocast)
-    if layer.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    now = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    wait()
+    start = now()
+    action()
+    wait()
+    return now() - start
 
 
 def variants(size: str, dtype: torch.dtype, device: str, rank: int) -> dict[str, tuple[Layer, bool]]:
@@ -209,7 +214,7 @@ def measure(options: Namespace, name: str) -> list[dict[str, Any]]:
     times: dict[str, list[float]] = {key: [] for key in rows}
     for turn in range(options.repeats + 1):
         for key, (layer, autocast) in rows.items():
-            spent = seconds(layer, inputs[key], autocast)
+            spent = seconds(partial(gradients, layer, inputs[key], autocast), options.device)
             if turn:  # the first one warms up
                 times[key].append(spent)
     found = []
