@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import tempfile
 import time
@@ -22,7 +21,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from projector import machine, synchronize
+from frame import default_device, synchronize, write_results
 from real_size import build
 
 from llava_sp import LlavaSPForCausalLM, LlavaSPProcessor
@@ -164,7 +163,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--new-tokens", type=int, default=8, help="at most; random weights take all of them")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     if arguments.size == "7b" and arguments.device != "cuda":
@@ -177,13 +176,7 @@ def main() -> None:
         for per_image in arguments.per_image:
             items = make_items(Path(folder) / str(per_image), arguments.count, per_image, seed=0)
             rows += measure(per_image, items, model, processor, generation, arguments)
-    about = machine(arguments.device)
-    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-") if arguments.device == "cuda" else "cpu"
-    output = arguments.output or Path(__file__).parent / "results" / f"evaluation_{arguments.size}_{device}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in vars(arguments).items() if key != "output"}
-    output.write_text(json.dumps({"machine": about, "settings": settings, "rows": rows}, indent=1) + "\n")
-    print(f"written to {output}")
+    write_results(f"evaluation_{arguments.size}", arguments, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ def main() -> int:
 
 def report(options: Namespace) -> None:
     """Measure, print the table and write the JSON."""
-    from projector import machine
+    from frame import machine
 
     rows: list[dict[str, Any]] = []
     print(f"{'dtype':9} {'row':16} {'ms':>8} {'/ frozen':>8} {'saved MiB':>10} {'difference':>11}")

@@ -27,12 +27,13 @@ import time
 from pathlib import Path
 
 import torch
-from projector import machine
+from frame import RESULTS, machine
 from tqdm import tqdm
 
 SHIPPED = Path(__file__).parent.parent / "llava_sp/shapes/backbones"  # for its tokenizer and image settings
 # hidden size, layers, intermediate size, heads; size of a shard with weights
 LANGUAGE = {
+    "tiny": (64, 2, 128, 4, "100MB"),
     "0.25": (1024, 5, 2816, 8, "100MB"),
     "0.5": (1024, 16, 2816, 8, "200MB"),
     "1": (1536, 15, 4224, 12, "400MB"),
@@ -40,13 +41,13 @@ LANGUAGE = {
     "4": (2560, 25, 7040, 20, "1500MB"),
     "7b": (4096, 32, 11008, 32, "5GB"),
 }
-TOWER = {"small": (256, 4, 1024, 4), "7b": (1024, 24, 4096, 16)}
+TOWER = {"tiny": (32, 2, 64, 2), "small": (256, 4, 1024, 4), "7b": (1024, 24, 4096, 16)}
 LORA_LAYERS = r"model\.language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 FIELDS = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
 GIB = 2**30
 
 
-def make_backbones(size: str, folder: Path) -> None:
+def make_backbones(size: str, folder: Path, device: str = "cpu") -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
     *language, shard = LANGUAGE[size]
@@ -54,7 +55,8 @@ def make_backbones(size: str, folder: Path) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     llama = LlamaConfig(**dict(zip(FIELDS, language)), vocab_size=32000)
-    LlamaForCausalLM(llama).save_pretrained(folder / "base", max_shard_size=shard)
+    with torch.device(device):  # 7B take minutes on a CPU
+        LlamaForCausalLM(llama).save_pretrained(folder / "base", max_shard_size=shard)
     clip = CLIPVisionConfig(**dict(zip(FIELDS, tower)), image_size=336, patch_size=14)
     CLIPVisionModel(clip).save_pretrained(folder / "clip")
     for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
@@ -157,7 +159,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, default=Path(tempfile.gettempdir()), help="for the models (default: %(default)s)"
     )
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/merge_cpu.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "merge_cpu.json")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:

@@ -12,23 +12,21 @@ patches, extractor width 512, language width 4096; needs about 12 GiB.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import platform
-import resource
 import statistics
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from frame import RESULTS, default_device, machine, peak_and_seconds, seconds
 
 VARIANTS = ("cropping", "pooling")
 KINDS = ("extractor", "projector")
 PASSES = ("forward", "forward+backward")
-SLOW_MS = 10_000
+SLOW_SECONDS = 10
 
 
 def build(variant: str, kind: str, dtype: torch.dtype, device: str):
@@ -78,38 +76,6 @@ def one_pass(module, patches: torch.Tensor, backward: bool) -> None:
         parameter.grad = None
 
 
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(module, patches: torch.Tensor, backward: bool, device: str) -> float:
-    """Milliseconds of one pass."""
-    synchronize(device)
-    start = time.perf_counter()
-    one_pass(module, patches, backward)
-    synchronize(device)
-    return (time.perf_counter() - start) * 1e3
-
-
-def peak_memory(module, patches: torch.Tensor, backward: bool, device: str) -> tuple[float, float]:
-    """MiB at the peak of one pass above what stood before it, and its milliseconds.
-
-    On a CPU: resident memory of this process, which has run nothing else.
-    """
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        milliseconds = timed(module, patches, backward, device)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20, milliseconds
-    gc.collect()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
-    milliseconds = timed(module, patches, backward, device)
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return (int(peak.split()[1]) * 1024 - before) / 2**20, milliseconds
-
-
 def run_case(case: dict) -> dict:
     """All passes of one (method, variant, kind, dtype, batch), in a process of its own so that peaks are its own."""
     if case["method"] == "conv2d":
@@ -121,27 +87,13 @@ def run_case(case: dict) -> dict:
     rows = {}
     for name in PASSES:
         backward = name != "forward"
-        peak, first = peak_memory(module, patches, backward, device)
+        peak, first = peak_and_seconds(partial(one_pass, module, patches, backward), device)
         # The first pass warms up; where it took long, it is the measurement.
-        slow = device == "cpu" and first > SLOW_MS
-        times = [first] if slow else [timed(module, patches, backward, device) for _ in range(case["repeats"])]
-        rows[name] = {"ms": statistics.median(times), "runs": len(times), "peak_mib": peak}
+        slow = device == "cpu" and first > SLOW_SECONDS
+        again = partial(one_pass, module, patches, backward)
+        times = [first] if slow else [seconds(again, device) for _ in range(case["repeats"])]
+        rows[name] = {"ms": 1e3 * statistics.median(times), "runs": len(times), "peak_mib": peak / 2**20}
     return rows
-
-
-def machine(device: str) -> dict:
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = models[0].split(":")[1].strip() if models else cpu
-    name = torch.cuda.get_device_name() if device == "cuda" else cpu
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def main() -> None:
@@ -151,7 +103,7 @@ def main() -> None:
     parser.add_argument("--variant", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--kind", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/projector_<device>.json")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -159,7 +111,7 @@ def main() -> None:
         print(json.dumps(run_case(json.loads(arguments.case))))
         return
 
-    output = arguments.output or Path(__file__).parent / "results" / f"projector_{arguments.device}.json"
+    output = arguments.output or RESULTS / f"projector_{arguments.device}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     rows = []
     print(

@@ -4,15 +4,14 @@
     python benchmarks/real_size.py --size tiny             the same code on a CPU, to see that it works
 
 For each variant in one process and one run, beside the baseline `none` (LLaVA-1.5): a LoRA training step as stage 2 does it
-(r 128, gradient checkpointing, AdamW on LoRA and projector, 582 + 118 tokens a sample), and greedy generation for a batch of
-prompts. Prints a table with ratios against `none` and writes JSON to `benchmarks/results/`.
+(r 128, gradient checkpointing, AdamW on LoRA and projector, 582 + 118 tokens a sample), and greedy generation for batches of
+prompts: milliseconds to the first token, and tokens/s after it. Prints tables with ratios against `none` and writes JSON to
+`benchmarks/results/`.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import re
 import statistics
 import sys
 import time
@@ -117,14 +116,26 @@ def measure(variant: str, arguments: Namespace) -> dict:
     row = {"variant": variant, "parameters": sum(p.numel() for p in model.parameters())}
 
     model.eval()
-    batch = make_batch(model, arguments.generate_batch, device)
-    settings = {"max_new_tokens": arguments.new_tokens, "min_new_tokens": arguments.new_tokens, "do_sample": False}
-    seconds = median_seconds(lambda: model.generate(**batch, **settings), arguments.repeats, device)
-    row["generate"] = {
-        "seconds": seconds,
-        "new_tokens_per_second": arguments.generate_batch * arguments.new_tokens / seconds,
-        "peak_gib": peak_gib(),
-    }
+    row["generate"] = []
+    for size in arguments.generate_batch:
+        batch = make_batch(model, size, device)
+        seconds = {
+            count: median_seconds(
+                lambda: model.generate(**batch, max_new_tokens=count, min_new_tokens=count, do_sample=False),  # noqa: B023
+                arguments.repeats,
+                device,
+            )
+            for count in (1, arguments.new_tokens)
+        }
+        after = seconds[arguments.new_tokens] - seconds[1]
+        row["generate"].append(
+            {
+                "batch": size,
+                "first_token_ms": 1e3 * seconds[1],
+                "tokens_per_second": size * (arguments.new_tokens - 1) / after,
+                "peak_gib": peak_gib(),
+            }
+        )
 
     add_lora(model, ModelArguments(lora_r=128 if arguments.size == "7b" else 8, lora_alpha=256, lora_dropout=0.0))
     apply_stage(model, "finetune_lora")
@@ -159,7 +170,7 @@ def main() -> int:
     parser.add_argument("--size", choices=["7b", "tiny"], default="7b")
     parser.add_argument("--variants", nargs="+", default=["none", "cropping", "pooling"])
     parser.add_argument("--train-batch", type=int, default=16)
-    parser.add_argument("--generate-batch", type=int, default=8)
+    parser.add_argument("--generate-batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", help="cuda or cpu; default: cuda if there is one")
@@ -169,39 +180,34 @@ def main() -> int:
 
 
 def compare(arguments: Namespace) -> None:
-    """Measure the variants, print the table and write the JSON."""
+    """Measure the variants, print the tables and write the JSON."""
     import torch
-    from projector import machine
+    from frame import default_device, write_results
 
-    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    arguments.device = default_device(arguments.device)
     if arguments.size == "7b" and arguments.device != "cuda":
         raise ValueError("--size 7b needs a CUDA GPU; --size tiny runs the same code on a CPU")
-    rows = []
-    print(
-        f"{'variant':10} {'train samples/s':>16} {'ratio':>6} {'GiB':>6} {'generate tokens/s':>18} {'ratio':>6} {'GiB':>6}"
-    )
+    rows: list[dict[str, Any]] = []
     for variant in arguments.variants:
-        row = measure(variant, arguments)
-        rows.append(row)
-        train, generate, base = row["train"], row["generate"], rows[0]
-        print(
-            f"{variant:10} {train['samples_per_second']:16.2f} "
-            f"{train['samples_per_second'] / base['train']['samples_per_second']:6.3f} {train['peak_gib'] or 0:6.1f} "
-            f"{generate['new_tokens_per_second']:18.1f} "
-            f"{generate['new_tokens_per_second'] / base['generate']['new_tokens_per_second']:6.3f} "
-            f"{generate['peak_gib'] or 0:6.1f}",
-            flush=True,
-        )
+        rows.append(measure(variant, arguments))
         gc.collect()
         if arguments.device == "cuda":
             torch.cuda.empty_cache()
-    about = machine(arguments.device)
-    name = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
-    output = arguments.output or Path(__file__).parent / "results" / f"real_size_{arguments.size}_{name}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "traceback")}
-    output.write_text(json.dumps({"machine": about, "settings": settings, "rows": rows}, indent=1) + "\n")
-    print(f"written to {output}")
+    base = rows[0]
+    print(f"{'variant':10} {'train samples/s':>16} {'ratio':>7} {'tokens/s':>10} {'peak GiB':>9}")
+    for row in rows:
+        train, ratio = row["train"], row["train"]["samples_per_second"] / base["train"]["samples_per_second"]
+        cells = f"{train['samples_per_second']:16.2f} {ratio:6.3f}x {train['tokens_per_second']:10,.0f}"
+        print(f"{row['variant']:10} {cells} {train['peak_gib'] or 0:9.1f}")
+    print(
+        f"{'variant':10} {'batch':>5} {'first token ms':>15} {'ratio':>7} {'tokens/s':>10} {'ratio':>7} {'peak GiB':>9}"
+    )
+    for row in rows:
+        for one, of_base in zip(row["generate"], base["generate"], strict=True):
+            first, after = (one[key] / of_base[key] for key in ("first_token_ms", "tokens_per_second"))
+            cells = f"{one['first_token_ms']:15.1f} {first:6.3f}x {one['tokens_per_second']:10.1f} {after:6.3f}x"
+            print(f"{row['variant']:10} {one['batch']:5} {cells} {one['peak_gib'] or 0:9.1f}")
+    write_results(f"real_size_{arguments.size}", arguments, {"rows": rows})
 
 
 if __name__ == "__main__":

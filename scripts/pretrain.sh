@@ -8,7 +8,7 @@
 # string. bash takes the two characters after the first quotes for its command that does nothing, and goes on here:
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -x "$root/.venv/bin/python" ]; then export PATH="$root/.venv/bin:$PATH"; fi
-case " $* " in *" --help "* | *" -h "*) exec python3 "$0" "$@" ;; esac  # the launcher would import torch first
+case " $* " in *" --help "* | *" -h "* | *" --plan "*) exec python3 "$0" "$@" ;; esac  # the launcher would look for GPUs first
 if command -v deepspeed >/dev/null; then exec deepspeed "$0" "$@"; fi
 exec python3 "$0" "$@"
 : <<'# end'

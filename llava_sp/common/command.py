@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from llava_sp.common.processes import USER_ERRORS, FailedHere, Processes, ReportedElsewhere
@@ -23,14 +24,24 @@ INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser with one-line errors."""
+    """A parser with one-line errors, in which an empty word is seen; none is a path, as `Path("")` is where one stands."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.register("type", Path, _path)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         for word in words:
-            if not is_utf8(word):
+            if not is_utf8(word) or "\0" in word:
                 self.error(f"{word!r} is not UTF-8 text")
         return super().parse_known_args(words, namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {in_quotes(unknown)}")
+        return found
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)  # from `fitting`
@@ -42,6 +53,17 @@ class _Parser(argparse.ArgumentParser):
         except BrokenPipeError:  # `--help | head`
             status = _reader_gone()
         super().exit(status, message)
+
+
+def in_quotes(words: Iterable[str]) -> str:
+    """The words of a command line, in quotes where they could not be seen."""
+    return " ".join(word if word.isprintable() and word.strip() else repr(word) for word in words)
+
+
+def _path(word: str) -> Path:
+    if not word.strip():
+        raise argparse.ArgumentTypeError(f"is {word!r}; it must be a path")
+    return Path(word)
 
 
 def fitting(right: Check) -> Callable[[str], Any]:
@@ -59,6 +81,7 @@ def fitting(right: Check) -> Callable[[str], Any]:
 
 count, natural, seed = fitting(whole(1)), fitting(whole(0)), fitting(whole(0, 2**32 - 1))
 at_once = fitting(whole(1, 1024))  # processes, threads, requests, beams: more would exhaust memory
+share_of_peak = fitting(Check(lambda share: 0 < share <= 1, "a share of the peak, above 0 and at most 1", float))
 temperature = fitting(
     Check(lambda t: t == 0 or 0.001 <= t <= 1000, "0 (greedy), or a number from 0.001 to 1000", float)
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -23,6 +24,7 @@ from llava_sp.common.files import is_missing_folder, read_json
 from llava_sp.common.processes import launcher_number
 from llava_sp.config.files import nearest, read_with_bases, specs_of, split_command_line, typed
 from llava_sp.config.keys import (
+    DEEPSPEED,
     FORMER,
     HONOURED,
     INSTEAD,
@@ -30,12 +32,20 @@ from llava_sp.config.keys import (
     Count,
     Multiple,
     Names,
-    NotNegative,
     Positive,
+    Rate,
     Share,
     allowed,
 )
 from llava_sp.model.configuration_llava_sp import PROJECTOR_SETTINGS
+from llava_sp.model.packed_attention import KEEP_APART
+
+# transformers 5.17 to 5.22 know the second name alone
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in {f.name for f in fields(TrainingArguments)}
+)
 
 
 @dataclass
@@ -76,13 +86,27 @@ class DataArguments:
     conversation_template: str = "vicuna_v1"
     image_aspect_ratio: Literal["pad", "crop"] = "pad"  # to a square, or "crop" from the centre
     model_max_length: Count = 2048  # longest sequence in tokens, image tokens included
-    pad_to_multiple_of: Multiple = 1  # lengths of batches: kernels are chosen by divisibility (benchmarks/lengths.py)
+    pad_to_multiple_of: Multiple = (
+        1  # lengths of batches and packs: kernels are chosen by divisibility (benchmarks/lengths.py)
+    )
     on_bad_sample: Literal["fail", "skip"] = "fail"  # "skip": counted and listed
     # Compare annotations and images with those that the run began with. False uses the current ones.
     check_data: bool = True
+    data_manifest: str | None = (
+        None  # what data.check --manifest wrote: a run whose data has changed since does not start
+    )
     # Folder of the images' patch features, which the run reads instead; python -m llava_sp.data.precompute writes them.
     precompute_features: str | None = None
     group_by_modality_length: bool = False  # batches of one modality and of similar length
+    # Several samples in one row without padding, balanced over processes; a step has global_batch_size samples as without.
+    packing: bool = False
+    pack_length: Count | None = None  # most tokens in a pack, which sets the memory; default 8 times model_max_length
+
+    @property
+    def longest_pack(self) -> int:
+        """Most tokens in a pack, a multiple of `pad_to_multiple_of`."""
+        length = 8 * self.model_max_length if self.pack_length is None else self.pack_length
+        return length - length % self.pad_to_multiple_of
 
 
 @dataclass
@@ -90,13 +114,22 @@ class TrainArguments(TrainingArguments):
     """Optimization: `transformers.TrainingArguments` and the keys that LLaVA-SP adds."""
 
     stage: str = "pretrain"  # which parts train: an entry of train/stages.py
-    projector_lr: NotNegative | None = None  # default learning_rate; as of any key here that ends in _lr
+    projector_lr: Rate | None = None  # default learning_rate; as of any key here that ends in _lr
     global_batch_size: Count | None = None  # samples per step over all processes; sets gradient_accumulation_steps
     # Time without progress after which the processes exit; null: never.
     watchdog_minutes: Positive | None = 10.0
+    # A step whose loss or gradients are not finite ends the run, or is left out and counted (10 in a row at most).
+    on_non_finite: Literal["stop", "skip"] = "stop"
     include_num_input_tokens_seen: Literal["all", "non_padding", "no"] | bool = "non_padding"
+    # One pass over the largest batch before the first step: what does not fit fails at once.
+    longest_step_first: bool = True
 
     def __post_init__(self) -> None:
+        word = getattr(self, CHECKPOINTING)
+        self.recomputation_is_open = word == "auto"  # until `recompute` is called; all layers till then
+        if isinstance(word, str):
+            number = re.fullmatch(r"every_(\d+)", word)
+            self.recompute(int(number.group(1)) if number else None if word == "none" else 1)
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.tf32 and not is_torch_tf32_available():
@@ -110,11 +143,23 @@ class TrainArguments(TrainingArguments):
             self.data_seed = self.seed
         if self.report_to is None:
             self.report_to = "none"
-        if self.global_batch_size is not None:
-            self.per_device_train_batch_size, self.gradient_accumulation_steps = split_global_batch(
-                self.global_batch_size, self.per_device_train_batch_size, launcher_number("WORLD_SIZE")
-            )
         super().__post_init__()
+
+    def recompute(self, every: int | None) -> None:
+        """Have every n-th decoder layer computed again in the backward pass (1: each; None: none)."""
+        options = {**(getattr(self, f"{CHECKPOINTING}_kwargs") or {})}
+        options.pop("every_n_layers", None)
+        if every is not None and every > 1:
+            options["every_n_layers"] = every
+        for name in (CHECKPOINTING, "gradient_checkpointing"):  # the second mirrors the first
+            setattr(self, name, every is not None)
+            setattr(self, f"{name}_kwargs", options or None)
+
+    @property
+    def recomputed(self) -> int | None:
+        """Every how many decoder layers one is computed again; None: none."""
+        options = getattr(self, f"{CHECKPOINTING}_kwargs") or {}
+        return options.get("every_n_layers", 1) if getattr(self, CHECKPOINTING) else None
 
     @property
     def rates(self) -> dict[str, Any]:
@@ -163,7 +208,15 @@ class Run:
 
         projector = {key: given.get(key, f.default) for key, f in PROJECTOR_SETTINGS.items()}
         model = ModelArguments(**keys_of(ModelArguments), projector=projector)
-        return cls(model, DataArguments(**keys_of(DataArguments)), TrainArguments(**keys_of(TrainArguments)), given)
+        data, train = DataArguments(**keys_of(DataArguments)), keys_of(TrainArguments)
+        whole = train.get("global_batch_size")
+        if data.packing:  # a row is a pack; how many a step takes is planned from the data
+            train["per_device_train_batch_size"] = 1
+        elif whole is not None:
+            per_device = train.get("per_device_train_batch_size", TrainArguments.per_device_train_batch_size)
+            sizes = split_global_batch(whole, per_device, launcher_number("WORLD_SIZE"))
+            train["per_device_train_batch_size"], train["gradient_accumulation_steps"] = sizes
+        return cls(model, data, TrainArguments(**train), given)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -179,7 +232,8 @@ RESERVED_KEY = "provenance"  # in run.yaml: facts about a run, not settings
 # the file that names them.
 FILE_RELATIVE_KEYS = ("deepspeed", "mixture")
 PATH_KEYS = (
-    "mixture", "data_path", "image_folder", "eval_data_path", "eval_image_folder", "output_dir", "precompute_features",
+    "mixture", "data_path", "image_folder", "eval_data_path", "eval_image_folder", "output_dir", "data_manifest",
+    "precompute_features",
 )  # fmt: skip
 # A folder, or a name that is not a path.
 MODEL_KEYS = ("language_model", "vision_tower", "projector_checkpoint", "warm_start")
@@ -207,10 +261,10 @@ def read_keys(path: str | os.PathLike | None, overrides: Sequence[str] | Mapping
         for key in FILE_RELATIVE_KEYS:
             if isinstance(keys.get(key), str):
                 keys[key] = str(file.parent / Path(keys[key]).expanduser())
-        values |= keys
+        _replace(values, keys)
         origin |= dict.fromkeys(keys, str(file))
     words = dict(overrides) if isinstance(overrides, Mapping) else split_command_line(overrides)
-    values |= words
+    _replace(values, words)
     origin |= dict.fromkeys(words, "command line")
 
     known = _specs()
@@ -232,13 +286,23 @@ def read_keys(path: str | os.PathLike | None, overrides: Sequence[str] | Mapping
     name = values.get("deepspeed")
     if isinstance(name, str) and not name.startswith("{"):
         try:
-            values["deepspeed"] = read_json(Path(name).expanduser(), {"zero_optimization?": dict})
+            values["deepspeed"] = read_json(Path(name).expanduser(), DEEPSPEED)
         except ValueError as error:
             raise ValueError(f"{origin['deepspeed']}: deepspeed: {error}") from error
-    for old, new in RENAMED.items():
-        if old in values and new not in values and new in known:
-            values[new] = values.pop(old)
+    for former, name in RENAMED.items():
+        given = [values.pop(known_as) for known_as in (former, name) if known_as in values]
+        if given:  # the former name loses
+            values[name.replace("activation_checkpointing", CHECKPOINTING)] = given[-1]
     return values
+
+
+def _replace(values: dict[str, Any], keys: Mapping[str, Any]) -> None:
+    """Later keys win, also over an earlier one of their former name."""
+    for names in RENAMED.items():
+        if keys.keys() & set(names):
+            for name in names:
+                values.pop(name, None)
+    values |= keys
 
 
 @cache
@@ -254,7 +318,8 @@ def _specs() -> dict[str, Any]:
         for name, f in inherited.items()
         if name in INSTEAD
     }
-    return specs_of(hints | {name: HONOURED[name] for name in inherited if name in HONOURED}) | refused
+    honoured = {name: HONOURED[name] for name in (*inherited, *RENAMED.values()) if name in HONOURED}
+    return specs_of(hints | honoured) | refused
 
 
 def _conflicts(values: Mapping[str, Any], origin: Mapping[str, str]) -> Iterator[str]:
@@ -264,11 +329,42 @@ def _conflicts(values: Mapping[str, Any], origin: Mapping[str, str]) -> Iterator
             yield f"{origin[key]}: {key} is {values[key]!r}; it needs {' or '.join(others)}"
     if values.get("lr_scheduler_kwargs") and values.get("lr_scheduler_type") in ("constant", "constant_with_warmup"):
         yield f"{origin['lr_scheduler_kwargs']}: lr_scheduler_kwargs is set, but {values['lr_scheduler_type']} takes none"
+    word = next((key for key in ("activation_checkpointing", "gradient_checkpointing") if values.get(key)), "")
+    kwargs = next((key for key in values if key in (*RENAMED, *RENAMED.values()) and key.endswith("_kwargs")), "")
+    number = (values.get(kwargs) or {}).get("every_n_layers")
+    if number and isinstance(values.get(word), str):
+        yield (
+            f"{origin[kwargs]}: {kwargs}.every_n_layers is {number}, but {word} is {values[word]!r} ({origin[word]}); "
+            f"set {word} to every_{number}, and no every_n_layers"
+        )
     batch, accumulated = values.get("global_batch_size"), "gradient_accumulation_steps"
     if batch is not None and accumulated in values:
         yield (
             f"{origin[accumulated]}: {accumulated} follows from global_batch_size ({batch}, {origin['global_batch_size']}); "
             "set one of them (--global_batch_size null leaves the accumulation to you)"
         )
+    yield from _packing_conflicts(values, origin)
     if values.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         yield f"{origin['deepspeed']}: deepspeed is set but not installed (pip install deepspeed)"
+
+
+def _packing_conflicts(values: Mapping[str, Any], origin: Mapping[str, str]) -> Iterator[str]:
+    if not values.get("packing"):
+        return
+    where = f"packing is true ({origin['packing']})"
+    if values.get("group_by_modality_length"):
+        key = "group_by_modality_length"
+        yield f"{origin[key]}: {key} is true, and {where}: a pack has no padding to save; set one of them to false"
+    if (size := values.get("per_device_train_batch_size", 1)) != 1:
+        key = "per_device_train_batch_size"
+        yield (
+            f"{origin[key]}: {key} is {size}, and {where}: a forward pass takes one pack, of pack_length tokens at most; "
+            f"set {key} to 1 (and pack_length for the memory), or packing to false"
+        )
+    if (attention := values.get("attn_implementation")) not in (None, *KEEP_APART):
+        yield (
+            f"{origin['attn_implementation']}: attn_implementation is {attention!r}, and {where}: it is not known to keep the "
+            f"samples of a pack apart; null chooses, and {', '.join(KEEP_APART)} do"
+        )
+    elif attention == "flex_attention" and not torch.accelerator.is_available():
+        yield f"{origin['attn_implementation']}: attn_implementation is {attention!r}: it cannot train on a CPU; use sdpa"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -20,6 +21,7 @@ Count = Annotated[int, whole(1)]
 Multiple = Annotated[int, whole(1, 1024)]
 Seed = Annotated[int, whole(0, 2**32 - 1)]
 Positive = Annotated[float, POSITIVE]
+Rate = Annotated[float, Check(lambda rate: 0 <= rate <= 1000, "a number from 0 to 1000", float)]
 NotNegative = Annotated[float, NOT_NEGATIVE]
 Share = Annotated[float, SHARE]
 Text = Annotated[str, TEXT]
@@ -33,7 +35,22 @@ def _is_count(number: float) -> bool:
 _STEPS = "a whole number of steps, or a share of all steps below 1"
 Steps = Annotated[float, Check(lambda n: 0 < n < 1 or _is_count(n), f"{_STEPS}, above 0", float)]
 _RECOMPUTING = {"use_reentrant?": bool, "preserve_rng_state?": bool, "every_n_layers?": whole(1), "offload?": bool}
+DEEPSPEED = Check(bool, "an object with settings", {"zero_optimization?": dict})  # an empty one would be no DeepSpeed
 Recomputing = Annotated[dict, only(_RECOMPUTING)]
+
+
+# Which decoder layers are computed again in the backward pass instead of being kept
+Recomputed = (
+    bool
+    | Annotated[
+        str,
+        Check(
+            re.compile(r"auto|full|none|every_[1-9]\d{0,2}").fullmatch,
+            "auto, full, none or every_N (every N-th layer, such as every_4)",
+            str,
+        ),
+    ]
+)
 
 
 def _is_tracker(name: object) -> bool:
@@ -62,7 +79,7 @@ HONOURED: dict[str, Any] = {
     "per_device_train_batch_size": Count,
     "gradient_accumulation_steps": Count,
     # how it learns
-    "learning_rate": NotNegative,
+    "learning_rate": Rate,
     "lr_scheduler_type": Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
         "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
@@ -83,14 +100,14 @@ HONOURED: dict[str, Any] = {
     "bf16": bool,
     "tf32": bool | None,
     "use_cpu": bool,
-    "activation_checkpointing": bool | None,
+    "activation_checkpointing": Recomputed | None,
     "activation_checkpointing_kwargs": Recomputing | None,
-    "gradient_checkpointing": bool | None,
+    "gradient_checkpointing": Recomputed | None,
     "gradient_checkpointing_kwargs": Recomputing | None,
     "torch_empty_cache_steps": Count | None,
     "use_liger_kernel": bool,
     # processes
-    "deepspeed": Annotated[Any, (dict, Check(lambda text: "{" not in text, "the name of a file", TEXT), None)],
+    "deepspeed": Annotated[Any, (DEEPSPEED, Check(lambda text: "{" not in text, "the name of a file", TEXT), None)],
     "ddp_backend": Literal["nccl", "gloo", "mpi", "xccl", "hccl", "cncl", "mccl"] | None,
     "ddp_broadcast_buffers": bool | None,
     "ddp_bucket_cap_mb": Count | None,
@@ -216,6 +233,8 @@ NEEDS = {
     "eval_image_folder": ("eval_data_path",),
     "eval_on_start": ("eval_data_path", "validation_fraction"),
     "eval_strategy": ("eval_data_path", "validation_fraction"),
+    "pack_length": ("packing",),
+    "packing": ("global_batch_size",),
 }
 
 

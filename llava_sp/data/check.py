@@ -27,25 +27,22 @@ if TYPE_CHECKING:
     from llava_sp.data.dataset import ConversationDataset
 
 
-class _Look:
-    """`[i]` is `(i, tokens, tokens before cutting, learned tokens, images, image marks, reason it is bad or "")`."""
+class _Images:
+    """`[i]` is why the images of the sample `indices[i]` cannot be used, or ""."""
 
-    def __init__(self, dataset: ConversationDataset):
-        self.dataset = dataset
+    def __init__(self, dataset: ConversationDataset, indices: list[int]):
+        self.dataset, self.indices = dataset, indices
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[int, int, int, int, int, int, str]:
+    def __getitem__(self, place: int) -> str:
+        index = self.indices[place]
         try:
-            conversation = self.dataset.conversation(index)
-            encoded = self.dataset.encode(conversation)
-            self.dataset.load_images(index, conversation)
+            self.dataset.load_images(index, self.dataset.conversation(index))
         except BadSample as error:
-            return index, 0, 0, 0, 0, 0, str(error)
-        learned = sum(label >= 0 for label in encoded.labels)
-        marks = sum(turn["content"].count(IMAGE_MARK) for turn in conversation.turns)
-        return index, len(encoded.input_ids), encoded.uncut, learned, len(conversation.images), marks, ""
+            return str(error)
+        return ""
 
 
 @dataclass
@@ -62,27 +59,39 @@ class Findings:
 
 def look_at_all(dataset: ConversationDataset, workers: int = 0) -> Findings:
     """Check every record of `dataset` once; bad samples are listed, not raised."""
+    import numpy as np
     from torch.utils.data import DataLoader
     from tqdm import tqdm
 
+    from llava_sp.data.lengths import COLUMNS, measure
+
     dataset = dataset.distinct()
-    findings = Findings()
-    looks: Any = _Look(dataset)
-    loader: DataLoader = DataLoader(looks, batch_size=32 if workers else 1, num_workers=workers, collate_fn=list)
-    with tqdm(total=len(dataset), unit="sample", disable=None) as progress:
-        for batch in loader:
-            for index, tokens, uncut, learned, images, marks, reason in batch:
-                if reason:
-                    file, record = dataset.origin(index)
-                    findings.bad.append({"file": file, "index": record, "reason": reason})
-                    continue
-                findings.tokens.append(tokens)
-                findings.cut += uncut > tokens
-                findings.learned += learned
-                findings.with_image += images > 0
-                findings.spelled += marks > images == 0
-            progress.update(len(batch))
-    return findings
+    files = measure(dataset, workers)
+    column = {name: dataset.per_sample([getattr(file, name) for file in files]) for name in COLUMNS}
+    reasons = {index: files[source].reasons[record] for index, source, record in dataset.places(column["tokens"] == 0)}
+    with_image = np.flatnonzero((column["tokens"] > 0) & (column["images"] > 0)).tolist()
+    images: Any = _Images(dataset, with_image)
+    loader: DataLoader = DataLoader(images, batch_size=32 if workers else 1, num_workers=workers, collate_fn=list)
+    found = (reason for batch in loader for reason in batch)
+    for index, reason in tqdm(
+        zip(with_image, found), total=len(with_image), unit="sample", desc="images", disable=None
+    ):
+        if reason:
+            reasons[index] = reason
+    bad = []
+    for index in sorted(reasons):
+        file, record = dataset.origin(index)
+        bad.append({"file": file, "index": record, "reason": reasons[index]})
+    good = np.setdiff1d(np.arange(len(dataset)), list(reasons))
+    tokens, uncut, learned, images_of, marks = (column[name][good] for name in COLUMNS)
+    return Findings(
+        bad=bad,
+        tokens=tokens.tolist(),
+        cut=int((uncut > tokens).sum()),
+        learned=int(learned.sum()),
+        with_image=int((images_of > 0).sum()),
+        spelled=int(((marks > 0) & (images_of == 0)).sum()),
+    )
 
 
 def summary(findings: Findings, limit: int, show: int) -> str:
@@ -110,7 +119,7 @@ def summary(findings: Findings, limit: int, show: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("llava_sp.data.check", __doc__)
-    parser.add_argument("--config", required=True, help="training YAML")
+    parser.add_argument("--config", type=Path, required=True, help="training YAML")
     parser.add_argument(
         "--workers", type=fitting(whole(0, 1024)), default=min(8, os.cpu_count() or 1), help="reading processes"
     )

@@ -7,6 +7,7 @@ an image is never cut.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,17 +93,27 @@ class ConversationDataset(Dataset):
             raise IndexError(f"sample {index} of {len(self)}")
         tries, reason = min(MAX_SKIPS, len(self)), ""
         for offset in range(tries):
-            place = (index + offset) % len(self)
-            try:
-                return self._sample(place)
-            except BadSample as error:
-                if self.on_bad_sample == "fail":
-                    raise BadSample(f"{self.where(place)}: {error}") from error
-                reason = reason or str(error)
-                self.report.add("skipped", *self.origin(place), reason=str(error))
+            sample, why = self.sample_or_reason((index + offset) % len(self))
+            if sample is not None:
+                return sample
+            reason = reason or why
         every = " (which is every one)" if tries == len(self) else ""
         bad = f"{counted(tries, 'bad sample')} in a row from {self.where(index)} on{every}"
         raise BadSample(f"{bad}; {self.report.path} lists them. The first: {reason}")
+
+    def sample_or_reason(self, index: int) -> tuple[dict[str, torch.Tensor] | None, str]:
+        """`(sample, "")`, or None and why it is skipped, which is listed. Raises `BadSample` if bad samples are not skipped."""
+        try:
+            return self._sample(index), ""
+        except BadSample as error:
+            self.skip(index, str(error))
+            return None, str(error)
+
+    def skip(self, index: int, reason: str) -> None:
+        """List sample `index` as skipped. Raises `BadSample` if bad samples are not skipped."""
+        if self.on_bad_sample == "fail":
+            raise BadSample(f"{self.where(index)}: {reason}")
+        self.report.add("skipped", *self.origin(index), reason=reason)
 
     def _sample(self, index: int) -> dict[str, torch.Tensor]:
         conversation = self.conversation(index)
@@ -171,10 +182,34 @@ class ConversationDataset(Dataset):
                     continue
         return None
 
+    def largest(self, number: int, tokens: int | None = None) -> list[dict[str, torch.Tensor]]:
+        """The good samples with most tokens by estimate: at most `number`, with at most `tokens` together. If none of them has
+        images, the sample with most takes the place of the last, so that they have all that a batch may hold."""
+        lengths, words = np.array(self.lengths), np.abs(self.modality_lengths)
+        found: list[dict[str, torch.Tensor]] = []
+        for order in (np.argsort(-lengths, kind="stable"), np.argsort(words - lengths, kind="stable")):
+            for place in order[: 4 * number].tolist():
+                if len(found) == number:
+                    break
+                with contextlib.suppress(BadSample):
+                    sample = self._sample(place)
+                    together = sum(len(one["input_ids"]) for one in (*found, sample))
+                    if tokens is None or together <= tokens:
+                        found.append(sample)
+            if any("pixel_values" in sample for sample in found) or not (lengths > words).any():
+                break
+            found = found[:-1]
+        return found
+
     def where(self, index: int) -> str:
         """File and record of sample `index`, for messages."""
         file, record = self.origin(index)
         return f"{file}, record {record}"
+
+    def places(self, chosen: np.ndarray) -> list[tuple[int, int, int]]:
+        """`(sample, source, record)` of the samples for which `chosen` is true."""
+        samples = np.flatnonzero(chosen)
+        return [(index, *row) for index, row in zip(samples.tolist(), self._table[samples].tolist())]
 
     def origin(self, index: int) -> tuple[str, int]:
         source, record = self._table[index]
@@ -182,29 +217,31 @@ class ConversationDataset(Dataset):
 
     @property
     def lengths(self) -> list[int]:
-        """Estimated tokens of each sample: words, counted as in LLaVA, plus image tokens.
-
-        Tokenizing for exact lengths takes minutes at 665,000 records and changes only how similar the lengths in a
-        batch are; `python -m llava_sp.data.check` gives the exact ones.
-        """
-        words = self._per_sample([file.words for file in self.files])
-        images = self._per_sample([file.image_counts for file in self.files])
+        """Estimated tokens of each sample: words, counted as in LLaVA, plus image tokens; `data.lengths` has the exact ones."""
+        words = self.per_sample([file.words for file in self.files])
+        images = self.per_sample([file.image_counts for file in self.files])
         return np.maximum(words + images * self.processor.num_image_tokens, 1).tolist()
 
     @property
     def modality_lengths(self) -> list[int]:
         """LLaVA's: words, negative for a sample without images. For `ModalityLengthSampler`."""
-        words = np.maximum(self._per_sample([file.words for file in self.files]), 1)
-        images = self._per_sample([file.image_counts for file in self.files])
+        words = np.maximum(self.per_sample([file.words for file in self.files]), 1)
+        images = self.per_sample([file.image_counts for file in self.files])
         return np.where(images > 0, words, -words).tolist()
 
-    def _per_sample(self, columns: list[np.ndarray]) -> np.ndarray:
+    def per_sample(self, columns: Sequence[np.ndarray]) -> np.ndarray:
+        """A column of each file, [records], as one of all samples."""
         starts = np.cumsum([0] + [len(column) for column in columns[:-1]])
         return np.concatenate(columns)[starts[self._table[:, 0]] + self._table[:, 1]].astype(np.int64)
 
     def distinct(self) -> ConversationDataset:
         """The same dataset with each record once, regardless of its weight."""
         return self._with_table(np.unique(self._table, axis=0))
+
+    def whole_file(self, source: int) -> ConversationDataset:
+        """Every record of one source's file once."""
+        records = np.arange(len(self.files[source]))
+        return self._with_table(np.stack([np.full_like(records, source), records], axis=1))
 
     def split(self, fraction: float, seed: int = 0) -> tuple[ConversationDataset, ConversationDataset]:
         """(training, validation): `fraction` of the records is kept for validation, each record on one side only.

@@ -6,6 +6,7 @@ a long image), sides in a ratio of at most `MAX_RATIO`.
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
@@ -21,6 +22,11 @@ from llava_sp.data.annotations import BadSample
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a GiB as RGB
 MAX_SIDE = 16_384
 MAX_RATIO = 200
+
+# Errors of the storage or of this process, which say nothing about a file.
+_NOT_THE_FILE = frozenset(
+    (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.ENODEV, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+)  # fmt: skip
 
 # Raised by Pillow's decoders on broken files.
 _BROKEN = (
@@ -48,9 +54,25 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
 
     Raises:
         BadSample: the file is outside the folder, missing, empty, not an image, too large, or damaged.
+        OSError: the folder itself is gone or empty, as when its file system is no longer mounted, or cannot be read.
     """
     path = image_path(folder, name)
-    return decode_image(path, f"image {path}")
+    try:
+        return decode_image(path, f"image {path}")
+    except BadSample:
+        if not path.exists() and not _holds_files(folder):
+            raise OSError(
+                f"the image folder {folder} is gone or empty (is its file system mounted?); no sample is to blame. "
+                "Make it available; the same command goes on"
+            ) from None
+        raise
+
+
+def _holds_files(folder: str | os.PathLike) -> bool:
+    try:
+        return any(True for _ in Path(folder).iterdir())
+    except OSError:
+        return False
 
 
 def decode_image(source: Path | bytes, what: str) -> Image.Image:
@@ -71,6 +93,9 @@ def decode_image(source: Path | bytes, what: str) -> Image.Image:
     except BadSample:
         raise
     except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
+            advice = "the storage or this process fails, not the image; the same command goes on when that is mended"
+            raise OSError(f"{what} cannot be read: {error.strerror} ({advice})") from error
         raise BadSample(f"{what} {_reason(source, error)}") from error
 
 

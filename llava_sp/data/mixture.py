@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_sp.common.schema import POSITIVE, Check, expect_all, only
+from llava_sp.common.schema import Check, expect_all, only
 from llava_sp.config.files import read_yaml
 
 PATH = Check(lambda path: isinstance(path, (str, os.PathLike)) and path != "", "a path")
@@ -23,7 +23,7 @@ ENTRY = only(
     {
         "annotations": PATH,
         "images?": (PATH, None),
-        "weight?": POSITIVE,
+        "weight?": Check(lambda weight: 0 < weight <= 1000, "a number above 0, at most 1,000", float),
     }
 )
 

@@ -100,7 +100,7 @@ def show(dataset: ConversationDataset, index: int, folder: Path, marks: tuple[st
 
 def main(arguments: list[str] | None = None) -> int:
     parser = command_parser("llava_sp.data.preview", __doc__)
-    parser.add_argument("--config", required=True, help="training YAML")
+    parser.add_argument("--config", type=Path, required=True, help="training YAML")
     parser.add_argument("--index", type=natural, default=0, help="which sample")
     parser.add_argument("--output", type=Path, default=Path("preview"), help="folder for the images")
     options, overrides = parser.parse_known_args(arguments)

@@ -7,9 +7,10 @@ by length inside, split so that the processes' loads are similar, and the megaba
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import DistributedSampler, Sampler
 
 from llava_sp.common.files import counted
 
@@ -73,3 +74,27 @@ class ModalityLengthSampler(Sampler[int]):
             batches[lightest].append(index)
             loads[lightest] += abs(int(self.lengths[index]))
         return [index for batch in batches for index in batch]
+
+
+class WholeSteps(Sampler[int]):
+    """The order of another sampler, continued from its beginning to a whole number of steps.
+
+    Without it the last step of an epoch depends on the number of processes: accelerate fills up what each one needs.
+    """
+
+    def __init__(self, order: ModalityLengthSampler | DistributedSampler, samples_per_step: int):
+        self.order, self.samples_per_step = order, samples_per_step
+
+    @property
+    def epoch(self) -> int:
+        return self.order.epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        self.order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.samples_per_step) * self.samples_per_step
+
+    def __iter__(self) -> Iterator[int]:
+        indices = list(self.order)
+        return islice(cycle(indices), len(self))

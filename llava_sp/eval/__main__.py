@@ -21,20 +21,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llava_sp.common.command import command_parser, run_command
+from llava_sp.common.command import command_parser, in_quotes, run_command
+from llava_sp.common.files import read_json
 from llava_sp.common.processes import USER_ERRORS, Processes
 from llava_sp.common.provenance import now, versions
 from llava_sp.eval.base import Benchmark
-from llava_sp.eval.cli import INTERRUPTED, default_data, make_parser
+from llava_sp.eval.cli import INTERRUPTED, default_data, make_parser, watched
 from llava_sp.eval.report.table import Row, Table
 from llava_sp.eval.run.output import exclusive
 from llava_sp.eval.run.registry import benchmark_names, load_benchmark
 
 if TYPE_CHECKING:
+    from llava_sp.common.watchdog import Watchdog
     from llava_sp.inference import Engine
 
 _SINGLE = ("--model", "--data", "--output", "--answers", "--validate", "--images", "--split")  # not to be passed on
@@ -74,12 +76,14 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
     from llava_sp.eval.run.evaluate import open_engine  # torch and transformers from here on
 
     with Processes.from_environment().group() as processes, ExitStack() as stack:
+        watch = stack.enter_context(watched(output, processes, known[present[0]]))
+        watch.progress(0, "reading the checkpoint", patient=True)
         engine = open_engine(args.model, known[present[0]], processes)
-        with processes.together():
+        with watch.together():
             engine.processor()  # a checkpoint that cannot be opened is reported before anything else
             if processes.is_main:
                 stack.enter_context(exclusive(output))
-        rows = _rows(present, args, known, output, engine, processes)
+        rows = _rows(present, args, known, output, engine, watch)
         if not processes.is_main:
             return 0
         if absent:
@@ -92,7 +96,18 @@ def _report(table: Table, output: Path) -> int:
     """Writes and prints the table; the exit status."""
     from llava_sp.eval.report.html import write_report
 
+    file, held = output / "results.json", {}
+    with suppress(ValueError, OSError):  # none yet, or damaged: it is replaced
+        held = read_json(file, {"benchmarks": dict})["benchmarks"]
     table.write(output)
+    given = {row.benchmark.name for row in table.rows}
+    left_out = [name for name in benchmark_names() if name in held and name not in given]
+    if left_out:
+        print(
+            f"note: {file} held {', '.join(left_out)} too, whose folders are unchanged; one table of all, from the "
+            f"answers in them: --only {' '.join(name for name in benchmark_names() if name in given.union(left_out))}",
+            file=sys.stderr,
+        )
     print("\n" + table.text())
     for note in table.notes:
         print(f"  {note}")
@@ -119,7 +134,7 @@ def _arguments(
         parsed[cls], left = make_parser(cls).parse_known_args([*rest, *protocol, "--model", args.model])
         unknown &= set(left)
     if unknown:
-        raise ValueError(f"unknown arguments: {' '.join(argument for argument in rest if argument in unknown)}")
+        raise ValueError(f"unknown arguments: {in_quotes(argument for argument in rest if argument in unknown)}")
     return parsed
 
 
@@ -140,7 +155,7 @@ def _rows(
     known: dict[type[Benchmark], argparse.Namespace],
     output: Path,
     engine: Engine,
-    processes: Processes,
+    watch: Watchdog,
 ) -> list[Row]:
     from llava_sp.eval.run.evaluate import evaluate
 
@@ -148,11 +163,11 @@ def _rows(
     for cls in classes:
         folder = output / cls.name
         try:
-            outcome = evaluate(cls, known[cls], default_data(cls, args.data), folder, engine, processes)
+            outcome = evaluate(cls, known[cls], default_data(cls, args.data), folder, engine, watch)
         except USER_ERRORS as error:
             if args.traceback:
                 raise
-            if processes.is_main:
+            if watch.here.is_main:
                 print(f"error: {cls.name}: {error}", file=sys.stderr)
             rows.append(Row(cls, note=f"not run: {error}"))
             continue

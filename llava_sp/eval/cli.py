@@ -7,8 +7,8 @@
 Every score has a protocol: whose prompts, generation settings and scoring rule. `--protocol` chooses; where there
 are several, `scored_as` in metrics.json holds the score of the same answers under each one's scoring rule.
 
-Under `torchrun`, `accelerate launch` or `deepspeed` the questions are shared among the processes. The same command again
-continues where the last one stopped. What it writes:
+Under `torchrun`, `accelerate launch` or `deepspeed` the questions are shared among the processes; where one hangs, all end
+and name it (`--watchdog-minutes`). The same command again continues where the last one stopped. What it writes:
 
     O/metrics.json     score (the headline figure as published), categories, metrics (all other figures), provenance
     O/per_item.jsonl   the score of each item
@@ -30,13 +30,15 @@ from llava_sp.checkpoints.reading.places import checkpoints_hint
 from llava_sp.common.command import check_arguments, command_parser, count, fitting, run_command, seed, temperature
 from llava_sp.common.files import sha256
 from llava_sp.common.processes import Processes
-from llava_sp.common.schema import whole
+from llava_sp.common.schema import Check, whole
+from llava_sp.common.watchdog import Watchdog
 from llava_sp.eval.base import Benchmark
 from llava_sp.eval.inputs.checks import first_folder
 from llava_sp.eval.run.output import check_output, exclusive, finish, load_items, provenance
 
 DEFAULT_MODEL = "llava-sp-7b-cropping-lora"  # what configs/finetune_lora_7b_cropping.yaml writes, below the runs folder
 QUICKSTART = "bash scripts/quickstart.sh"
+MINUTES = Check(lambda number: 0 <= number <= 10**6, "a number of minutes, at most 1,000,000, or 0: never", float)
 INTERRUPTED = "interrupted; the same command continues from here"
 
 
@@ -83,6 +85,14 @@ def make_parser(benchmark: type[Benchmark]) -> argparse.ArgumentParser:
     add("--language-model", help="language model of an adapter checkpoint, if it was moved")
     add("--vision-tower", help="vision tower of an adapter checkpoint, if it was moved")
     add("--local_rank", "--local-rank", type=fitting(whole(-1)), help=argparse.SUPPRESS)  # some launchers pass it
+    add(
+        "--watchdog-minutes",
+        "--watchdog_minutes",
+        metavar="MINUTES",
+        type=fitting(MINUTES),
+        default=10.0,
+        help="several processes end after this time without progress of any; a batch must take less (default 10; 0: never)",
+    )
     benchmark.add_arguments(parser)
     return parser
 
@@ -133,8 +143,13 @@ def _run(benchmark_class: type[Benchmark], args: argparse.Namespace) -> None:
 
     from llava_sp.eval.run.evaluate import evaluate, open_engine  # torch and transformers from here on
 
-    with Processes.from_environment().group() as processes:
-        evaluate(benchmark_class, args, data, output, open_engine(model, args, processes), processes)
+    with Processes.from_environment().group() as processes, watched(output, processes, args) as watch:
+        evaluate(benchmark_class, args, data, output, open_engine(model, args, processes), watch)
+
+
+def watched(output: Path, processes: Processes, args: argparse.Namespace) -> Watchdog:
+    """A watchdog for the processes that write into `output`."""
+    return Watchdog(output / ".alive", processes, args.watchdog_minutes or None)
 
 
 def _find_inputs(benchmark: type[Benchmark], args: argparse.Namespace, needs_model: bool = False) -> tuple[str, Path]:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 RESAMPLES = 2000
 _ROUNDING = 0.011  # of headlines
 _METRICS = {
-    "score": (float, None),
+    "score": (NUMBER, None),
     "metrics": {"judge?": ({"model": str, "prompt": str}, None)},
     "provenance": {"benchmark": str, "protocol": str, "split": (str, None), "count": int, "questions?": str},
 }

@@ -85,9 +85,10 @@ class QBench(Benchmark):
             [file.parent / "images", data / "images", data / "LLVisionQA-QBench" / "images", file.parent]
         )
         items = [_item(number, question, folder, file) for number, question in enumerate(questions)]
-        lost = [item.id for item in items if item.reference is None]
-        if lost and len(lost) < len(items):
-            raise ValueError(f"{file}: {len(lost)} of {len(items)} questions have no correct_ans ({examples(lost)})")
+        for key in ("correct_ans", "type", "concern"):  # all or none
+            lost = [number for number, question in enumerate(questions) if question.get(key) is None]
+            if lost and len(lost) < len(items):
+                raise ValueError(f"{file}: {len(lost)} of {len(items)} questions have no {key} ({examples(lost)})")
         return items
 
     def prompt(self, item: Item) -> str:

@@ -58,6 +58,7 @@ FILES = {
     split: (f"llava_vqav2_mscoco_{name}.jsonl", f"v2_OpenEnded_mscoco_{name}_questions.json")
     for split, name in SUBTYPES.items()
 }
+ANNOTATIONS_FILE = "v2_mscoco_{}_annotations.json"
 ANSWER_TYPES = ("yes/no", "number", "other")  # in the order of the published tables
 
 QUESTIONS = {"questions": some({"question_id": ID, "image_id": int, "question": str})}
@@ -77,7 +78,14 @@ class VQAv2(AccuracyBenchmark):
     submission_ids: Sequence[int | str] = ()  # set by load: what the server wants answered
 
     def load(self, data: Path) -> list[Item]:
-        self.split, _ = find_split(data, FILES, self.split, "VQAv2 questions")
+        asked = self.split
+        self.split, _ = find_split(data, FILES, asked, "VQAv2 questions")
+        scored = find(data, *(ANNOTATIONS_FILE.format(SUBTYPES[split]) for split in ("val", "train")))
+        if asked is None and self.split.startswith("test") and scored:
+            raise ValueError(
+                f"{data} has no questions to the answers in {scored[0].name}; --split {self.split} takes those that only the "
+                "server can score"
+            )
         file, questions = self._questions(data, self.split)
         self.submission_ids = list(questions)
         if self.split == "test-dev" and find(data, *FILES["test"]):
@@ -91,7 +99,7 @@ class VQAv2(AccuracyBenchmark):
                 )
         annotations: dict[int | str, Any] = {}
         if not self.split.startswith("test"):
-            name = f"v2_mscoco_{SUBTYPES[self.split]}_annotations.json"
+            name = ANNOTATIONS_FILE.format(SUBTYPES[self.split])
             annotation_file = find_one(data, name, what=f"answers to the questions of {self.split}")
             records = self.read_json(annotation_file, ANNOTATIONS)["annotations"]
             ids = [record["question_id"] for record in records]

@@ -22,6 +22,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_llava_sp import LlavaSPConfig
 from .opening import needed_formats, other_formats
+from .packed_attention import keep_apart
 from .projector import SpatialProjector, reset_parameters
 
 IGNORE_INDEX = -100
@@ -138,7 +139,10 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
         blank_image: bool = False,
         **kwargs,
     ) -> LlavaModelOutputWithPast:
-        """See `LlavaSPForCausalLM.forward`; `blank_image` runs an empty image when the batch has none."""
+        """See `LlavaSPForCausalLM.forward`; `blank_image` runs an empty image when the batch has none.
+
+        Samples may share a row (a pack): `position_ids` then start again at 0 with each, without an `attention_mask`.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if input_ids is None and pixel_values is not None:
@@ -159,13 +163,11 @@ class LlavaSPModel(LlavaSPPreTrainedModel, LlavaModel):
                 inputs_embeds.device, inputs_embeds.dtype
             )
 
+        options = {"attention_mask": attention_mask, "past_key_values": past_key_values, **kwargs}
+        if attention_mask is None and past_key_values is None and position_ids is not None and position_ids.ndim == 2:
+            options |= keep_apart(position_ids, self.language_model.config._attn_implementation)
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-            return_dict=True,
+            inputs_embeds=inputs_embeds, position_ids=position_ids, **options, return_dict=True
         )
         return LlavaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -210,6 +212,8 @@ class LlavaSPForCausalLM(LlavaSPPreTrainedModel, LlavaForConditionalGeneration):
         Args:
             input_ids: [B, L], with `num_image_tokens` placeholders where each image belongs.
             pixel_values: [images of the whole batch, 3, H, W] in the order of their placeholders; `None` for text.
+            position_ids: [B, L]; positions that start again at 0 begin another sample of a pack (no attention_mask then),
+                whose first label must be -100.
             labels: [B, L], aligned with `input_ids` (not shifted), -100 where nothing is learned. The language head
                 then runs at the learned positions only, and `logits` is `None` unless `logits_to_keep` asks for them.
             logits_to_keep: how many positions, from the end, get logits (0 = all), or their indices.

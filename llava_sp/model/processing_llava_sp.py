@@ -398,14 +398,14 @@ class LlavaSPProcessor(LlavaProcessor):
         bos = self.tokenizer.bos_token
         starts_itself = not add_special_tokens or (bos is not None and text.startswith(bos))
         tokens = [] if starts_itself else [Token(token, IGNORE_INDEX, 0, 0) for token in self._encoder.prefix]
-        start = 0
+        start, padding = 0, self.pad_token_id
         for index, chunk in enumerate(text.split(self.image_token) if images else [text]):
             if index:
                 mark = Token(self.image_token_id, IGNORE_INDEX, start - len(self.image_token), start)
                 tokens += [mark] * self.num_image_tokens
             for token, first, last in self._encoder.encode(chunk, spell=not images):
                 first, last = start + first, start + last
-                known = any(learned[first : max(last, first + 1)]) and token != self.pad_token_id
+                known = any(learned[first : max(last, first + 1)]) and token != padding
                 tokens.append(Token(token, token if known else IGNORE_INDEX, first, last))
             start += len(chunk) + len(self.image_token)
         return tokens

@@ -90,6 +90,8 @@ class TextEncoder:
         else:
             encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             ids, places = encoded["input_ids"], encoded["offset_mapping"]
+        if not doubled:
+            return [(token, first, last) for token, (first, last) in zip(ids, places, strict=True)]
         inserted = [position + index for index, position in enumerate(doubled)]
 
         def original(position: int) -> int:

@@ -14,10 +14,12 @@ from llava_sp import LlavaSPForCausalLM
 from llava_sp.checkpoints.opening.adapter import load_projector
 from llava_sp.checkpoints.opening.warm_start import start_from
 from llava_sp.config.arguments import ModelArguments, Run, TrainArguments
+from llava_sp.model.packed_attention import PER_SAMPLE, can_attend_per_sample
 from llava_sp.train.kernels import use_liger
 from llava_sp.train.stages import STAGES, apply_stage, table
 
 SCRATCH = "scratch"
+LANGUAGE_ONLY = ("flex_attention", PER_SAMPLE)  # attention implementations that the tower's few tokens do not need
 logger = logging.getLogger(__name__)
 
 
@@ -25,7 +27,8 @@ def build_model(run: Run) -> LlavaSPForCausalLM:
     """Backbones, LoRA if the stage trains it, projector (fresh, a warm start's patch MLP, or stage 1's whole one); frozen as
     the stage requires."""
     arguments, args = run.model, run.train
-    options = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
+    attention = arguments.attn_implementation
+    options = {"attn_implementation": attention} if attention and attention not in LANGUAGE_ONLY else {}
     model = LlavaSPForCausalLM.from_backbones(
         language_model=arguments.language_model,
         vision_tower=arguments.vision_tower,
@@ -34,6 +37,11 @@ def build_model(run: Run) -> LlavaSPForCausalLM:
         seed=args.seed,
         **options,
     )
+    language = model.model.language_model
+    if attention in LANGUAGE_ONLY:
+        language.set_attn_implementation(str(attention))
+    elif attention is None and run.data.packing and can_attend_per_sample(language):
+        language.set_attn_implementation(PER_SAMPLE)
     if "lora" in STAGES[args.stage]:
         add_lora(model, arguments, args.seed)
     if arguments.warm_start is not None:
@@ -52,16 +60,19 @@ def build_model(run: Run) -> LlavaSPForCausalLM:
 def add_lora(model: LlavaSPForCausalLM, arguments: ModelArguments, seed: int = 0) -> None:
     """LoRA on the named linear layers of the language model, nowhere else; the same weights for the same seed.
 
-    Raises ValueError for a name that the language model does not have.
+    Raises ValueError for a name that the language model does not have, and a rank that none of its layers can have.
     """
-    linear = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.model.language_model.named_modules()
-        if isinstance(module, nn.Linear)
-    }
+    linear: dict[str, int] = {}  # name -> the largest rank that a layer of this name can have
+    for name, module in model.model.language_model.named_modules():
+        if isinstance(module, nn.Linear):
+            leaf = name.rsplit(".", 1)[-1]
+            linear[leaf] = max(linear.get(leaf, 0), min(module.in_features, module.out_features))
     unknown = [name for name in arguments.lora_target_modules if name not in linear]
     if unknown:
         raise ValueError(f"lora_target_modules names {', '.join(unknown)}; the model has {', '.join(sorted(linear))}")
+    largest = max((linear[name] for name in arguments.lora_target_modules), default=arguments.lora_r)
+    if arguments.lora_r > largest:
+        raise ValueError(f"lora_r is {arguments.lora_r}; it must be at most {largest}, the largest rank of a layer")
     leaves = "|".join(map(re.escape, arguments.lora_target_modules))
     config = LoraConfig(
         r=arguments.lora_r,

@@ -7,15 +7,31 @@ from pathlib import Path
 from llava_sp.common.files import identity, read_json, sha256, write_json
 
 FILE_LIST = "files.json"
+FORMAT = 2  # of a checkpoint's files; to be raised when a run can no longer resume from older ones. 1 had no number
 _LISTED = {"bytes": int, "sha256": str}
-_SPEC = {"checkpoint": str, "files": {str: _LISTED}}
+_SPEC = {"checkpoint": str, "format": int, "files": {str: _LISTED}}
 
 
 def write_file_list(folder: Path) -> None:
     """List every file of a checkpoint."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != FILE_LIST)
     listed = {path.relative_to(folder).as_posix(): identity(path) for path in files}
-    write_json(folder / FILE_LIST, {"checkpoint": folder.name, "files": listed})
+    write_json(folder / FILE_LIST, {"checkpoint": folder.name, "format": FORMAT, "files": listed})
+
+
+def check_format(folder: Path) -> None:
+    """Raises `ValueError` for a checkpoint of another version; a damaged one passes, and `damage` names it."""
+    try:
+        listed = read_json(folder / FILE_LIST, {"checkpoint": str, "format?": int, "files": dict})
+    except (ValueError, OSError):
+        return
+    number = listed.get("format", 1)
+    if number != FORMAT:
+        raise ValueError(
+            f"{folder} was written by {'an earlier' if number < FORMAT else 'a later'} version of llava_sp: "
+            f"{folder / FILE_LIST}: format is {number}; this version resumes from format {FORMAT}. Resume with that version, "
+            "or choose another output_dir"
+        )
 
 
 def damage(folder: Path, *names: str) -> str | None:

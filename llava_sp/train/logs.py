@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import resource
 import sys
@@ -16,7 +15,8 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from llava_sp.common.files import parse_json, write_atomic
+from llava_sp.common.files import parse_line, write_atomic
+from llava_sp.common.schema import NUMBER
 from llava_sp.train.run_folder import LOG_FILE, RunFolder
 
 GIB = 2**30
@@ -84,24 +84,29 @@ class JsonLines(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and self.path.is_file():
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = [line for line in lines if _step(line) <= state.global_step and state.global_step > 0]
+            # a run that was stopped has logged its end, too
+            kept = [line for line in lines if _step(line) <= state.global_step and '"train_loss":' not in line]
+            kept = kept if state.global_step else []
             with self.folder.writing(LOG_FILE):
                 write_atomic(self.path, "".join(line + "\n" for line in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
-            record = {"step": state.global_step, "time": round(time.time(), 3), **(logs or {})}
-            with self.folder.writing(LOG_FILE), open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            self.write(state.global_step, logs or {})
+
+    def write(self, step: int, record: dict[str, Any]) -> None:
+        """Append a record. On the main process only: `RunFolder` holds the folder's lock there."""
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **record}) + "\n"
+        with self.folder.writing(LOG_FILE), open(self.path, "a", encoding="utf-8") as file:
+            file.write(line)
 
 
 def _step(line: str) -> float:
-    """The step of a log line; infinity for a damaged line, such as the half that a killed process may leave."""
-    with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-        step = parse_json(line)["step"]
-        if isinstance(step, int):
-            return step
-    return math.inf
+    """The step of a log line; infinity for a damaged one, such as the half that a killed process may leave."""
+    try:
+        return parse_line(line, LOG_FILE, {"step": NUMBER})["step"]
+    except ValueError:
+        return float("inf")
 
 
 class Console(TrainerCallback):

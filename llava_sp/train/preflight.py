@@ -77,15 +77,20 @@ def _warm_start(model: ModelArguments, args: TrainArguments) -> Iterator[str]:
 
 
 def _models(model: ModelArguments) -> Iterator[str]:
-    for key, source in MODEL_SOURCES.items():
-        name = getattr(model, key)
-        if name is None:
-            yield f"{key} is not set: {source}."
-        elif Path(name).is_absolute():  # as every local path is by now
-            if not (Path(name) / "config.json").is_file():
-                yield f"{_named(key, name)}: there is no model (no config.json) in this folder; give {source}."
-        elif reason := _unreachable(name):
-            yield f"{_named(key, name)}: {reason}; give {source}."
+    yield from filter(None, (missing_model(key, getattr(model, key)) for key in MODEL_SOURCES))
+
+
+def missing_model(key: str, name: str | None) -> str | None:
+    """Why the model that `key` names cannot be opened; None if it is there."""
+    source = MODEL_SOURCES[key]
+    if name is None:
+        return f"{key} is not set: {source}."
+    if Path(name).is_absolute():  # as every local path is by now
+        if (Path(name) / "config.json").is_file():
+            return None
+        return f"{_named(key, name)}: there is no model (no config.json) in this folder; give {source}."
+    reason = _unreachable(name)
+    return f"{_named(key, name)}: {reason}; give {source}." if reason else None
 
 
 def _unreachable(name: str) -> str | None:
@@ -152,6 +157,8 @@ def _data(data: DataArguments) -> Iterator[str]:
         if problems:
             problems[-1] += source
         yield from problems
+    if data.data_manifest and not Path(data.data_manifest).is_file():
+        yield f"data_manifest = {data.data_manifest}: there is no such file; python -m llava_sp.data.check --manifest writes it."
     if data.eval_data_path and not Path(data.eval_data_path).is_file():
         yield f"eval_data_path = {data.eval_data_path}: there is no such file."
     if data.eval_data_path and data.validation_fraction:
@@ -202,4 +209,4 @@ def _output(run: Run) -> Iterator[str]:
     if folder in (None, "trainer_output"):
         yield "output_dir is not set: give the folder that this run writes to."
     else:
-        yield from RunFolder(folder).conflicts(run.settings, run.train.world_size, samples_per_step(run.train))
+        yield from RunFolder(folder).conflicts(run.settings, samples_per_step(run.train))

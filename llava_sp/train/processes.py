@@ -5,14 +5,30 @@ from __future__ import annotations
 import os
 import socket
 
-from transformers import TrainerCallback, TrainingArguments
+import psutil
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
 
+from llava_sp.common.processes import launcher_number
 from llava_sp.common.watchdog import Watchdog
+from llava_sp.config.arguments import TrainArguments
 
 
-def samples_per_step(args: TrainingArguments) -> int:
+def samples_per_step(args: TrainArguments) -> int:
     """The samples of one optimizer step, over all processes."""
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return args.global_batch_size or rows  # a row may be a pack
+
+
+def accumulate(args: TrainArguments, steps: int) -> None:
+    """Set `gradient_accumulation_steps` where it is known only after the arguments were made, for DeepSpeed too."""
+    args.gradient_accumulation_steps = steps
+    if args.deepspeed:
+        config = args.hf_deepspeed_config.config
+        config["gradient_accumulation_steps"] = steps
+        config["train_batch_size"] = args.per_device_train_batch_size * steps * args.world_size
+        args.deepspeed_plugin.gradient_accumulation_steps = steps
 
 
 def be_the_only_process() -> None:
@@ -28,7 +44,7 @@ def be_the_only_process() -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 
 
-def start_deepspeed(args: TrainingArguments) -> None:
+def start_deepspeed(args: TrainArguments) -> None:
     """Start the process group that DeepSpeed uses, if it is used: ZeRO-3 needs it to build the model."""
     if not args.deepspeed:
         return
@@ -38,6 +54,11 @@ def start_deepspeed(args: TrainingArguments) -> None:
     from deepspeed.accelerator import get_accelerator
 
     deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), auto_mpi_discovery=False)
+
+
+def is_of_communication(error: RuntimeError) -> bool:
+    """Whether an error comes from the processes' collectives: gloo raises plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 class Watch(TrainerCallback):
@@ -65,3 +86,12 @@ class Watch(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.watchdog.stop()
+
+
+def memory_of_device(kind: str) -> int:
+    """Bytes that this process may use: of its GPU (`kind` "cuda"), or its share of what is free on a CPU's machine."""
+    if kind == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved()
+    own = psutil.Process().memory_info().rss
+    return psutil.virtual_memory().available // launcher_number("LOCAL_WORLD_SIZE") + own

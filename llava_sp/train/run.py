@@ -23,18 +23,24 @@ from llava_sp.common import provenance
 from llava_sp.common.files import is_missing_folder
 from llava_sp.common.processes import FailedHere, Processes, leave_group
 from llava_sp.common.watchdog import Watchdog
-from llava_sp.config.arguments import Run, TrainArguments, read_keys
+from llava_sp.config.arguments import DataArguments, Run, TrainArguments, read_keys
 from llava_sp.data.annotations import BadSample
 from llava_sp.data.build import build_datasets, build_processor
 from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.fingerprint import changes, fingerprint
+from llava_sp.data.manifest import changes_since
+from llava_sp.data.packing import Packs, PackSampler
 from llava_sp.train.build import autocast_casts_back, build_model
+from llava_sp.train.fit import Fit, LongestFirst
 from llava_sp.train.logs import EndWithLauncher
+from llava_sp.train.packing import describe, plan_packs
 from llava_sp.train.preflight import check_inputs
-from llava_sp.train.processes import Watch, be_the_only_process, samples_per_step, start_deepspeed
+from llava_sp.train.processes import Watch, be_the_only_process, is_of_communication, samples_per_step, start_deepspeed
 from llava_sp.train.run_folder import RunFolder, log_position
+from llava_sp.train.signals import StopBySignal
 from llava_sp.train.trainer import Diverged, LlavaSPTrainer, read_run_state
+from llava_sp.train.universal import LoadUniversal, make_universal
 from llava_sp.train.verify import in_words, verify_saved
 
 logger = logging.getLogger("llava_sp.train")
@@ -68,16 +74,22 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
         return {}
     facts = _facts(args)
     checkpoint = folder.join(here, run.settings, facts)
-    if here.world_size > 1 and args.watchdog_minutes is not None:
-        callbacks.append(Watch(Watchdog(folder.path / ".alive", here, 60 * args.watchdog_minutes)))
+    watchdog = Watchdog(folder.path / ".alive", here, args.watchdog_minutes)
+    callbacks.append(Watch(watchdog))
 
     with here.together():
         processor = build_processor(run)
         train_data, eval_data = build_datasets(processor, run)
-    data = _same_data(train_data, checkpoint, here, run.data.check_data)
+    data = same_data(train_data, checkpoint, here, run.data)
+    packs = plan_packs(run, train_data, here) if run.data.packing else None
     if eval_data is not None and args.eval_strategy == "no":  # as often as checkpoints are saved
         args.eval_strategy = IntervalStrategy.STEPS if args.save_strategy == "steps" else IntervalStrategy.EPOCH
         args.do_eval, args.eval_steps = True, args.eval_steps or args.save_steps
+    if checkpoint and args.deepspeed and len(read_run_state(checkpoint)["losses"]) != here.world_size:
+        with here.together():
+            if here.is_main:
+                make_universal(checkpoint)
+        callbacks.append(LoadUniversal(args, checkpoint))
     start_deepspeed(args)
     set_seed(args.seed)
     model = build_model(run)
@@ -85,25 +97,48 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
         check_bases(recognise(checkpoint), model.config)
     assert processor.num_image_tokens == model.config.num_image_tokens, "processor and model disagree"
     assert processor.image_token_id == model.config.image_token_id, "processor and model disagree"
+    collator = Collator(processor.pad_token_id, run.data.pad_to_multiple_of)
+    rows: ConversationDataset | Packs = train_data
+    if packs is None:
+        largest: list[Any] = train_data.largest(args.per_device_train_batch_size)
+    else:
+        rows = Packs(train_data)
+        largest = [rows[packs.largest()]]
+    fit = Fit(run, model.config, collator(largest) if largest else None, here)
+    fit.settle()
     trainer = LlavaSPTrainer(
         model=model,
         args=args,
-        train_dataset=train_data,
+        train_dataset=rows,
         eval_dataset=eval_data,
-        data_collator=Collator(processor.pad_token_id, run.data.pad_to_multiple_of),
+        data_collator=collator,
         processing_class=processor,
         callbacks=callbacks,
         folder=folder,
         provenance=facts,
         data=data,
         group_by_modality_length=run.data.group_by_modality_length,
+        packs=packs,
     )
 
-    _log_plan(args, train_data, eval_data, checkpoint)
+    if args.longest_step_first:
+        trainer.add_callback(LongestFirst(trainer, fit))
+    _log_plan(args, train_data, eval_data, checkpoint, packs)
+    if packs is not None and here.is_main:
+        logger.info(describe(packs, run.data.pad_to_multiple_of))
     start = time.time()
-    advice = "" if run.data.on_bad_sample == "skip" else "\non_bad_sample: skip leaves such samples out"
-    with _training_errors(advice), disable_input_dtype_casting(model, autocast_casts_back(run)):
+    stop = StopBySignal(trainer.accelerator)
+    trainer.add_callback(stop)
+    with (
+        stop.listening(),
+        fit.explained(),
+        _training_errors(run, watchdog),
+        disable_input_dtype_casting(model, autocast_casts_back(run)),
+    ):
         outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.stopped_by:
+        leave_group()
+        stop.end(folder.newest_checkpoint())
     with folder.writing("the trained model"):
         trainer.save_model()
     proof = verify_saved(trainer, folder.path, train_data.first_good())
@@ -119,7 +154,9 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     return result
 
 
-def _same_data(dataset: ConversationDataset, checkpoint: Path | None, here: Processes, check: bool) -> dict[str, Any]:
+def same_data(
+    dataset: ConversationDataset, checkpoint: Path | None, here: Processes, data: DataArguments
+) -> dict[str, Any]:
     """The fingerprint of the data. Raises `ValueError` if it differs between processes or from the checkpoint's."""
     now = fingerprint(dataset)
     differing = [
@@ -129,27 +166,40 @@ def _same_data(dataset: ConversationDataset, checkpoint: Path | None, here: Proc
     ]
     if differing:
         raise ValueError(f"the processes do not see the same data as process 0: {'; '.join(differing)}")
-    changed = "; ".join(changes(read_run_state(checkpoint)["data"], now)) if checkpoint else ""
-    what = f"the data has changed since {checkpoint} was written: {changed}"
-    if changed and check:
-        raise ValueError(f"{what}. Restore it, choose another output_dir, or use the current data: --check_data false")
-    if changed:
-        logger.warning("%s.", what)
+    since = {}
+    if checkpoint:
+        since[f"{checkpoint} was written"] = changes(read_run_state(checkpoint)["data"], now)
+    if data.data_manifest:
+        since[f"{data.data_manifest} was written"] = changes_since(data.data_manifest, now)
+    for when, found in since.items():
+        what = f"the data has changed since {when}: {'; '.join(found)}"
+        if found and data.check_data:
+            cure = "Restore it, choose another output_dir, or use the current data: --check_data false"
+            raise ValueError(f"{what}. {cure}")
+        if found:
+            logger.warning("%s.", what)
     return now
 
 
 @contextlib.contextmanager
-def _training_errors(advice: str) -> Iterator[None]:
-    """While training, a bad sample or a failed write is the user's to correct; any other error keeps its traceback."""
+def _training_errors(run: Run, watchdog: Watchdog) -> Iterator[None]:
+    """While training, a bad sample, a failed write or a lost process is reported; any other error keeps its traceback."""
     try:
         yield
     except BadSample as error:
+        advice = "" if run.data.on_bad_sample == "skip" else "\non_bad_sample: skip leaves such samples out"
         reason = str(error).strip().splitlines()[-1]  # a loader's worker prepends its whole traceback
         raise FailedHere(reason.removeprefix(f"{BadSample.__module__}.{BadSample.__name__}: ") + advice) from error
     except (FailedHere, Diverged):
         raise
     except (ValueError, OSError, MemoryError) as error:
         raise RuntimeError(f"training ended: {error}") from error
+    except RuntimeError as error:
+        lost = watchdog.lost() if is_of_communication(error) else ""
+        if not lost:
+            raise
+        what = " ".join(str(error).split())[:200]
+        raise FailedHere(f"lost {lost}: {what}. The same command resumes from the newest checkpoint") from error
 
 
 def _facts(args: TrainArguments) -> dict[str, Any]:
@@ -167,15 +217,21 @@ def _facts(args: TrainArguments) -> dict[str, Any]:
 
 
 def _log_plan(
-    args: TrainArguments, data: ConversationDataset, eval_data: ConversationDataset | None, checkpoint: Path | None
+    args: TrainArguments,
+    data: ConversationDataset,
+    eval_data: ConversationDataset | None,
+    checkpoint: Path | None,
+    packs: PackSampler | None,
 ) -> None:
-    per_step = samples_per_step(args)
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(len(data) / per_step) * args.num_train_epochs)
+    per_step, samples = samples_per_step(args), len(data) if packs is None else len(packs.samples)
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(math.ceil(samples / per_step) * args.num_train_epochs)
     validation = "" if eval_data is None else f", {len(eval_data):,} for validation"
-    logger.info(
-        f"{len(data):,} samples{validation}, {steps:,} steps; {per_step} per step = {args.per_device_train_batch_size} per "
-        f"process x {args.world_size} processes x {args.gradient_accumulation_steps} accumulated."
+    rows = (
+        f"{args.per_device_train_batch_size} per process x {args.world_size} processes x "
+        f"{args.gradient_accumulation_steps} accumulated"
     )
+    how = f" = {rows}" if packs is None else ", in packs"
+    logger.info(f"{samples:,} samples{validation}, {steps:,} steps; {per_step} per step{how}.")
     if checkpoint:
         logger.info("Resuming from %s (step %s).", checkpoint, log_position(checkpoint))
     else:

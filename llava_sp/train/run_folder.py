@@ -31,7 +31,7 @@ from llava_sp.common.folders import sync, sync_folder
 from llava_sp.common.processes import FailedHere, Processes
 from llava_sp.config.arguments import RESERVED_KEY
 from llava_sp.config.files import read_yaml
-from llava_sp.train.intact import damage, write_file_list
+from llava_sp.train.intact import check_format, damage, write_file_list
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +52,11 @@ OTHER_RUN = "Give the same settings to resume that run, or choose another output
 HARMLESS = (
     "output_dir", "report_to", "run_name", "project", "disable_tqdm", "use_cpu", "tf32", "data_source",
     "attn_implementation", "local_rank", "include_num_input_tokens_seen", "skip_memory_metrics", "push_to_hub",
-    "on_bad_sample", "precompute_features", "use_liger_kernel", "pad_to_multiple_of", "check_base", "check_data", "watchdog_minutes", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns", "torch_empty_cache_steps",
+    "on_bad_sample", "precompute_features", "use_liger_kernel", "on_non_finite", "longest_step_first", "check_base", "check_data", "data_manifest", "watchdog_minutes", "resume_from_checkpoint", "do_train", "do_eval", "do_predict", "remove_unused_columns", "torch_empty_cache_steps",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing",
     "activation_checkpointing_kwargs", "per_device_eval_batch_size", "prediction_loss_only",
     "per_device_train_batch_size", "gradient_accumulation_steps",  # samples_per_step is compared
+    "pack_length", "pad_to_multiple_of",  # a step has the same samples
 )  # fmt: skip
 HARMLESS_PREFIXES = (
     "logging_", "log_", "save_", "eval_", "hub_", "ddp_", "trackio_", "dataloader_num_", "dataloader_pin_",
@@ -71,7 +72,7 @@ class RunFolder:
         self._lock: Any = None
         self._record: str | None = None  # content of run.yaml
 
-    def conflicts(self, settings: Mapping[str, Any], processes: int, samples_per_step: int) -> Iterator[str]:
+    def conflicts(self, settings: Mapping[str, Any], samples_per_step: int) -> Iterator[str]:
         """Why a run with these settings cannot write here: the folder holds another run, or files not from a run.
 
         A run that left neither checkpoint nor model (its data could not be read, for example) does not own the folder.
@@ -91,9 +92,6 @@ class RunFolder:
         facts = recorded.pop(RESERVED_KEY, {})
         now["samples per step"] = samples_per_step
         recorded["samples per step"] = facts.get("samples_per_step", samples_per_step)
-        if settings.get("deepspeed") and checkpoint:
-            key = "number of processes (DeepSpeed's state is split among them)"
-            recorded[key], now[key] = facts.get("processes"), processes
         lines = differences(recorded, now)
         if lines:
             yield "\n".join([f"output_dir = {self.path} belongs to another run, which differs in:", *lines, OTHER_RUN])
@@ -133,15 +131,26 @@ class RunFolder:
     def newest_checkpoint(self) -> Path | None:
         return next(iter(self._checkpoints()), None)
 
+    def recorded(self) -> tuple[dict[str, Any], int | None]:
+        """The settings of the run, and the samples of a step. Raises `ValueError` if the folder holds no run."""
+        settings = read_yaml(self._record_file(), RECORDED)
+        return settings, settings.pop(RESERVED_KEY, {}).get("samples_per_step")
+
+    def checkpoint_before(self, step: int) -> Path | None:
+        """The newest intact checkpoint that `step` (from 1) follows."""
+        before = (entry for entry in self._checkpoints() if int(entry.name.split("-")[1]) < step)
+        return next((entry for entry in before if not damage(entry)), None)
+
     def intact_checkpoint(self) -> Path | None:
         """The newest checkpoint whose files are as they were written, or None if there is no checkpoint at all.
 
         Logs the damage of newer ones and renames them: they must not count when the oldest checkpoints are deleted.
-        Raises `ValueError` if none is intact.
+        Raises `ValueError` if none is intact, or one that it meets was written by another version.
         """
         damaged: dict[Path, str] = {}
         intact = None
         for checkpoint in self._checkpoints():
+            check_format(checkpoint)
             problem = damage(checkpoint)
             if problem is None:
                 intact = checkpoint

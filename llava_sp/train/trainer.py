@@ -7,7 +7,6 @@ scheduler's state, the random number generators and the trainer's state. It is w
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.utils.data import DistributedSampler, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
@@ -27,15 +26,27 @@ from llava_sp.config.arguments import TrainArguments
 from llava_sp.data.annotations import BadSample
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.fingerprint import FINGERPRINT
-from llava_sp.data.sampler import ModalityLengthSampler
+from llava_sp.data.packing import Packs, PackSampler
+from llava_sp.data.sampler import ModalityLengthSampler, WholeSteps
+from llava_sp.train.guard import StepGuard
 from llava_sp.train.logs import Console, JsonLines, Meter
+from llava_sp.train.order import batches_of_step, samples_of
+from llava_sp.train.packing import KeptApart
 from llava_sp.train.processes import samples_per_step
 from llava_sp.train.run_folder import STAGING, STATE_FILE, WRITE_ERRORS, RunFolder
+from llava_sp.train.signals import shielded
 from llava_sp.train.stages import optimizer_groups, trained_names
 
 SCHEDULER_FILE = "scheduler.pt"
 RUN_STATE_FILE = "run_state.json"  # in a checkpoint: state that Trainer's own files lack
-RUN_STATE = {"losses": [float], "last_logged": int, "total_loss": float, "data": (None, FINGERPRINT)}
+RUN_STATE = {
+    "losses": [float],
+    "last_logged": int,
+    "total_loss": float,
+    "data": (None, FINGERPRINT),
+    "recent_losses": [float],
+    "skipped_steps": int,
+}
 logger = logging.getLogger(__name__)
 
 
@@ -52,12 +63,13 @@ class LlavaSPTrainer(Trainer):
         provenance: facts about the run that every checkpoint repeats.
         data: the fingerprint of the training data, which every checkpoint keeps.
         group_by_modality_length: batches of one modality and of similar lengths.
+        packs: the packs that `train_dataset`, a `Packs`, is read by.
     """
 
     args: TrainArguments
     model: LlavaSPForCausalLM
     model_wrapped: Any
-    train_dataset: ConversationDataset
+    train_dataset: ConversationDataset | Packs
 
     def __init__(
         self,
@@ -66,37 +78,60 @@ class LlavaSPTrainer(Trainer):
         provenance: dict[str, Any] | None = None,
         data: dict[str, Any] | None = None,
         group_by_modality_length: bool = False,
+        packs: PackSampler | None = None,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.folder = folder
         self.provenance, self.data = provenance or {}, data
-        self.group_by_modality_length = group_by_modality_length
+        self.group_by_modality_length, self.packs = group_by_modality_length, packs
         self.args.logging_nan_inf_filter = False  # it would log the mean of earlier losses instead of NaN
-        self.meter = Meter(samples_per_step(self.args))
+        self.meter, self.journal = Meter(samples_per_step(self.args)), JsonLines(folder)
+        self.guard = StepGuard(
+            self, self.args.on_non_finite == "skip", self.samples_of_step, self.journal.write, self._diverged
+        )
         self._staging: Path | None = None
         for unwanted in (ProgressCallback, PrinterCallback):
             self.remove_callback(unwanted)
-        for callback in (self.meter, JsonLines(folder), Console(), RestoreLosses(self)):
+        for callback in (self.meter, self.journal, Console(), RestoreState(self)):
             self.add_callback(callback)
+        if packs is not None:
+            self.add_callback(KeptApart(self))
         self.model.register_load_state_dict_post_hook(allow_missing_frozen)
 
     # ---- data order: a function of (seed, epoch), the same for any number of processes
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        sampler: ModalityLengthSampler | DistributedSampler
+        if self.packs is not None:
+            self.add_callback(SetEpoch(self.packs))
+            return self.packs
+        order: ModalityLengthSampler | DistributedSampler
         if self.group_by_modality_length:
-            sampler = ModalityLengthSampler(
+            assert isinstance(dataset, ConversationDataset)
+            order = ModalityLengthSampler(
                 dataset.modality_lengths,
                 batch_size=self.args.train_batch_size,
                 world_size=self.args.world_size * self.args.gradient_accumulation_steps,
                 seed=self.args.data_seed or 0,
             )
         else:  # one replica: a shuffle with set_epoch; accelerate gives each process its batches
-            sampler = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=self.args.data_seed or 0)
+            order = DistributedSampler(dataset, num_replicas=1, rank=0, shuffle=True, seed=self.args.data_seed or 0)
+        sampler = WholeSteps(order, samples_per_step(self.args))
         self.add_callback(SetEpoch(sampler))
         return sampler
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        return samples_per_step(self.args)
+
+    def get_train_dataloader(self) -> DataLoader:
+        return shielded(super().get_train_dataloader())
+
+    def samples_of_step(self, step: int) -> list[tuple[str, int]]:
+        """(file, record) of what a step learns from. With `on_bad_sample: skip`, the next good record replaces a bad one."""
+        loader = self.callback_handler.train_dataloader
+        batches = batches_of_step(loader, step, self.args.gradient_accumulation_steps, self.args.world_size)
+        return [self.train_dataset.origin(index) for index in samples_of(batches)]
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; the user can correct errors in the data (for example, an annotation file was replaced)."""
@@ -127,33 +162,39 @@ class LlavaSPTrainer(Trainer):
             )
         return self.optimizer
 
-    # ---- log
+    # ---- steps, log
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.guard.add(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm over all processes, at each step before the weights change (DeepSpeed: just after)."""
+        return self.guard.judge(super()._get_grad_norm(model, grad_norm))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                self._diverged(f"the loss is {logs['loss']}")
             logs.update(self.meter.read(self.state))
+            if self.guard.history.skipped:
+                logs["skipped_steps"] = self.guard.history.skipped
         if "train_loss" in logs:  # Trainer's mean covers only the steps since the run was resumed
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs)  # without start_time: the meter logs the speed
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The norm over all processes, at each step before the weights change (DeepSpeed: just after)."""
-        norm = super()._get_grad_norm(model, grad_norm)
-        # fp16's loss scaling skips steps with infinite gradients
-        if norm is not None and not self.args.fp16 and not math.isfinite(norm):
-            self._diverged(f"the gradient norm is {float(norm)}", self.state.global_step + 1)
-        return norm
-
-    def _diverged(self, what: object, step: int | None = None) -> NoReturn:
+    def _diverged(self, what: object, step: int, samples: str = "") -> NoReturn:
         assert self.optimizer is not None
         rates = ", ".join(
             f"{g['name']} {g['lr']:.3g}" for g in self.optimizer.param_groups if "no decay" not in g["name"]
         )
         advice = "Try a lower learning_rate (and projector_lr) or a longer warmup, in another output_dir"
+        if samples:
+            advice = (
+                f"{samples}. python -m llava_sp.train.replay --run {self.folder.path} --step {step} shows the loss of "
+                f"each. on_non_finite: skip leaves such steps out. {advice}"
+            )
         raise Diverged(
-            f"training diverged at step {step or self.state.global_step}: {what}. The rates are {rates}; the last good "
+            f"training diverged at step {step}: {what}. The rates are {rates}; the last good "
             f"checkpoint is {self.folder.newest_checkpoint() or 'none yet'}. {advice}"
         )
 
@@ -171,7 +212,7 @@ class LlavaSPTrainer(Trainer):
                 self.model, self.processing_class, path, run=run, state_dict=state, write=self.args.should_save
             )
         except ValueError as error:  # invalid values
-            self._diverged(error)
+            self._diverged(error, self.state.global_step)
         self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -201,6 +242,8 @@ class LlavaSPTrainer(Trainer):
                 "last_logged": self._globalstep_last_logged,
                 "total_loss": self._total_loss_scalar,
                 "data": self.data,
+                "recent_losses": list(self.guard.history.recent),
+                "skipped_steps": self.guard.history.skipped,
             }
             write_json(self._staging / name / RUN_STATE_FILE, state)
         self.accelerator.wait_for_everyone()
@@ -231,8 +274,8 @@ def allow_missing_frozen(model: nn.Module, keys: Any) -> None:
     keys.missing_keys[:] = [name for name in keys.missing_keys if name in trained]
 
 
-class RestoreLosses(TrainerCallback):
-    """Restores from the checkpoint the losses since the last log, which Trainer does not save."""
+class RestoreState(TrainerCallback):
+    """Restores from the checkpoint what Trainer does not save: losses since the last log, and the guard's history."""
 
     def __init__(self, trainer: LlavaSPTrainer):
         self.trainer = trainer
@@ -249,6 +292,9 @@ class RestoreLosses(TrainerCallback):
         self.trainer._tr_loss.fill_(own)
         self.trainer._globalstep_last_logged = saved["last_logged"]
         self.trainer._total_loss_scalar = saved["total_loss"]
+        history = self.trainer.guard.history
+        history.recent.extend(saved["recent_losses"])
+        history.skipped = saved["skipped_steps"]
 
 
 def read_run_state(checkpoint: Path) -> dict[str, Any]:
@@ -258,7 +304,7 @@ def read_run_state(checkpoint: Path) -> dict[str, Any]:
 class SetEpoch(TrainerCallback):
     """Sets the sampler's epoch; accelerate does not reach it in the first epoch of a resumed run."""
 
-    def __init__(self, sampler: ModalityLengthSampler | DistributedSampler):
+    def __init__(self, sampler: WholeSteps | PackSampler):
         self.sampler = sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):

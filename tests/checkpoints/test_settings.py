@@ -48,7 +48,7 @@ WRONG = {  # file, key -> values that are never right
     ("generation_config.json", "top_p"): (-0.1, 2, NAN),
     ("generation_config.json", "num_beams"): (0, -1),
     ("generation_config.json", "repetition_penalty"): (0, -1, NAN),
-    (ADAPTER, "lora_alpha"): (NAN, INF, 0, -16, None, "x"),
+    (ADAPTER, "lora_alpha"): (NAN, INF, 0, -16, None, "x", 2**31),
     (ADAPTER, "r"): (0, -8, NAN, 1.5, True, 10**30),
     (ADAPTER, "lora_dropout"): (-0.1, 1.5, NAN),
     (ADAPTER, "alpha_pattern"): ({"q_proj": NAN}, {"q_proj": -1}, [1]),

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import argparse
 import runpy
+from pathlib import Path
 
 import pytest
 
 from tests.test_design import commands
 
 NEVER = ["", "x", "nan", "inf", "-2", "1e400", "9" * 5000, "1_000_000_000_000", "{a: 1}", "٣" * 20]
-NOT_ZERO = {"--index", "--local-rank", "--seed", "--seeds", "--show", "--temperature", "--workers"}  # these may be 0
+NOT_ZERO = {
+    "--index",
+    "--local-rank",
+    "--seed",
+    "--seeds",
+    "--show",
+    "--temperature",
+    "--watchdog_minutes",
+    "--workers",
+}  # these may be 0
 
 
 def parser_of(module: str) -> argparse.ArgumentParser:
@@ -62,3 +72,20 @@ def test_words_that_are_no_text_are_refused(parsers, capsys):
     for parser in parsers:
         assert r"'--caf\udce9' is not UTF-8 text" in refusal(parser, capsys, "--caf\udce9")
         assert "is not UTF-8 text" in refusal(parser, capsys, "--model", "/data/\udcff")
+        assert r"'a\x00b' is not UTF-8 text" in refusal(parser, capsys, "--model", "a\0b")
+
+
+def test_empty_words_are_seen(parsers, capsys):
+    """An empty path would be the folder where one stands: `--output "$UNSET"`."""
+    paths = 0
+    for parser in parsers:
+        required = [word for action in parser._actions if action.required for word in (*action.option_strings[:1], "x")]
+        if all(action.option_strings for action in parser._actions):
+            assert "unrecognized arguments: x '' ' '\n" in refusal(parser, capsys, *required, "x", "", " ")
+        for action in parser._actions:
+            if action.type is Path and action.option_strings:
+                paths += 1
+                for word in ("", " "):
+                    error = refusal(parser, capsys, *required, action.option_strings[0], word)
+                    assert f"{action.option_strings[-1]} is {word!r}; it must be a path" in error
+    assert paths > 20

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from llava_sp.common.processes import Processes
+from llava_sp.common.watchdog import WAITING, Watchdog
+
 SECONDS = 1.0
 PROCESS = f"""
 import sys, time
@@ -21,7 +24,7 @@ folder, rank, steps, then = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]
 (folder / f"started {{rank}}").touch()
 while not (folder / f"started {{1 - rank}}").exists():
     time.sleep(0.01)
-watchdog = Watchdog(folder / "alive", Processes(rank, 2, rank), {SECONDS})
+watchdog = Watchdog(folder / "alive", Processes(rank, 2, rank), {SECONDS / 60})
 watchdog.start()
 for step in range(1, steps + 1):
     watchdog.progress(step, "computing")
@@ -65,6 +68,7 @@ def said(process: subprocess.Popen) -> str:
 
 def test_a_stopped_process_is_named(processes):
     first, second = processes(5, 5)
+    time.sleep(0.3)  # some beats
     second.send_signal(signal.SIGSTOP)
     assert said(first) == (
         "error: no progress for 0.0167 minutes at step 5 (computing): waiting for process 1 "
@@ -96,3 +100,45 @@ def test_a_command_that_was_suspended_goes_on(processes):
         process.send_signal(signal.SIGCONT)
     time.sleep(0.3 * SECONDS)
     assert [process.poll() for process in both] == [None, None]
+
+
+def watched(tmp_path, monkeypatch, others, **at):
+    """What rank 0 of two says in 0.6 seconds of a limit of 0.2; `others` writes the state of rank 1 at each beat."""
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    watchdog = Watchdog(tmp_path, Processes(0, 2, 0), 0.2 / 60)
+    with watchdog:
+        watchdog.progress(3, **at)
+        for beat in range(60):
+            if text := others(beat):
+                (tmp_path / "1").write_text(text)
+            time.sleep(0.01)
+            if ended:
+                break
+    return bool(ended)
+
+
+@pytest.mark.parametrize(
+    ("others", "at", "late"),
+    [
+        (lambda beat: f"{beat} 1 0 answering", {"doing": WAITING}, "process 1 (step 0, answering)"),
+        (lambda beat: "1 1 0 answering" if beat == 0 else "", {"doing": WAITING}, "silent: stopped or dead"),
+        (lambda beat: f"{beat} 9 0 {WAITING}", {"doing": "answering"}, "waiting for process 0 (step 3, answering)"),
+        (lambda beat: f"{beat} {beat} 0 answering", {"doing": WAITING}, None),
+        (lambda beat: f"{beat} 9 0 {WAITING}", {"doing": "opening the model", "patient": True}, None),
+        (lambda beat: "", {"doing": "scoring", "patient": True}, None),
+    ],
+    ids=["it hangs", "it is silent", "this one hangs", "it answers more questions", "this one is slow", "it has ended"],
+)
+def test_who_waits_is_not_late(tmp_path, monkeypatch, capsys, others, at, late):
+    """Shares of questions differ, and reading a model may take any time: only where nobody gets on, all end."""
+    assert watched(tmp_path, monkeypatch, others, **at) == (late is not None)
+    assert (late or "") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("world", "minutes"), [(1, 1e-9), (2, None), (2, 1e308)])
+def test_nothing_to_watch(tmp_path, world, minutes):
+    with Watchdog(tmp_path / "alive", Processes(0, world, 0), minutes) as watchdog:
+        watchdog.progress(1, "computing")
+        time.sleep(0.05)
+    assert not (tmp_path / "alive").exists()

@@ -44,6 +44,8 @@ def test_paths_are_relative_to_the_file(files, monkeypatch):
         ("- {images: x}", ("entry 0", "no annotations", "images")),
         ("- {annotations: a.json, weight: 0}", ("weight is 0", "above 0")),
         ("- {annotations: a.json, weight: .inf}", ("weight is inf",)),
+        ("- {annotations: a.json, weight: 1001}", ("entry 0", "weight is 1001", "at most 1,000")),
+        ("- {annotations: a.json, weight: 9223372036854775808}", ("weight is 9223372036854775808", "at most 1,000")),
         ("- {annotations: a.json, weight: lots}", ("weight is 'lots'",)),
         ("- [", ("YAML",)),
     ],

@@ -8,8 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llava_sp.eval.__main__ import main
@@ -163,6 +165,23 @@ def test_protocol_goes_to_the_benchmarks_that_have_it(model, data, tmp_path, cap
     assert names(capsys.readouterr().err, "'nothing'", "llava15", "lmms_eval")
 
 
+def test_results_that_a_table_leaves_out_are_named(model, data, tmp_path, capsys):
+    """The table is of the command that wrote it; the others' answers are kept, and one more command makes a table of all."""
+    arguments = ["--data", data, "--model", model, "--output", tmp_path, *SMALL, "--limit", 2]
+    arguments, file = [str(argument) for argument in arguments], tmp_path / "results.json"
+    assert main(["--only", "pope", *arguments]) == 0
+    assert "results.json" not in capsys.readouterr().err
+    assert main(["--only", "mme", *arguments]) == 0
+    assert names(capsys.readouterr().err, f"note: {file} held pope too", "--only pope mme")
+    assert main(["--only", "mme", "pope", *arguments]) == 0
+    assert "results.json" not in capsys.readouterr().err and list(json.loads(file.read_text())["benchmarks"]) == [
+        "mme",
+        "pope",
+    ]
+    file.write_text("{")
+    assert main(["--only", "pope", *arguments]) == 0 and json.loads(file.read_text())
+
+
 def test_one_command_at_a_time_in_a_root(model, data, tmp_path, capsys):
     """Two of them would leave out what the other one holds, each in its own results."""
     output = tmp_path / "out"
@@ -268,3 +287,38 @@ def test_worst_items_are_spread():
     assert worst_items(items, 3) == [1, 3, 2]
     assert worst_items(items, 9) == [1, 3, 2, 4]
     assert worst_items([{"score": None}, {"score": 100}]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_stopped_process_ends_the_evaluation(model, data, tmp_path, rank):
+    """Two processes under torchrun; the other one answers its share, waits, and says for whom."""
+    words = [
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "llava_sp.eval.pope",
+        "--model",
+        model,
+        "--data",
+        data / "pope",
+    ]
+    words += ["--output", tmp_path, *SMALL, "--watchdog-minutes", "0.1"]
+    environment = {**os.environ, "PYTHONPATH": str(model.parents[2]), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, words)],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as run:
+        end = time.monotonic() + 120
+        while len(list((tmp_path / ".alive").glob("[01]"))) < 2:
+            assert run.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        workers = [w for w in psutil.Process(run.pid).children() if "llava_sp.eval.pope" in w.cmdline()]
+        next(worker for worker in workers if worker.environ()["RANK"] == str(rank)).suspend()
+        error = run.communicate(timeout=180)[1]
+    said = [line for line in error.splitlines() if "error: no progress for 0.1 minutes at step" in line]
+    assert run.returncode == 1 and len(said) == 1, error
+    assert f"waiting for process {rank} (step " in said[0] and "silent: stopped or dead" in said[0]
+    assert said[0].startswith("process 1: " if rank == 0 else "error: ")

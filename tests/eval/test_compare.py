@@ -177,6 +177,7 @@ DAMAGE = {
         '{"score": 70.25, "metr': "ends in the middle",
         "null": "is None; expected an object",
         '{"score": "70", "metrics": {}, "provenance": {}}': "score is '70'; expected a number or null",
+        '{"score": NaN, "metrics": {}, "provenance": {}}': "score is nan; expected a number or null",
         '{"score": 1, "metrics": {}, "provenance": {"benchmark": "vqav2"}}': "provenance has no protocol",
         '{"score": 1, "metrics": {}, "provenance": {"benchmark": "x", "protocol": "p", "split": null, "count": 40}}': "no benchmark 'x'",
     },

@@ -460,14 +460,20 @@ def test_retry_after_as_number_and_date():
         assert judge_client.retry_after(said) is None
 
 
+MISSING = object()
+
+
 @pytest.mark.parametrize(
     "changes, parts",
     [
-        ({"date": 5}, ("line 2: date is 5", "text or null")),
-        ({"url": ["x"]}, ("line 2: url is ['x']", "text or null")),
+        ({"date": 5}, ("line 2: date is 5", "text")),
+        ({"url": ["x"]}, ("line 2: url is ['x']", "text")),
         ({"answered_by": {"a": 1}}, ("line 2: answered_by is ",)),
-        ({"usage": [3]}, ("line 2: usage is [3]", "object or null")),
-        ({"usage": {"total_tokens": "7"}}, ("line 2: usage.total_tokens is '7'", "whole number or null")),
+        ({"usage": [3]}, ("line 2: usage is [3]", "an object with total_tokens or null")),
+        ({"usage": {"total_tokens": "7"}}, ("line 2: usage.total_tokens is '7'", "a whole number")),
+        ({"usage": {"total_tokens": -1}}, ("line 2: usage.total_tokens is -1", "a whole number from 0")),
+        ({"usage": {}}, ("line 2: usage has no total_tokens",)),
+        *(({name: MISSING}, (f"line 2 has no {name};",)) for name in ("usage", "url", "date", "answered_by")),
         ({"run": None}, ("line 2: run is None", "whole number")),
     ],
 )
@@ -476,13 +482,13 @@ def test_recorded_fields_of_another_kind_are_named(tmp_path, data, capsys, chang
         assert run(capsys, data, "--output", tmp_path / "out", *server.arguments)[0] == 0
     file = tmp_path / "judgements.jsonl"
     lines = [json.loads(line) for line in (tmp_path / "out" / JUDGEMENTS).open()]
-    write_lines(file, [lines[0], lines[1] | changes, *lines[2:]])
+    spoilt = {key: value for key, value in (lines[1] | changes).items() if value is not MISSING}
+    write_lines(file, [lines[0], spoilt, *lines[2:]])
     status, _, err = run(capsys, data, "--judgements", file)
     assert status == 2 and names(err, f"{file}, {parts[0]}", *parts[1:])
-    bare = [{k: v for k, v in line.items() if k not in ("url", "usage")} | {"date": None} for line in lines]
-    write_lines(file, [*bare[:-1], bare[-1] | {"usage": {"total_tokens": None}, "answered_by": None}])
+    write_lines(file, [lines[0] | {"usage": None, "answered_by": None}, *lines[1:]])  # as where the server does not say
     status, out, _ = run(capsys, data, "--judgements", file)
-    assert status == 0 and json.loads(out)["metrics"]["judge"]["tokens"] == 0
+    assert status == 0 and json.loads(out)["metrics"]["judge"]["tokens"] is None
 
 
 def test_replies_that_say_little_of_themselves(tmp_path, data, capsys):

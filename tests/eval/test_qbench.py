@@ -278,11 +278,20 @@ def test_the_test_split_is_sent_away(tmp_path, data, answers, capsys):
 
 def test_unknown_numbers_keep_their_number(data, answers, capsys):
     change(data, lambda questions: questions[0].update(type=9, concern=-1))
-    change(data, lambda questions: (questions[1].pop("type"), questions[1].pop("concern")))
     status, out, _ = run(capsys, "--answers", answers, "--data", data)
     categories = json.loads(out)["categories"]
     assert status == 0 and categories["type 9"]["count"] == categories["concern -1"]["count"] == 1
-    assert sum(categories[name]["count"] for name in ("yes/no", "how", "what")) == 38
+    assert sum(categories[name]["count"] for name in ("yes/no", "how", "what")) == 39
+
+
+@pytest.mark.parametrize("key", ["type", "concern"])
+def test_kinds_are_of_all_questions_or_of_none(data, answers, capsys, key):
+    change(data, lambda questions: questions[1].pop(key))
+    status, _, err = run(capsys, "--answers", answers, "--data", data)
+    assert status == 2 and names(err, data / QUESTIONS, f"1 of 40 questions have no {key} (1)")
+    change(data, lambda questions: [question.pop(key, None) for question in questions])
+    status, out, _ = run(capsys, "--answers", answers, "--data", data)
+    assert status == 0 and json.loads(out)["score"]
 
 
 @pytest.mark.parametrize(

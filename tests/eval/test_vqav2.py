@@ -404,6 +404,14 @@ def test_default_model_is_what_the_fine_tuning_script_writes(repo):
     assert f"output_dir: ${{LLAVA_SP_RUNS:-./runs}}/{DEFAULT_MODEL}" in text
 
 
+def test_answers_without_their_questions_are_no_test_split(data, answers, capsys):
+    (data / "v2_OpenEnded_mscoco_val2014_questions.json").unlink()
+    status, _, err = run(capsys, "--answers", answers, "--data", data)
+    assert status == 2 and names(err, data, "v2_mscoco_val2014_annotations.json", "--split test")
+    status, out, err = run(capsys, "--answers", answers, "--data", data, "--split", "test")
+    assert status == 0 and json.loads(out)["score"] is None and "note: no score: only the server" in err
+
+
 def test_splits_and_protocols_are_checked():
     with refused("split 'dev'", "val, test-dev, test, train"):
         VQAv2(split="dev")

@@ -37,6 +37,7 @@ TINY = {
     "per_device_train_batch_size": 1,
     "global_batch_size": 2,
     "group_by_modality_length": False,
+    "packing": False,
     "gradient_checkpointing": False,
     "max_steps": 6,
     "save_steps": 1,

@@ -54,7 +54,7 @@ def test_paper_recipe(stage, variant, size):
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == recipe["global"]
     assert (args.lr_scheduler_type.value, args.warmup_steps, args.weight_decay) == ("cosine", 0.03, 0.0)
     assert (args.num_train_epochs, args.max_grad_norm, args.bf16) == (1, 1.0, True)
-    assert (args.gradient_checkpointing, args.gradient_checkpointing_kwargs) == (True, {"use_reentrant": False})
+    assert (args.recomputation_is_open, args.activation_checkpointing_kwargs) == (True, {"use_reentrant": False})
     assert (data.conversation_template, data.model_max_length, data.image_aspect_ratio) == (
         recipe["template"],
         2048,

@@ -6,15 +6,19 @@ import errno
 import fcntl
 import json
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from llava_sp.common.processes import FailedHere
+from llava_sp.data import images
 from llava_sp.train import run_folder, verify
 from llava_sp.train import trainer as trainer_module
 from llava_sp.train.__main__ import main
+from llava_sp.train.intact import damage
 from llava_sp.train.run_folder import RunFolder
 from tests.messages import names, refused
 from tests.train.runs import GOLDEN, config, run_here
@@ -129,6 +133,92 @@ def test_a_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     message = stopped(capsys, config(tmp_path), ["--output_dir", str(tmp_path / "file" / "out")])
     assert "could not be written" in message and "Not a directory" in message
+
+
+def test_full_disk_within_a_checkpoint(tmp_path, monkeypatch, capsys):
+    """The one before stays whole and nothing of the new one is left; with room, the same command ends as it would have."""
+    whole = config(tmp_path / "whole", max_steps=4, save_steps=2)
+    assert main(["--config", str(whole)]) == 0
+    capsys.readouterr()
+    path = config(tmp_path, max_steps=4, save_steps=2)
+    save = torch.save
+
+    def full(value, file, *args, **kwargs):
+        if "checkpoint-4" in str(file):
+            Path(file).write_bytes(b"half")
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        save(value, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    message = stopped(capsys, path)
+    out = tmp_path / "out"
+    assert names(message, "checkpoint-4", out, out / "checkpoint-2", "GiB free", "same command")
+    assert damage(out / "checkpoint-2") is None and not (out / ".saving").exists()
+    assert [entry.name for entry in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.setattr(torch, "save", save)
+    assert main(["--config", str(path)]) == 0
+    weights = [(place / "out" / "projector.safetensors").read_bytes() for place in (tmp_path, tmp_path / "whole")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_a_disk_that_is_really_full(tmp_path, capsys):
+    """A file system of a few MiB: the first checkpoint fits, a later one does not."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=22m", "none", str(disk)], check=False).returncode:
+        pytest.skip("cannot mount")
+    try:
+        path = config(tmp_path, output_dir=str(disk / "out"), max_steps=6, save_steps=1, save_total_limit=None)
+        message = stopped(capsys, path)
+        kept = sorted(entry.name for entry in (disk / "out").glob("checkpoint-*"))
+        assert kept and names(message, "could not be written", "No space left", disk / "out" / kept[-1], "Make room")
+        assert all(damage(disk / "out" / name) is None for name in kept)
+        subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+        assert main(["--config", str(path)]) == 0
+        assert json.loads((disk / "out" / "finished.json").read_text())["steps"] == 6
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# ---- data that goes away
+
+
+@pytest.mark.parametrize("on_bad_sample", ["fail", "skip"])
+@pytest.mark.parametrize("how", ["gone", "unmounted"])
+def test_an_image_folder_that_goes_away(tmp_path, monkeypatch, capsys, how, on_bad_sample):
+    """It is not a fault of the samples: none is skipped, and with the folder the same command goes on."""
+    shutil.copytree(GOLDEN / "samples" / "images", tmp_path / "images")
+    path = config(tmp_path, image_folder=str(tmp_path / "images"), on_bad_sample=on_bad_sample, max_steps=8)
+    step = trainer_module.LlavaSPTrainer.training_step
+
+    def unplugged(self, *args, **kwargs):
+        if self.state.global_step == 2 and not (tmp_path / "away").exists():
+            os.rename(tmp_path / "images", tmp_path / "away")
+            if how == "unmounted":
+                (tmp_path / "images").mkdir()
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module.LlavaSPTrainer, "training_step", unplugged)
+    message = stopped(capsys, path)
+    assert names(message, "image folder", tmp_path / "images", "gone or empty", "same command")
+    assert not (tmp_path / "out" / "skipped_train.jsonl").exists() and list((tmp_path / "out").glob("checkpoint-*"))
+    shutil.rmtree(tmp_path / "images", ignore_errors=True)
+    os.rename(tmp_path / "away", tmp_path / "images")
+    assert main(["--config", str(path)]) == 0
+    assert proof(tmp_path)["steps"] == 8
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_storage_that_fails_is_not_a_bad_sample(tmp_path, monkeypatch, capsys, number):
+    def failing(*_args, **_kwargs):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(images.Image, "open", failing)
+    message = stopped(capsys, config(tmp_path, on_bad_sample="skip"))
+    assert (
+        names(message, os.strerror(number), "not the image") and not (tmp_path / "out" / "skipped_train.jsonl").exists()
+    )
 
 
 # ---- errors of one process

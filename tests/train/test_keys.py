@@ -26,7 +26,7 @@ DEFAULTS |= {name: f.default for name, f in PROJECTOR_SETTINGS.items()}
 KEYS = sorted(OURS | set(HONOURED) | set(PROJECTOR_SETTINGS))
 
 TEXTS = {
-    "attn_implementation", "conversation_template", "data_path", "data_source", "deepspeed", "eval_data_path",
+    "attn_implementation", "conversation_template", "data_manifest", "data_path", "data_source", "deepspeed", "eval_data_path",
     "eval_image_folder", "image_folder", "language_model", "mixture", "output_dir", "precompute_features", "project",
     "projector_checkpoint", "run_name", "spatial_variant", "stage", "trackio_bucket_id", "trackio_space_id", "trackio_static_space_id",
     "vision_tower", "warm_start",
@@ -55,7 +55,8 @@ def is_right(key: str, name: str) -> bool:
         return True
     if name == "nothing":
         return default is None or key in ("report_to", "watchdog_minutes")
-    if isinstance(default, bool) or kind in (bool, bool | None) or key in ("spatial_fusion", "spatial_projection_bias"):
+    truths = (bool, bool | None, HONOURED["activation_checkpointing"])
+    if isinstance(default, bool) or kind in truths or key in ("spatial_fusion", "spatial_projection_bias"):
         return name == "zero"
     return (
         (name == "zero" and key in ZERO | PROJECTOR_SETTINGS.keys() | {"local_rank"})
@@ -103,6 +104,14 @@ def test_a_key_that_is_not_honoured_may_have_its_default_alone(key):
         read_keys(None, {key: other})
 
 
+def test_an_empty_deepspeed_file_is_named(tmp_path):
+    file = tmp_path / "zero.json"
+    for text, words in (("{}", "is {}; expected an object with settings"), ('{"zero_optimization": 2}', "is 2")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"command line: deepspeed: {file}:? .*{words}"):
+            read_keys(None, ["--deepspeed", str(file)])
+
+
 def test_former_names_lead_to_todays():
     with pytest.raises(ValueError, match="unknown key 'warmup_ratio'; did you mean 'warmup_steps'"):
         read_keys(None, ["--warmup_ratio", "0.03"])
@@ -141,7 +150,10 @@ def test_why_label_smoothing_is_refused():
         ({"max_steps": 0}, "max_steps is 0; expected a whole number from 1 on, or -1"),
         ({"report_to": "a,b"}, "report_to is 'a,b'; expected none, all, or one or several (--report_to a b) of"),
         ({"report_to": ["none", "wandb"]}, "report_to is ['none', 'wandb']; expected none, all,"),
-        ({"deepspeed": '{"a": '}, "deepspeed is '{\"a\": '; expected an object or the name of a file"),
+        ({"deepspeed": '{"a": '}, "deepspeed is '{\"a\": '; expected an object with settings or the name of a file"),
+        ({"learning_rate": 1e308}, "learning_rate is 1e+308; expected a number from 0 to 1000"),
+        ({"projector_lr": 1001}, "projector_lr is 1001; expected a number from 0 to 1000"),
+        ({"deepspeed": {}}, "deepspeed is {}; expected an object with settings"),
         ({"run_name": True}, "run_name is True; expected text"),
         ({"save_strategy": "best"}, "save_strategy is 'best'; expected 'no' or 'steps' or 'epoch'"),
     ],

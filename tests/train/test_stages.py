@@ -108,3 +108,7 @@ def test_mistakes(golden, monkeypatch):
         stages.apply_stage(model, "tower")
     with pytest.raises(ValueError, match=r"names qproj; .* has down_proj, gate_proj"):
         add_lora(model, ModelArguments(lora_target_modules=["qproj", "v_proj"]))
+    largest = model.config.text_config.hidden_size
+    with pytest.raises(ValueError, match=f"lora_r is 1000000; it must be at most {largest}"):
+        add_lora(model, ModelArguments(lora_r=10**6))
+    add_lora(model, ModelArguments(lora_r=largest))

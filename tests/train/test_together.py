@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.messages import names
-from tests.train.runs import config, finish, log, losses, run_here, start, wait_for_step
+from tests.train.runs import GOLDEN, REPO, config, finish, log, losses, run_here, start, wait_for_step
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TWO = [*TORCHRUN, "--standalone", "--nproc-per-node=2", "-m", "llava_sp.train"]
@@ -30,17 +31,37 @@ def ended(process, folder: Path) -> str:
     return (folder / "output.txt").read_text()
 
 
-def test_one_process_resumed_by_two(tmp_path):
-    """per_device_train_batch_size follows from the number of processes; a step learns from the same samples."""
-    settings = {"per_device_train_batch_size": 2, "max_steps": 4, "save_steps": 2}
-    whole = run_here(tmp_path, **settings)
-    out = tmp_path / "out"
-    for gone in ("finished.json", "llava_sp.json"):
-        (out / gone).unlink()
-    shutil.rmtree(out / "checkpoint-4")
-    text = finish(start([*TWO, "--config", str(tmp_path / "run.yaml")], tmp_path), tmp_path)
-    assert "1 per process x 2 processes x 1 accumulated" in text and "checkpoint-2 (step 2)" in text
-    assert losses(log(out)) == pytest.approx(losses(whole), rel=1e-4)
+@pytest.mark.parametrize("zero", [None, 2, 3])
+def test_the_number_of_processes_may_change_between_attempts(tmp_path, zero):
+    """2, 1, 2 processes, each stopped by SIGTERM: the losses are one process's. Five samples in steps of two: the last step
+    of an epoch is filled up. DeepSpeed's optimizer state is split anew."""
+    samples = json.loads((GOLDEN / "samples" / "data.json").read_text())
+    (tmp_path / "data.json").write_text(json.dumps([*samples, samples[0]]))
+    settings = {
+        "data_path": str(tmp_path / "data.json"),
+        "max_steps": 12,
+        "save_steps": 50,
+        "per_device_train_batch_size": 2,
+    }
+    whole = run_here(tmp_path / "whole", **settings)
+    deepspeed = {"deepspeed": str(REPO / "configs" / "deepspeed" / f"zero{zero}.json")} if zero else {}
+    path = config(tmp_path, **settings, **deepspeed)
+    one = [sys.executable, "-m", "llava_sp.train"]
+    reached = 0
+    for command in (TWO, one):
+        process = start([*command, "--config", str(path)], tmp_path)
+        wait_for_step(process, tmp_path, reached + 2)
+        for worker in psutil.Process(process.pid).children(recursive=True) or [psutil.Process(process.pid)]:
+            if "RANK" in worker.environ() or command is one:
+                worker.terminate()
+        assert process.wait(180) in (1, 143), (tmp_path / "output.txt").read_text()[-4000:]
+        newest = max((tmp_path / "out").glob("checkpoint-*"), key=lambda entry: int(entry.name.split("-")[1]))
+        assert int(newest.name.split("-")[1]) > reached
+        reached = int(newest.name.split("-")[1])
+    text = finish(start([*TWO, "--config", str(path)], tmp_path), tmp_path)
+    assert names(text, f"checkpoint-{reached} (step {reached})", "gives the same logits")
+    assert losses(log(tmp_path / "out")) == pytest.approx(losses(whole), rel=1e-4)
+    assert not list((tmp_path / "out").glob("checkpoint-*/*universal*"))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -54,6 +75,23 @@ def test_a_stopped_process_ends_the_run(tmp_path, rank):
     said = [line for line in text.splitlines() if "error: no progress for 0.1 minutes at step" in line]
     assert len(said) == 1 and f"waiting for process {rank} (step " in said[0] and "silent: stopped or dead" in said[0]
     assert said[0].startswith("process 1: " if rank == 0 else "error: ")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_run(tmp_path, rank):
+    """The other one names it, long before the watchdog's time."""
+    path = config(tmp_path, max_steps=500, save_steps=500, watchdog_minutes=1)
+    process = start([*TWO, "--config", str(path)], tmp_path)
+    wait_for_step(process, tmp_path, 2)
+    time.sleep(6)  # two beats of the watchdog
+    workers = [w for w in psutil.Process(process.pid).children(recursive=True) if "llava_sp.train" in w.cmdline()]
+    since = time.monotonic()
+    next(worker for worker in workers if worker.environ()["RANK"] == str(rank)).kill()
+    text = ended(process, tmp_path)
+    assert time.monotonic() - since < 40
+    (said,) = (line for line in text.splitlines() if "error: lost process" in line)
+    assert names(said, f"lost process {rank}", "step", "ended or silent", "same command")
+    assert said.startswith("process 1: " if rank == 0 else "error: ")
 
 
 def two_nodes(folders: list[Path], paths: list[Path]) -> list[str]:

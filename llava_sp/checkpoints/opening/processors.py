@@ -65,7 +65,11 @@ def _saved(cls: type[LlavaSPProcessor], path: str | os.PathLike, *args, **kwargs
         "tokens": Check(lambda count: count <= model.text_config.vocab_size, "no more than the model has"),
     }
     made |= {"image": [*pixels.shape], "pixels": pixels.sum().item(), "tokens": len(processor.tokenizer)}
-    expect(made, spec, f"the processor of {path} is not that of its model")
+    expect(
+        made,
+        spec,
+        f"the processor of {path} (processor_config.json and the tokenizer's files) is not that of its model",
+    )
     return processor
 
 

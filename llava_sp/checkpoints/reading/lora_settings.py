@@ -10,18 +10,19 @@ from peft import LoraConfig
 
 from llava_sp.checkpoints.reading.names import LANGUAGE
 from llava_sp.checkpoints.reading.settings import COUNT, UNIT
-from llava_sp.common.schema import POSITIVE, Check, expect, fits, one_of
+from llava_sp.common.schema import Check, expect, fits, one_of
 
+_ALPHA = Check(lambda alpha: 0 < alpha <= 10**6, "a number above 0, up to a million", float)
 SETTINGS = {
     "peft_type": one_of("LORA"),
     "r": COUNT,
-    "lora_alpha": POSITIVE,
+    "lora_alpha": _ALPHA,
     "lora_dropout?": (UNIT, None),
     "target_modules": Check(lambda value: bool(value) and fits(value, (str, [str])), "the names of linear layers"),
     "use_rslora?": (bool, None),
     "use_dora?": (bool, None),
     "rank_pattern?": ({str: COUNT}, None),
-    "alpha_pattern?": ({str: POSITIVE}, None),
+    "alpha_pattern?": ({str: _ALPHA}, None),
     "base_model_name_or_path?": (str, None),
 }
 # An expression may name layers of the tower too.

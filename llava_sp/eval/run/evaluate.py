@@ -19,6 +19,7 @@ from typing import Any
 
 from llava_sp.common.files import counted, examples
 from llava_sp.common.processes import Processes
+from llava_sp.common.watchdog import Watchdog
 from llava_sp.decoding import Generation
 from llava_sp.eval.base import Benchmark, Item
 from llava_sp.eval.run.answerer import ModelAnswerer
@@ -39,16 +40,20 @@ def evaluate(
     data: Path,
     output: Path,
     engine: Engine,
-    processes: Processes,
+    watch: Watchdog,
 ) -> Outcome | None:
     """Answers and scores one benchmark; the outcome on the main process, None on the others.
+
+    `watch` watches the processes that share the questions.
 
     Raises:
         ValueError, OSError: on the rank that failed; the others raise `ReportedElsewhere`.
     """
     settings: dict[str, Any] = {}
+    processes = watch.here
+    watch.progress(0, "reading questions and checkpoint", patient=True)
     with ExitStack() as stack:
-        with processes.together():
+        with watch.together():
             benchmark = benchmark_class.from_arguments(args)
             all_items = load_items(benchmark, data)
             items = all_items[: args.limit]
@@ -68,7 +73,7 @@ def evaluate(
         settings_id = hashlib.sha256(json.dumps(processes.from_main(settings), sort_keys=True).encode()).hexdigest()
         about = {"generation": asdict(generation)}
         start = time.perf_counter()
-        with processes.together():
+        with watch.together():
             answered = generate_answers(
                 benchmark,
                 items,
@@ -76,10 +81,12 @@ def evaluate(
                 output,
                 batch_size=1 if generation.do_sample else args.batch_size,
                 processes=processes,
+                watch=watch,
                 about={**about, "settings": settings_id},
             )
         if not processes.is_main:
             return None
+        watch.progress(answered, "scoring", patient=True)
         answers = merge(benchmark, items, output, model_id=engine.source.name, settings_id=settings_id, metadata=about)
         origin = provenance(
             benchmark,

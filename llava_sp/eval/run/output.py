@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -157,6 +158,8 @@ def finish(
     outcome = Outcome(benchmark, items, scores, result)
     if output is None:
         print(json.dumps(result, indent=2, ensure_ascii=False))
+        if scores.score is None:
+            print(f"note: no score: {benchmark.unscored}", file=sys.stderr)
         return outcome
     write_jsonl(output / "per_item.jsonl", scores.per_item)
     submission = benchmark.submission(items, answers, output)

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from llava_sp.common.files import examples, write_jsonl
 from llava_sp.common.processes import Processes
+from llava_sp.common.watchdog import Watchdog
 from llava_sp.eval.base import Benchmark, Item
 from llava_sp.eval.run.answer_log import AnswerLog, read_logs
 
@@ -52,17 +53,21 @@ def generate_answers(
     batch_size: int,
     processes: Processes,
     progress: bool = True,
+    watch: Watchdog | None = None,
     about: Mapping[str, Any] = MappingProxyType({}),
 ) -> int:
     """Answers this process's share of the unanswered `items`; returns their number.
 
     Each line of the log holds the item's record, the answer (`text`), `key`, the fields of `about` (among them `settings`,
     which must be those of all lines there), `image_bytes`, and `seconds`: the time of the batch divided by its size.
+    `watch` hears of every batch; the first one, with which the model is opened, may take any time.
 
     Raises:
         ValueError: answers of other settings, or about other images under the same names, exist already.
     """
     share = items[processes.rank :: processes.world_size]
+    watch = watch or Watchdog(output, processes, None)
+    watch.progress(0, "opening the model, first batch", patient=True)
     with AnswerLog(output / LOGS / f"rank-{processes.rank:05d}.jsonl") as log:
         done = read_logs(output / LOGS, about.get("settings"))
         for item in share:
@@ -77,7 +82,7 @@ def generate_answers(
             return 0
         batches = [todo[i : i + batch_size] for i in range(0, len(todo), batch_size)]
         title = benchmark.name + (f" (process 1 of {processes.world_size})" if processes.world_size > 1 else "")
-        shown = progress and processes.is_main
+        shown, answered = progress and processes.is_main, 0
         with tqdm(total=len(share), initial=len(share) - len(todo), desc=title, unit="q", disable=not shown) as bar:
             for batch, prepared in zip(batches, ahead(answerer.prepare, batches)):
                 start = time.perf_counter()
@@ -90,6 +95,8 @@ def generate_answers(
                     for item, text in zip(batch, texts)
                 )
                 bar.update(len(batch))
+                answered += len(batch)
+                watch.progress(answered, "answering")
     return len(todo)
 
 

@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from llava_sp.common.command import at_once, count, fitting
 from llava_sp.common.files import Line, counted, examples, sha256
-from llava_sp.common.schema import Check
+from llava_sp.common.schema import Check, whole
 from llava_sp.eval.base import Benchmark, Item, Scores
 from llava_sp.eval.inputs.answers_file import read_lines
 from llava_sp.eval.run.answer_log import AnswerLog
@@ -56,10 +56,10 @@ _LINE = {
     "request_sha256": str,
     "answer_sha256": str,
     "reply": str,
-    "date?": (str, None),
-    "url?": (str, None),
-    "answered_by?": (str, None),
-    "usage?": ({"total_tokens?": (int, None)}, None),
+    "date": str,
+    "url": str,
+    "answered_by": (str, None),
+    "usage": ({"total_tokens": whole(0)}, None),  # null: the server does not say
 }
 SECONDS = Check(lambda number: 0 < number <= 10**6, "a number of seconds above 0, at most 1,000,000", float)
 _CARRIED = ("split", "protocol", "rules", "judge_prompt", "grader_prompt")  # arguments that the later command needs too
@@ -240,17 +240,18 @@ class JudgedBenchmark(Benchmark):
         for (run, key), lines in zip(places, chains):
             runs.setdefault(run, {})[key] = [line["reply"] for line in lines]
         lines = [line for chain in chains for line in chain]
-        dates = sorted(line["date"] for line in lines if line.get("date"))
+        dates = sorted(line["date"] for line in lines)
+        tokens = [line["usage"]["total_tokens"] for line in lines if line["usage"]]
         return list(runs.values()), {
             "model": lines[0]["judge"],
-            "answered_by": sorted({line["answered_by"] for line in lines if line.get("answered_by")}),
-            "url": ", ".join(sorted({line["url"] for line in lines if line.get("url")})),
-            "date": dates[-1] if dates else None,
-            "first_date": dates[0] if dates else None,
+            "answered_by": sorted({line["answered_by"] for line in lines if line["answered_by"]}),
+            "url": ", ".join(sorted({line["url"] for line in lines})),
+            "date": dates[-1],
+            "first_date": dates[0],
             "prompt": self.wording,
             "runs": len(runs),
             "replies": len(lines),
-            "tokens": sum((line.get("usage") or {}).get("total_tokens") or 0 for line in lines),
+            "tokens": sum(tokens) if len(tokens) == len(lines) else None,
         }
 
     def replies(self, item: Item) -> list[list[str]]:

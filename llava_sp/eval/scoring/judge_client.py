@@ -22,6 +22,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from llava_sp.common.command import check_arguments
 from llava_sp.common.provenance import now
+from llava_sp.common.schema import fits, whole
 
 OPENAI_URL = "https://api.openai.com/v1"
 OPENAI_KEY = "OPENAI_API_KEY"
@@ -220,7 +221,8 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 def _tokens(usage: Any) -> dict[str, int] | None:
     names = ("prompt_tokens", "completion_tokens", "total_tokens")
     found = {name: getattr(usage, name, None) for name in names}
-    return {name: count for name, count in found.items() if isinstance(count, int)} or None
+    counts = {name: count for name, count in found.items() if isinstance(count, int) and fits(count, whole(0))}
+    return counts if "total_tokens" in counts else None
 
 
 def hash_text(text: str) -> str:

@@ -131,8 +131,10 @@ class Workbench:
         """What an error may name it by, besides the names of files."""
         if not mutation.target:
             flags = [word.partition("=")[0] for word in (*words, *self.surface.words) if word.startswith("--")]
-            quoted = [form for word in words if word for form in (repr(word), repr(word)[1:-1])]
-            shown = [f"{before}{form}{after}" for form in quoted for before, after in ((": ", ""), (" ", "\n"))]
+            quoted = [form for word in words for form in (repr(word), repr(word)[1:-1]) if form]
+            shown = [
+                f"{before}{form}{after}" for form in quoted for before, after in ((": ", ""), (" ", "\n"), (" ", ","))
+            ]
             long = [form for form in quoted if len(form) > 2]
             keys = [flag.strip("-").replace("-", "_") for flag in flags]
             return [*flags, *keys, *shown, *long, "arguments are required: ", str(self.folder)]

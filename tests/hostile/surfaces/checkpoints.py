@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -21,7 +22,7 @@ from tests.hostile.judge import Rules, anything, optional_settings, settings, we
 from tests.hostile.surfaces.base import GOLDEN, Answer, Surface, through_command
 
 QUESTION = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
-BASES = {"language_model": GOLDEN / "base", "vision_tower": GOLDEN / "clip"}  # where inspect says that it needs them
+BASES = {"LANGUAGE_MODEL": GOLDEN / "base", "VISION_TOWER": GOLDEN / "clip"}  # inspect's words for what it needs
 OURS = ("llava_sp_adapter", "llava_sp")
 # Words and pixels: a tokenizer, a chat template and the image settings are as good with other ones.
 PROCESSOR: Rules = [
@@ -65,21 +66,32 @@ class CheckpointSurface(Surface):
         shutil.copytree(kind.folder, folder, dirs_exist_ok=True)
 
     def act(self, folder: Path, words: Sequence[str]) -> Answer:
-        check, keywords = None, self.keywords
+        check, lines = None, _lines(folder, self.keywords)
         if self.kind in OURS:
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
                 check = inspect([str(folder), "--json"])
-            needs = json.loads(out.getvalue())["needs"] if check == 0 else []
-            keywords = {need: BASES[need] for need in needs}
-        status, result = through_command(lambda: _ask(folder, keywords))
+            lines = json.loads(out.getvalue())["call"] if check == 0 else lines
+        status, result = through_command(lambda: _ask("\n".join(lines)))
         return status, result, check
 
 
+def _lines(folder: Path, keywords: dict[str, Path]) -> list[str]:
+    """The lines of Python that open model and processor."""
+    words = "".join(f", {keyword}={str(base)!r}" for keyword, base in keywords.items())
+    return [
+        f"model = LlavaSPForCausalLM.from_pretrained({str(folder)!r}{words})",
+        f"processor = LlavaSPProcessor.from_pretrained({str(folder)!r}{words})",
+    ]
+
+
 @torch.no_grad()
-def _ask(folder: Path, keywords: dict[str, Path]) -> list:
-    model = LlavaSPForCausalLM.from_pretrained(folder, **keywords).eval()
-    processor = LlavaSPProcessor.from_pretrained(folder, **keywords)
+def _ask(lines: str) -> list:
+    for word, base in BASES.items():
+        lines = lines.replace(f'"{word}"', repr(str(base)))
+    scope: dict[str, Any] = {"LlavaSPForCausalLM": LlavaSPForCausalLM, "LlavaSPProcessor": LlavaSPProcessor}
+    exec(lines, scope)
+    model, processor = scope["model"].eval(), scope["processor"]
     text = processor.apply_chat_template(QUESTION, add_generation_prompt=True)
     image = Image.open(GOLDEN / "samples" / "images" / "wide.png")
     inputs = processor(text=text, images=[image], return_tensors="pt")

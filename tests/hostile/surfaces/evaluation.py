@@ -70,10 +70,23 @@ def score(name: str, folder: Path, *words: object) -> tuple[int, Any]:
     return status, result
 
 
+def other_reply(spoilt: Spoilt) -> bool:
+    """Tokens and the name of the model are null where the judge's server does not say them."""
+    unsaid = [path[1:] in (("usage",), ("answered_by",)) and new is None for path, _, new in spoilt.differences]
+    return content(spoilt) or (bool(unsaid) and all(unsaid))
+
+
 class BenchmarkSurface(Surface):
     """Result: score, categories and all other metrics."""
 
-    rules = (("*.json", content), ("*.jsonl", content), ("*.tsv", anything), ("*.csv", anything), ("*.txt", anything))
+    rules = (
+        (JUDGEMENTS, other_reply),
+        ("*.json", content),
+        ("*.jsonl", content),
+        ("*.tsv", anything),
+        ("*.csv", anything),
+        ("*.txt", anything),
+    )
     seconds = 20.0
     weight = 0.4
 

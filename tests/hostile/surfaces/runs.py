@@ -51,6 +51,10 @@ def other_settings(spoilt: Spoilt) -> bool:
     """The run has other settings than the sound one, all of which are plausible; what it computes follows from them."""
     before, after = (result["settings"] for result in (spoilt.sound, spoilt.now))
     found = list(differences(before, after))
+    if spoilt.differences and all(new is MISSING for _, _, new in spoilt.differences):
+        return (
+            True  # keys that are left out, or cut off between two lines, have the value of the base, or their default
+        )
     return bool(found) and all(_fits(*difference) for difference in found)
 
 
@@ -63,6 +67,8 @@ def _fits(path: tuple[Any, ...], old: Any, new: Any) -> bool:
         return False
     if isinstance(new, int) and not isinstance(new, bool) and path[-1] in ("seed", "data_seed"):
         return 0 <= new < 2**32
+    if new == -1 and path[-1] == "max_steps":  # num_train_epochs counts
+        return True
     if new == 0 and path[-1] in ZERO:
         return True
     if isinstance(old, list) and isinstance(new, str):  # one name for a list of them
