@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from frame import write_results
+
 from llava_sp.common.command import command_parser, count, natural, run_command
 
 if TYPE_CHECKING:
@@ -121,13 +123,13 @@ def main() -> int:
     parser.add_argument("--workers", type=natural, nargs="+", default=[0, 1])
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/loader_cpu.json")
     options = parser.parse_args()
+    options.device = "cpu"
     return run_command(lambda: report(options), traceback=options.traceback)
 
 
 def report(options: Namespace) -> None:
     """Measure, print the tables and write the JSON."""
     import torch
-    from projector import machine
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -148,12 +150,7 @@ def report(options: Namespace) -> None:
         rates = {str(workers): per_second(dataset, workers) for workers in options.workers}
     for workers, rate in rates.items():
         print(f"{workers} workers: {rate:.1f} samples/s of clock time")
-    settings = {key: value for key, value in vars(options).items() if key not in ("output", "traceback")}
-    output = options.output or Path(__file__).parent / "results" / "loader_cpu.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": machine("cpu"), "settings": settings, "processor_ms": found, "samples_per_second": rates}
-    output.write_text(json.dumps(content, indent=1) + "\n")
-    print(f"written to {output}")
+    write_results("loader", options, {"processor_ms": found, "samples_per_second": rates})
 
 
 if __name__ == "__main__":

@@ -196,7 +196,8 @@ class ConversationDataset(Dataset):
                     together = sum(len(one["input_ids"]) for one in (*found, sample))
                     if tokens is None or together <= tokens:
                         found.append(sample)
-            if any("pixel_values" in sample for sample in found) or not (lengths > words).any():
+            images = (sample.get("patch_features", sample.get("pixel_values", ())) for sample in found)
+            if any(map(len, images)) or not (lengths > words).any():
                 break
             found = found[:-1]
         return found

@@ -42,7 +42,7 @@ def in_words(every: int | None) -> str:
 def shape_of(inputs: dict[str, Tensor]) -> Batch:
     """The shape of a collated batch."""
     rows, tokens = inputs["input_ids"].shape
-    images = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+    images = len(inputs.get("patch_features", inputs.get("pixel_values", ())))
     masked = "attention_mask" in inputs and not bool(inputs["attention_mask"].all())
     return Batch(rows, tokens, images, max(1, int((inputs["labels"][:, 1:] >= 0).sum())), masked)
 
