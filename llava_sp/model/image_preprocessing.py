@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,8 @@ def pixels_of(image_processor, images: list[Image.Image]) -> torch.Tensor:
     if not (of_bytes and image_processor.do_rescale and image_processor.do_normalize):
         return image_processor(images, return_tensors="pt")["pixel_values"]
     mean, std = image_processor.image_mean, image_processor.image_std
-    table = _normalised(type(image_processor), image_processor.rescale_factor, tuple(mean), tuple(std))
+    kind: Any = type(image_processor)
+    table = _normalised(kind, image_processor.rescale_factor, tuple(mean), tuple(std))
     pixels = image_processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
     return torch.from_numpy(np.stack([table[channel][pixels[:, channel]] for channel in range(3)], axis=1))
 
