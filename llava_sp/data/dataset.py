@@ -196,7 +196,7 @@ class ConversationDataset(Dataset):
                     together = sum(len(one["input_ids"]) for one in (*found, sample))
                     if tokens is None or together <= tokens:
                         found.append(sample)
-            images = (sample.get("patch_features", sample.get("pixel_values", ())) for sample in found)
+            images = (sample[key] for sample in found for key in ("pixel_values", "patch_features") if key in sample)
             if any(map(len, images)) or not (lengths > words).any():
                 break
             found = found[:-1]
