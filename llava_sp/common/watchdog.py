@@ -106,7 +106,7 @@ class Watchdog:
             file = self._file(rank)
             text = file.read_text() if file.is_file() else ""
             last, beats = self._heard.get(rank, ("", 0))
-            if text.split(" ")[1:2] != last.split(" ")[1:2] and text:
+            if text and _fields(text)[2] != _fields(last)[2]:
                 self._idle = 0  # without it, who has answered all of its questions would not wait for the others
             self._heard[rank] = (last, beats + 1) if text in ("", last) else (text, 0)
 

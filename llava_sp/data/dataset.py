@@ -199,7 +199,8 @@ class ConversationDataset(Dataset):
                     break
                 with contextlib.suppress(BadSample):
                     found.append(self._sample(place))
-            if any("pixel_values" in sample for sample in found) or not (lengths > words).any():
+            images = (sample.get("patch_features", sample.get("pixel_values", ())) for sample in found)
+            if any(map(len, images)) or not (lengths > words).any():
                 break
             found = found[:-1]
         return found

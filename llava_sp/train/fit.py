@@ -46,7 +46,7 @@ def in_words(every: int | None) -> str:
 def shape_of(inputs: dict[str, Tensor], attention: str | None) -> Batch:
     """The shape of a collated batch, for a language model of this attention implementation."""
     rows, tokens = inputs["input_ids"].shape
-    images = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+    images = len(inputs.get("patch_features", inputs.get("pixel_values", ())))
     padded = "attention_mask" in inputs and not bool(inputs["attention_mask"].all())
     masked = attention not in NO_MASK and (padded or ("position_ids" in inputs and attention != PER_SAMPLE))
     return Batch(rows, tokens, images, max(1, int((inputs["labels"][:, 1:] >= 0).sum())), masked)

@@ -40,7 +40,7 @@ def replay(folder: Path, step: int, overrides: Sequence[str] = ()) -> int:
     """Prints the step's table; the exit status. Raises `ValueError` for a folder, step or key that cannot be."""
     from llava_sp.train.order import batches_of_step, samples_of
 
-    trainer, checkpoint = _trainer_of(folder, step, overrides)
+    trainer, data, checkpoint = _trainer_of(folder, step, overrides)
     accumulation = trainer.args.gradient_accumulation_steps
     loader = trainer.get_train_dataloader()
     last = _last_step(trainer, len(loader))
@@ -58,8 +58,8 @@ def replay(folder: Path, step: int, overrides: Sequence[str] = ()) -> int:
 
     print(f"{'loss':>10} {'gradient norm':>14} {'tokens':>7} {'learned':>8}  sample")
     for index in samples_of(batches):
-        sample = trainer.data_collator([trainer.train_dataset[index]])
-        file, record = trainer.train_dataset.origin(index)
+        sample = trainer.data_collator([data[index]])
+        file, record = data.origin(index)
         own = _pass(trainer, model, sample, _learned(sample))
         gradient = _gradient_norm(trainer.model)
         bad |= not _finite(own, gradient)
@@ -72,14 +72,16 @@ def replay(folder: Path, step: int, overrides: Sequence[str] = ()) -> int:
     return int(bad)
 
 
-def _trainer_of(folder: Path, step: int, overrides: Sequence[str]) -> tuple[Any, Path | None]:
-    """A trainer for one process that takes the steps of the run, with the weights before `step`."""
+def _trainer_of(folder: Path, step: int, overrides: Sequence[str]) -> tuple[Any, Any, Path | None]:
+    """(trainer for one process that takes the steps of the run, with the weights before `step`; its data; their checkpoint)"""
     from llava_sp.checkpoints.opening.adapter import load_adapter
     from llava_sp.common.processes import Processes
     from llava_sp.config.arguments import Run, read_keys
     from llava_sp.data.build import build_datasets, build_processor
     from llava_sp.data.collator import Collator
+    from llava_sp.data.packing import Packs
     from llava_sp.train.build import build_model
+    from llava_sp.train.packing import plan_packs
     from llava_sp.train.run import same_data
     from llava_sp.train.run_folder import RunFolder
     from llava_sp.train.trainer import LlavaSPTrainer
@@ -96,19 +98,21 @@ def _trainer_of(folder: Path, step: int, overrides: Sequence[str]) -> tuple[Any,
     processor = build_processor(run)
     data, _ = build_datasets(processor, run)
     same_data(data, checkpoint, Processes(), run.data)
+    packs = plan_packs(run, data, Processes()) if run.data.packing else None
     model = build_model(run)
     if checkpoint is not None:
         load_adapter(model, checkpoint)
     trainer = LlavaSPTrainer(
         model=model,
         args=run.train,
-        train_dataset=data,
-        data_collator=Collator(processor.pad_token_id),
+        train_dataset=data if packs is None else Packs(data),
+        data_collator=Collator(processor.pad_token_id, run.data.pad_to_multiple_of),
         processing_class=processor,
         folder=run_folder,
         group_by_modality_length=run.data.group_by_modality_length,
+        packs=packs,
     )
-    return trainer, checkpoint
+    return trainer, data, checkpoint
 
 
 def _words(overrides: Sequence[str]) -> dict[str, Any]:

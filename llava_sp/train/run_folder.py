@@ -137,9 +137,14 @@ class RunFolder:
         return settings, settings.pop(RESERVED_KEY, {}).get("samples_per_step")
 
     def checkpoint_before(self, step: int) -> Path | None:
-        """The newest intact checkpoint that `step` (from 1) follows."""
+        """The newest checkpoint that `step` (from 1) follows. Raises `ValueError` if it is damaged or of another version."""
         before = (entry for entry in self._checkpoints() if int(entry.name.split("-")[1]) < step)
-        return next((entry for entry in before if not damage(entry)), None)
+        newest = next(before, None)
+        if newest is not None:
+            check_format(newest)
+            if problem := damage(newest):
+                raise ValueError(f"{newest} is damaged: {problem}. Move it away to use the one before")
+        return newest
 
     def intact_checkpoint(self) -> Path | None:
         """The newest checkpoint whose files are as they were written, or None if there is no checkpoint at all.

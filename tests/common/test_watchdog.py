@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -121,11 +123,15 @@ def watched(tmp_path, monkeypatch, others, **at):
 @pytest.mark.parametrize(
     ("others", "at", "late"),
     [
-        (lambda beat: f"{beat} 1 0 answering", {"doing": WAITING}, "process 1 (step 0, answering)"),
-        (lambda beat: "1 1 0 answering" if beat == 0 else "", {"doing": WAITING}, "silent: stopped or dead"),
-        (lambda beat: f"{beat} 9 0 {WAITING}", {"doing": "answering"}, "waiting for process 0 (step 3, answering)"),
-        (lambda beat: f"{beat} {beat} 0 answering", {"doing": WAITING}, None),
-        (lambda beat: f"{beat} 9 0 {WAITING}", {"doing": "opening the model", "patient": True}, None),
+        (lambda beat: f"{beat} there:1 1 0 answering", {"doing": WAITING}, "process 1 (step 0, answering)"),
+        (lambda beat: "1 there:1 1 0 answering" if beat == 0 else "", {"doing": WAITING}, "silent: stopped or dead"),
+        (
+            lambda beat: f"{beat} there:1 9 0 {WAITING}",
+            {"doing": "answering"},
+            "waiting for process 0 (step 3, answering)",
+        ),
+        (lambda beat: f"{beat} there:1 {beat} 0 answering", {"doing": WAITING}, None),
+        (lambda beat: f"{beat} there:1 9 0 {WAITING}", {"doing": "opening the model", "patient": True}, None),
         (lambda beat: "", {"doing": "scoring", "patient": True}, None),
     ],
     ids=["it hangs", "it is silent", "this one hangs", "it answers more questions", "this one is slow", "it has ended"],
@@ -142,3 +148,39 @@ def test_nothing_to_watch(tmp_path, world, minutes):
         watchdog.progress(1, "computing")
         time.sleep(0.05)
     assert not (tmp_path / "alive").exists()
+
+
+@pytest.mark.parametrize(
+    ("identity", "beats", "lost"),
+    [
+        (f"{socket.gethostname()}:{os.getpid()}", 100, ""),
+        (
+            f"{socket.gethostname()}:{2**22 + 1}",
+            100,
+            "process 1 (step 7, computing; ended or silent)",
+        ),  # no such process
+        (f"other:{2**22 + 1}", 100, ""),
+        (f"other:{os.getpid()}", 1, "process 1 (step 7, computing; ended or silent)"),
+    ],
+    ids=["here, lives", "here, ended", "elsewhere, lives", "elsewhere, silent"],
+)
+def test_who_was_lost(tmp_path, identity, beats, lost):
+    """Of this machine at once; of another one where nothing is heard."""
+    watchdog = Watchdog(tmp_path, Processes(0, 2, 0), 1 / 60)
+    ended = threading.Event()
+
+    def other():
+        for beat in range(beats):
+            (tmp_path / "1.part").write_text(f"{beat} {identity} 9 7 computing")
+            os.replace(tmp_path / "1.part", tmp_path / "1")
+            if ended.wait(0.02):
+                return
+
+    thread = threading.Thread(target=other)
+    with watchdog:
+        thread.start()
+        watchdog.progress(7, "computing", patient=True)
+        time.sleep(0.15)
+        assert watchdog.lost() == lost
+    ended.set()
+    thread.join()

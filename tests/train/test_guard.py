@@ -24,8 +24,7 @@ from tests.messages import names
 from tests.train.conftest import no_launcher
 from tests.train.runs import GOLDEN, config, log, losses, run_here
 
-DATA = GOLDEN / "samples" / "data.json"
-SAMPLES = json.loads(DATA.read_text())
+SAMPLES = json.loads((GOLDEN / "samples" / "data.json").read_text())
 POISON = "poison"
 NAN = float("nan")
 
@@ -190,30 +189,43 @@ def test_every_number_of_processes_has_the_same_samples_in_a_step(processes, gro
 # ---- replay
 
 
+def made(folder: Path, **settings) -> Path:
+    """A finished run of four steps of four of the five samples."""
+    folder.mkdir(exist_ok=True)
+    (folder / "data.json").write_text(json.dumps([*SAMPLES, SAMPLES[0]]))
+    steps = {"save_total_limit": None, "global_batch_size": 4, "save_steps": 2, "max_steps": 4}
+    with no_launcher():
+        run_here(folder, data_path=str(folder / "data.json"), **steps, **settings)
+    return folder / "out"
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    with no_launcher():
-        run_here(
-            folder, save_total_limit=None, per_device_train_batch_size=2, global_batch_size=4, save_steps=2, max_steps=4
-        )
-    return folder / "out"
+    return made(tmp_path_factory.mktemp("finished"), per_device_train_batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    return made(tmp_path_factory.mktemp("packed"), packing=True, pack_length=1024)
 
 
 def table(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines()[2:]]
 
 
+@pytest.mark.parametrize("kind", ["finished", "packed"])
 @pytest.mark.parametrize("step", [1, 3])
-def test_a_replayed_step_is_the_runs(finished, capsys, step):
-    assert replay(["--run", str(finished), "--step", str(step)]) == 0
+def test_a_replayed_step_is_the_runs(request, capsys, step, kind):
+    out = request.getfixturevalue(kind)
+    capsys.readouterr()
+    assert replay(["--run", str(out), "--step", str(step)]) == 0
     text = capsys.readouterr().out
-    assert names(text, "the start of the run" if step == 1 else finished / "checkpoint-2")
+    assert names(text, "the start of the run" if step == 1 else out / "checkpoint-2")
     *samples, whole = table(text)
-    logged = next(record for record in log(finished) if record["step"] == step)
+    logged = next(record for record in log(out) if record["step"] == step)
     assert float(whole[0]) == pytest.approx(logged["loss"], abs=1e-3)
     assert float(whole[1]) == pytest.approx(logged["grad_norm"], rel=1e-3)
-    assert len(samples) == 4 and all(str(DATA) in " ".join(row) for row in samples)
+    assert len(samples) == 4 and all(str(out.parent / "data.json") in " ".join(row) for row in samples)
     learned = [int(row[3]) for row in samples]
     mean = sum(float(row[0]) * n for row, n in zip(samples, learned)) / sum(learned)
     assert mean == pytest.approx(logged["loss"], abs=1e-3) and int(whole[3]) == sum(learned)
@@ -242,6 +254,14 @@ def test_what_cannot_be_replayed(finished, capsys, words, parts):
     except SystemExit as end:
         status = end.code
     assert status == 2 and names(capsys.readouterr().err, *parts)
+
+
+def test_replay_with_a_damaged_checkpoint(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "out")
+    file = tmp_path / "out" / "checkpoint-2" / "projector.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert replay(["--run", str(tmp_path / "out"), "--step", "4"]) == 2
+    assert names(capsys.readouterr().err, file, "damaged")
 
 
 def test_replay_of_other_data_or_of_no_run(finished, tmp_path, capsys):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import logging
 import math
@@ -20,6 +22,7 @@ from llava_sp.data.build import build_processor, dataset_of_config
 from llava_sp.data.precompute import main as precompute
 from llava_sp.train.__main__ import main
 from llava_sp.train.preflight import check_inputs
+from llava_sp.train.replay import main as replay
 from tests.hostile.judge import LARGEST, MISSING, Spoilt, differences, plausible
 from tests.hostile.mutations import Mutation
 from tests.hostile.sandbox import contained
@@ -217,6 +220,21 @@ class ResumeSurface(Surface):
         return status, trained(folder)["weights"] if status == 0 else None, None
 
 
+class ReplaySurface(ResumeSurface):
+    """The third step of that run again, alone. Result: its table."""
+
+    name = "replay"
+    weight = 1.0
+
+    def targets(self, folder: Path) -> list[str]:
+        return [target for target in super().targets(folder) if target.startswith("out/")]
+
+    def act(self, folder: Path, words: Sequence[str]) -> Answer:
+        with contextlib.redirect_stdout(io.StringIO()) as table:
+            status = replay(["--run", str(folder / "out"), "--step", "3"])
+        return status, table.getvalue().replace(str(folder), "") if status == 0 else None, None
+
+
 def _in_child(folder: Path) -> int | None:
     return contained(lambda: (train(folder), None, None), folder, 120).status
 
@@ -243,4 +261,4 @@ class FeaturesSurface(Surface):
         return *through_command(digests), None
 
 
-SURFACES: list[Surface] = [ConfigSurface(), RunSurface(), ResumeSurface(), FeaturesSurface()]
+SURFACES: list[Surface] = [ConfigSurface(), RunSurface(), ResumeSurface(), ReplaySurface(), FeaturesSurface()]
