@@ -10,7 +10,6 @@ from typing import Any
 from llava_sp.train.known import GIB
 from llava_sp.train.memory import StepTrace
 
-KINDS = ("weights", "optimizer", "gradients", "activations", "logits")
 # Of an optimizer, in bytes for each trained value: its state in float32, and what a step allocates for a moment on a GPU
 # (torch updates all parameters at once there: AdamW holds the roots of all second moments).
 OPTIMIZERS = {
