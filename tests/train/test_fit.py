@@ -61,7 +61,7 @@ def test_every_second_layer_is_exact(plain, tmp_path):
 def test_the_largest_pack(tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", "llava_sp")
     monkeypatch.setattr(fit, "memory_of_device", lambda device: 2**40)
-    packs = {"packing": True, "per_device_train_batch_size": None, "global_batch_size": 4, "pack_length": 1400}
+    packs = {"packing": True, "global_batch_size": 4, "pack_length": 1400}
     run_here(tmp_path, **packs, max_steps=1, activation_checkpointing="auto")
     assert names(caplog.text, "auto: none", "GiB by estimate", "The largest batch fits: 1 rows", "estimated")
 
