@@ -51,6 +51,15 @@ def seconds(action: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
+def own_seconds(action: Callable[[], Any], device: str) -> float:
+    """On a CPU with one thread the process's own time, which other work on the machine disturbs less; else as `seconds`."""
+    if device == "cuda" or torch.get_num_threads() > 1:
+        return seconds(action, device)
+    start = time.process_time()
+    action()
+    return time.process_time() - start
+
+
 def peak_and_seconds(action: Callable[[], Any], device: str) -> tuple[int, float]:
     """Bytes at the peak of an action above what was in use before, and how long it took.
 

@@ -153,7 +153,7 @@ def stage_2(place: Place, name: str, **settings: object) -> Command:
 
 def stage_2_packed(place: Place) -> Iterator[Command]:
     """scripts/finetune_lora.sh, packed"""
-    yield stage_2(place, "lora-packed", packing="true", group_by_modality_length="false", per_device_train_batch_size=1)
+    yield stage_2(place, "lora-packed")  # as the recipe has it
 
 
 def stage_2_padded(place: Place) -> Iterator[Command]:

@@ -11,14 +11,15 @@ backward pass. "difference" is that of gradients from the row `no dropout` of th
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from frame import own_seconds, write_results
 
 from llava_sp.common.command import command_parser, count, run_command
 
@@ -163,18 +164,6 @@ def saved_bytes(layer: Layer, x: Tensor, autocast: bool) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def seconds(layer: Layer, x: Tensor, autocast: bool) -> float:
-    import torch
-
-    if layer.device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    gradients(layer, x, autocast)
-    if layer.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def variants(size: str, dtype: torch.dtype, device: str, rank: int) -> dict[str, tuple[Layer, bool]]:
     """Layer, and whether it runs under autocast, by the row's name."""
     import torch
@@ -209,7 +198,7 @@ def measure(options: Namespace, name: str) -> list[dict[str, Any]]:
     times: dict[str, list[float]] = {key: [] for key in rows}
     for turn in range(options.repeats + 1):
         for key, (layer, autocast) in rows.items():
-            spent = seconds(layer, inputs[key], autocast)
+            spent = own_seconds(partial(gradients, layer, inputs[key], autocast), options.device)
             if turn:  # the first one warms up
                 times[key].append(spent)
     found = []
@@ -245,8 +234,6 @@ def main() -> int:
 
 def report(options: Namespace) -> None:
     """Measure, print the table and write the JSON."""
-    from frame import machine
-
     rows: list[dict[str, Any]] = []
     print(f"{'dtype':9} {'row':16} {'ms':>8} {'/ frozen':>8} {'saved MiB':>10} {'difference':>11}")
     for dtype in options.dtype:
@@ -257,13 +244,7 @@ def report(options: Namespace) -> None:
                 f"{dtype:9} {row['row']:16} {row['ms']:8.1f} {row['over_frozen']:8.3f} {row['saved_mib']:10.1f} {apart:>11}",
                 flush=True,
             )
-    settings = {key: value for key, value in vars(options).items() if key not in ("output", "traceback")}
-    output = options.output or Path(__file__).parent / "results" / f"lora_{options.device}.json"
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(
-        json.dumps({"machine": machine(options.device), "settings": settings, "rows": rows}, indent=1) + "\n"
-    )
-    print(f"written to {output}")
+    write_results("lora", options, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -171,6 +171,12 @@ class ConversationDataset(Dataset):
         records = self.files[self._table[index][0]]
         return [records.image(name) for name in conversation.images]
 
+    def look_at_images(self, index: int, conversation: Conversation) -> None:
+        """Raises `BadSample` unless the images of sample `index` are there and begin as images; nothing is decoded."""
+        records = self.files[self._table[index][0]]
+        for name in conversation.images:
+            records.look_at_image(name)
+
     def first_good(self, tries: int = 100) -> dict[str, torch.Tensor] | None:
         """The first good sample with an image, else the first good one; None if the first `tries` of each are bad."""
         with_image = np.array(self.modality_lengths) > 0
@@ -182,9 +188,9 @@ class ConversationDataset(Dataset):
                     continue
         return None
 
-    def largest(self, number: int, tokens: int | None = None) -> list[dict[str, torch.Tensor]]:
-        """The good samples with most tokens by estimate: at most `number`, with at most `tokens` together. If none of them has
-        images, the sample with most takes the place of the last, so that they have all that a batch may hold."""
+    def largest(self, number: int) -> list[dict[str, torch.Tensor]]:
+        """The good samples with most tokens by estimate, at most `number`. If none of them has images, the sample with most takes
+        the place of the last, so that they have all that a batch may hold."""
         lengths, words = np.array(self.lengths), np.abs(self.modality_lengths)
         found: list[dict[str, torch.Tensor]] = []
         for order in (np.argsort(-lengths, kind="stable"), np.argsort(words - lengths, kind="stable")):
@@ -192,11 +198,9 @@ class ConversationDataset(Dataset):
                 if len(found) == number:
                     break
                 with contextlib.suppress(BadSample):
-                    sample = self._sample(place)
-                    together = sum(len(one["input_ids"]) for one in (*found, sample))
-                    if tokens is None or together <= tokens:
-                        found.append(sample)
-            if any("pixel_values" in sample for sample in found) or not (lengths > words).any():
+                    found.append(self._sample(place))
+            images = (sample.get("patch_features", sample.get("pixel_values", ())) for sample in found)
+            if any(map(len, images)) or not (lengths > words).any():
                 break
             found = found[:-1]
         return found

@@ -12,6 +12,7 @@ import os
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -56,9 +57,18 @@ def load_image(folder: str | os.PathLike, name: str) -> Image.Image:
         BadSample: the file is outside the folder, missing, empty, not an image, too large, or damaged.
         OSError: the folder itself is gone or empty, as when its file system is no longer mounted, or cannot be read.
     """
+    return _from_folder(folder, name, _as_rgb)
+
+
+def look_at_image(folder: str | os.PathLike, name: str) -> None:
+    """Raises as `load_image` does, but not for damage beyond the header, which only decoding finds."""
+    _from_folder(folder, name, lambda image: image)
+
+
+def _from_folder(folder: str | os.PathLike, name: str, use: Callable[[Image.Image], Image.Image]) -> Image.Image:
     path = image_path(folder, name)
     try:
-        return decode_image(path, f"image {path}")
+        return _read(path, f"image {path}", use)
     except BadSample:
         if not path.exists() and not _holds_files(folder):
             raise OSError(
@@ -77,6 +87,14 @@ def _holds_files(folder: str | os.PathLike) -> bool:
 
 def decode_image(source: Path | bytes, what: str) -> Image.Image:
     """An image file, or the bytes of one, as RGB. Raises `BadSample` like `load_image`, naming `what`."""
+    return _read(source, what, _as_rgb)
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
+
+
+def _read(source: Path | bytes, what: str, use: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limits below are stricter
@@ -89,7 +107,7 @@ def decode_image(source: Path | bytes, what: str) -> Image.Image:
                 ):
                     if value > limit:
                         raise BadSample(f"{what} is {width} x {height}, {value:,}; the limit is {limit:,} {unit}")
-                return image.convert("RGB")
+                return use(image)
     except BadSample:
         raise
     except _BROKEN as error:

@@ -29,6 +29,7 @@ from llava_sp.common.files import counted
 from llava_sp.data.dataset import ConversationDataset
 
 PER_TOKEN, PER_PAIR, PER_IMAGE = 1.0, 2e-5, 16.0
+PLANNED = 20_000_000  # samples, of all epochs, that are looked at for the number of packs; some seconds
 LOOKED_AT = 256  # steps of the first epoch, evenly spread, from which `PackSampler.summary` is made
 
 Pack = tuple[int, ...]
@@ -105,7 +106,15 @@ class PackSampler(Sampler[Pack]):
         return float(self.costs[list(pack)].sum())
 
     def _least_packs(self, steps: int) -> int:
-        """The least number of packs, a multiple of the processes, into which every step of the run can be distributed."""
+        """The least number of packs, a multiple of the processes, into which every step of the run can be distributed.
+
+        Of a run that is too long to look at, a number that suffices for any step.
+        """
+        if steps * self.samples_per_step > PLANNED:
+            longest = np.sort(self.tokens)[-self.samples_per_step :]
+            room = self.pack_length - int(longest[-1])  # the least loaded pack has it, if the mean is no more than this
+            packs = min(len(longest), -(-int(longest.sum()) // room)) if room else len(longest)
+            return -(-packs // self.processes) * self.processes
         packs = self.processes
         for epoch in range(-(-steps // self.steps_per_epoch)):
             left = steps - epoch * self.steps_per_epoch

@@ -19,7 +19,7 @@ from PIL import Image
 from llava_sp.common.files import parse_json, parse_line
 from llava_sp.common.schema import expect
 from llava_sp.data.annotations import images_of
-from llava_sp.data.images import load_image
+from llava_sp.data.images import load_image, look_at_image
 
 WHITESPACE = re.compile(r"[ \t\n\r]*")
 BLOCK = 1 << 22  # characters read at a time
@@ -61,6 +61,10 @@ class RecordFile:
     def image(self, name: str) -> Image.Image:
         """The image that a record names. Raises `BadSample`."""
         return load_image(self.image_folder, name)
+
+    def look_at_image(self, name: str) -> None:
+        """Raises `BadSample` unless the image is there and begins as one."""
+        look_at_image(self.image_folder, name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_handle": None}

@@ -35,6 +35,10 @@ class Records(Protocol):
         """The image that a record of this source names, decoded, as RGB. Raises `BadSample`."""
         ...
 
+    def look_at_image(self, name: str) -> None:
+        """Raises `BadSample` unless the image is there and begins as one; nothing is decoded."""
+        ...
+
 
 def open_records(source: Source) -> Records:
     """Raises `ValueError` for a file that is missing or not what it should be."""

@@ -5,11 +5,15 @@ differently, and the weights were trained on Pillow's pixels.
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from os import PathLike
+from typing import Any
 
+import numpy as np
+import torch
 import transformers
 from PIL import Image
-from transformers import AutoImageProcessor, CLIPImageProcessorPil
+from transformers import AutoImageProcessor, CLIPImageProcessorPil, SiglipImageProcessorPil
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import load_image
 
@@ -25,6 +29,29 @@ def pad_to_square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
+
+
+def pixels_of(image_processor, images: list[Image.Image]) -> torch.Tensor:
+    """What the image processor gives for RGB images, [n, 3, H, W], to the bit.
+
+    Its last steps compute with every pixel; as a channel has only 256 values, each is computed once here.
+    """
+    of_bytes = type(image_processor) in (CLIPImageProcessorPil, SiglipImageProcessorPil) and not image_processor.do_pad
+    if not (of_bytes and image_processor.do_rescale and image_processor.do_normalize):
+        return image_processor(images, return_tensors="pt")["pixel_values"]
+    mean, std = image_processor.image_mean, image_processor.image_std
+    kind: Any = type(image_processor)
+    table = _normalised(kind, image_processor.rescale_factor, tuple(mean), tuple(std))
+    pixels = image_processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+    return torch.from_numpy(np.stack([table[channel][pixels[:, channel]] for channel in range(3)], axis=1))
+
+
+@lru_cache
+def _normalised(kind: type, factor: float, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """[3, 256]: each value of each channel, rescaled and normalised by such an image processor."""
+    processor = kind(do_resize=False, do_center_crop=False, rescale_factor=factor, image_mean=mean, image_std=std)
+    values = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)
+    return processor([Image.fromarray(values)], return_tensors="np")["pixel_values"][0].reshape(3, 256)
 
 
 def flatten_images(images) -> list[Image.Image]:

@@ -36,6 +36,7 @@ from .image_preprocessing import (
     images_per_prompt,
     pad_to_square,
     pillow_counterpart,
+    pixels_of,
 )
 from .opening import other_formats
 from .tokenization import TextEncoder, add_special_tokens
@@ -415,7 +416,9 @@ class LlavaSPProcessor(LlavaProcessor):
         if self.image_aspect_ratio == "pad":
             colour = tuple(int(mean * 255) for mean in self.image_processor.image_mean)
             images = [pad_to_square(image, colour) for image in images]
-        return self.image_processor(images, return_tensors="pt", **kwargs)["pixel_values"]
+        if kwargs:
+            return self.image_processor(images, return_tensors="pt", **kwargs)["pixel_values"]
+        return pixels_of(self.image_processor, images)
 
     def replace_image_token(self, image_inputs=None, image_idx: int = 0, **kwargs) -> str:
         return self.image_token * self.num_image_tokens

@@ -25,8 +25,8 @@ OPTIMIZERS = {
 }
 # A GPU must also hold what is not counted: the CUDA context, NCCL, kernels' own memory; and torch's allocator cannot use
 # every gap.
-CONTEXT = GIB
-GAPS = 1.04
+CONTEXT = 1.5 * GIB
+GAPS = 1.06
 ZERO3_LIVE = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parameters
 
 
@@ -83,13 +83,14 @@ class Budget:
         setting, n = trace.setting, sharding.processes
         low, trained, total = 2 if setting.bf16 else 4, trace.trained, sum(trace.counts.values())
         state, moment = OPTIMIZERS[optimizer]
-        moment = moment if setting.kind == "cuda" else 0
+        together = trained if setting.kind == "cuda" else trace.largest  # a CPU updates one tensor after the other
+        moment *= together if setting.kind == "cuda" else 2 * together
         if sharding.stage is None:
             complete = 4 * trained
             copies = 4 * trained if n > 1 else 0  # DistributedDataParallel's buckets
             resident = copies + (complete if setting.accumulated else 0)
             weights = low * (total - trained) + 4 * trained
-            step = copies + complete + moment * trained
+            step = copies + complete + moment
             return cls(trace, sharding, weights, state * trained, resident, step, (4 + state) * trained)
         share = n if sharding.stage >= 1 else 1
         own = trained // share
@@ -100,7 +101,7 @@ class Budget:
         stored = (2 * low + 4 + state) * trained  # DeepSpeed has the weights once more
         if sharding.offloads_optimizer:
             return cls(trace, sharding, weights, 0, gradients, gradients, stored)
-        step = gradients + (4 + moment) * own
+        step = gradients + 4 * own + moment // share
         return cls(trace, sharding, weights, (4 + state) * own, gradients, step, stored)
 
     def kinds(self, every: int | None) -> dict[str, int]:

@@ -15,11 +15,14 @@ from transformers.training_args import OptimizerNames
 from llava_sp import LlavaSPConfig
 from llava_sp.common.processes import FailedHere, Processes
 from llava_sp.config.arguments import Run
+from llava_sp.model.packed_attention import PER_SAMPLE
 from llava_sp.train.budget import GIB, OPTIMIZERS, Budget, Sharding
 from llava_sp.train.logs import peak_memory
 from llava_sp.train.memory import Batch, Setting, StepTrace
 from llava_sp.train.processes import memory_of_device
 
+# Attention implementations that need no mask of all pairs of tokens
+NO_MASK = ("flash_attention_2", "flash_attention_3", "flex_attention")
 logger = logging.getLogger("llava_sp.train")
 
 
@@ -39,11 +42,12 @@ def in_words(every: int | None) -> str:
     return "none" if every is None else "full" if every == 1 else f"every_{every}"
 
 
-def shape_of(inputs: dict[str, Tensor]) -> Batch:
-    """The shape of a collated batch."""
+def shape_of(inputs: dict[str, Tensor], attention: str | None) -> Batch:
+    """The shape of a collated batch, for a language model of this attention implementation."""
     rows, tokens = inputs["input_ids"].shape
-    images = len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
-    masked = "attention_mask" in inputs and not bool(inputs["attention_mask"].all())
+    images = len(inputs.get("patch_features", inputs.get("pixel_values", ())))
+    padded = "attention_mask" in inputs and not bool(inputs["attention_mask"].all())
+    masked = attention not in NO_MASK and (padded or ("position_ids" in inputs and attention != PER_SAMPLE))
     return Batch(rows, tokens, images, max(1, int((inputs["labels"][:, 1:] >= 0).sum())), masked)
 
 
@@ -56,16 +60,15 @@ class Fit:
 
     def __init__(self, run: Run, config: LlavaSPConfig, inputs: dict[str, Tensor] | None, here: Processes):
         self.run, self.config, self.inputs, self.here = run, config, inputs, here
-        self.batch = Batch(1, 1, 0, 1) if inputs is None else shape_of(inputs)
-        self.kind = "cpu" if run.train.use_cpu else "cuda"
-        self.memory = memory_of_device(self.kind)
+        self.batch = Batch(1, 1, 0, 1) if inputs is None else shape_of(inputs, config.text_config._attn_implementation)
+        self.memory = memory_of_device(run.train.device)
+        self.sharding = Sharding.of(run.train.deepspeed, here.world_size, config.text_config.hidden_size)
 
     @cached_property
     def budget(self) -> Budget:
-        args = self.run.train
-        sharding = Sharding.of(args.deepspeed, self.here.world_size, self.config.text_config.hidden_size)
-        trace = trace_of(self.config, self.run, self.batch, sharding.stage is not None, self.kind)
-        return Budget.of(trace, sharding, OptimizerNames(args.optim).value)
+        kind = "cpu" if self.run.train.use_cpu else "cuda"
+        trace = trace_of(self.config, self.run, self.batch, self.sharding.stage is not None, kind)
+        return Budget.of(trace, self.sharding, OptimizerNames(self.run.train.optim).value)
 
     def settle(self) -> None:
         """Choose what `activation_checkpointing: auto` leaves open, the same on all processes."""
@@ -99,11 +102,13 @@ class Fit:
         args, choices = self.run.train, []
         if args.recomputed != 1:
             choices.append("activation_checkpointing: full")
-        if args.per_device_train_batch_size > 1:
+        if self.run.data.packing:
+            choices.append(f"pack_length: {self.run.data.longest_pack // 2}")
+        elif args.per_device_train_batch_size > 1:
             rows = args.per_device_train_batch_size // 2
             choices.append(f"per_device_train_batch_size: {rows} (global_batch_size stays)")
         choices.append(f"model_max_length: {self.run.data.model_max_length // 2}")
-        if not args.deepspeed or '"stage": 3' not in str(args.deepspeed).replace("'", '"'):
+        if self.sharding.stage != 3:
             choices.append("deepspeed: configs/deepspeed/zero3.json on more devices")
         return "; ".join(choices)
 

@@ -20,21 +20,23 @@ from llava_sp.common.schema import NUMBER
 from llava_sp.train.run_folder import LOG_FILE, RunFolder
 
 GIB = 2**30
+SHOWN_WAIT = 0.05  # share of the time; dataloader_num_workers is too low then, or the disk too slow
 
 
 class Meter(TrainerCallback):
-    """Rates, samples/s, tokens/s and peak memory since the last reading; time spent saving or evaluating is not counted."""
+    """Rates, samples/s, tokens/s, waiting for data and peak memory since the last reading; time spent saving or evaluating
+    is not counted. `waited`: seconds spent waiting for batches, which the trainer adds."""
 
     def __init__(self, samples_per_step: int):
         self.samples_per_step = samples_per_step
         self.rates: dict[str, float] = {}
         self._steps = self._tokens = 0
-        self._busy = 0.0
+        self._busy = self.waited = 0.0
         self._since = time.perf_counter()
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._steps, self._tokens = state.global_step, state.num_input_tokens_seen
-        self._busy, self._since = 0.0, time.perf_counter()
+        self._busy, self.waited, self._since = 0.0, 0.0, time.perf_counter()
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         """Called before the scheduler's step: the rates of this step."""
@@ -58,8 +60,10 @@ class Meter(TrainerCallback):
         figures["samples_per_second"] = round(steps * self.samples_per_step / busy, 3)
         if tokens:
             figures["tokens_per_second"] = round(tokens / busy, 1)
+        figures["data_wait_seconds"] = round(self.waited / max(steps, 1), 4)  # of each step
+        figures["data_wait_share"] = round(self.waited / busy, 3)
         figures["memory_gib"] = round(peak_memory() / GIB, 3)
-        self._steps, self._tokens, self._busy = state.global_step, state.num_input_tokens_seen, 0.0
+        self._steps, self._tokens, self._busy, self.waited = state.global_step, state.num_input_tokens_seen, 0.0, 0.0
         return figures
 
 
@@ -156,6 +160,8 @@ def line(step: int, steps: int, logs: dict[str, Any]) -> str:
     ):
         if key in logs:
             words.append(f"{logs[key]:{form}} {name}")
+    if logs.get("data_wait_share", 0) > SHOWN_WAIT:
+        words.append(f"waited {logs['data_wait_seconds']:.2f} s a step for data ({logs['data_wait_share']:.0%})")
     return "  ".join(words)
 
 

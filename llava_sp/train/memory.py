@@ -6,7 +6,8 @@ counted between marks: before the layers, each layer's forward, the head, each l
 depth follows by arithmetic, as the middle layer repeats. It takes seconds and no memory at any size. A language model whose layers differ
 (`layer_types`) is run at full depth.
 
-Not seen: what kernels allocate inside, and the process's own memory (CUDA context, NCCL).
+Not seen: what kernels allocate inside, the process's own memory (CUDA context, NCCL), and `offload`, whose activations count as if
+they stayed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -158,7 +160,7 @@ class StepTrace:
 
     Attributes:
         layers: decoder layers.
-        counts: {part: parameters}, at full depth; trained: how many of them train.
+        counts: {part: parameters}, at full depth; trained: how many of them train; largest: in one tensor of these.
         setting: as given.
     """
 
@@ -170,17 +172,19 @@ class StepTrace:
         for recompute in (False, True):
             model = _build(shallow, arguments, setting)
             self._count(model)
-            self._segments[recompute] = _run(model, batch, setting, recompute)
+            self._segments[recompute] = _run(model, batch, setting, recompute, arguments.lora_dropout)
 
     def _count(self, model: LlavaSPForCausalLM) -> None:
         middle = {id(p) for p in decoder_layers(model)[min(1, self._depth - 1)].parameters()}
         repeated = 1 + self.layers - self._depth
         self.counts = dict.fromkeys(PARTS, 0)
-        self.trained = 0
+        self.trained = self.largest = 0
         for name, parameter in model.named_parameters():
             times = repeated if id(parameter) in middle else 1
             self.counts[part_of(name)] += times * parameter.numel()
-            self.trained += times * parameter.numel() if parameter.requires_grad else 0
+            if parameter.requires_grad:
+                self.trained += times * parameter.numel()
+                self.largest = max(self.largest, parameter.numel())
         # transformers counts the layers of tower and language model in one row
         self._offset = sum(isinstance(m, GradientCheckpointingLayer) for m in model.model.vision_tower.modules())
 
@@ -242,6 +246,8 @@ def _build(config: LlavaSPConfig, arguments: ModelArguments, setting: Setting) -
     """The model as a run builds it, without numbers."""
     if arguments.attn_implementation == "eager":
         config._attn_implementation = "eager"
+    elif (getattr(config.text_config, "_attn_implementation", None) or "").startswith("fl"):  # flash, flex: as large as
+        config._attn_implementation = "sdpa"
     with zero3_set_aside():
         with torch.device("meta"):
             model = LlavaSPForCausalLM(config)
@@ -267,7 +273,9 @@ def _make_fake(model: nn.Module, setting: Setting) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def _run(model: LlavaSPForCausalLM, batch: Batch, setting: Setting, recompute: bool) -> dict[str, Segment]:
+def _run(
+    model: LlavaSPForCausalLM, batch: Batch, setting: Setting, recompute: bool, dropout: float
+) -> dict[str, Segment]:
     with FakeTensorMode():
         _make_fake(model, setting)
         model.train()
@@ -287,7 +295,9 @@ def _run(model: LlavaSPForCausalLM, batch: Batch, setting: Setting, recompute: b
                 parameter.register_post_accumulate_grad_hook(_leave)
             elif not setting.accumulated:
                 parameter.register_post_accumulate_grad_hook(_counting(allocations))
-        with allocations, _kernels(batch, setting):
+        # as `build.autocast_casts_back`
+        without_casts = setting.bf16 and not setting.deepspeed and (dropout == 0 or setting.kind == "cuda")
+        with allocations, _kernels(batch, setting), disable_input_dtype_casting(model, without_casts):
             _loss(model, batch, setting).backward()
         marks.end("after")
     return marks.segments

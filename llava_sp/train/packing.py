@@ -82,9 +82,11 @@ def _check_longest(run: Run, dataset: ConversationDataset, tokens: np.ndarray) -
 def describe(packs: PackSampler, multiple: int) -> str:
     """The packs in a line, for the log."""
     found, per_process = packs.summary(multiple), packs.packs_per_step // packs.processes
+    samples = len(packs.samples) / packs.steps_per_epoch
     return (
-        f"Packing: {packs.packs_per_step} packs per step = {packs.processes} processes x {per_process} accumulated, "
-        f"{found.tokens:,.0f} tokens each (the longest {found.longest:,} of {packs.pack_length:,}), {found.padding:.2%} padding; "
+        f"Packing: {samples:,.1f} samples and {found.tokens * packs.packs_per_step:,.0f} tokens per step on average, in "
+        f"{packs.packs_per_step} packs per step = {packs.processes} processes x {per_process} accumulated, {found.tokens:,.0f} "
+        f"tokens each (the longest {found.longest:,} of {packs.pack_length:,}), {found.padding:.2%} padding; "
         f"processes wait {found.waiting:.1%} of the time for the slowest."
     )
 

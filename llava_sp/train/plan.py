@@ -57,19 +57,27 @@ class Plan:
         """The largest micro batch."""
         from llava_sp.train.memory import Batch
 
-        rows, data = self.run.train.per_device_train_batch_size, self.data
-        image_tokens = data.most_images * self.config.num_image_tokens
+        rows, data, per_image = self.run.train.per_device_train_batch_size, self.data, self.config.num_image_tokens
+        if self.run.data.packing:
+            length, attention = self.run.data.longest_pack, self.run.model.attn_implementation
+            images = math.ceil(data.images * length / data.mean)
+            # packs mix samples; those of text alone, which most is learned from, are few
+            return Batch(1, length, images, max(1, length // 2), masked=attention in ("sdpa", "eager"))
         # the longest samples may be text alone
-        learned = max(data.longest - (image_tokens if data.images >= 1 else 0), 1)
+        learned = max(data.longest - (data.most_images * per_image if data.images >= 1 else 0), 1)
         return Batch(rows, data.longest, rows * data.most_images, rows * learned, masked=rows > 1)
 
     @cached_property
     def budget(self) -> Budget:
-        from transformers.training_args import OptimizerNames
-
         from llava_sp.train.budget import Budget
 
-        return Budget.of(_trace(_Request.of(self)), self.sharding, OptimizerNames(self.run.train.optim).value)
+        return Budget.of(_trace(_Request.of(self)), self.sharding, self._optimizer)
+
+    @property
+    def _optimizer(self) -> str:
+        from transformers.training_args import OptimizerNames
+
+        return OptimizerNames(self.run.train.optim).value
 
     @cached_property
     def every(self) -> int | None:
@@ -92,33 +100,43 @@ class Plan:
         plan = self._with(recompute=True)
         if args.recomputed != 1 and not args.recomputation_is_open:
             yield "activation_checkpointing: auto", plan
-        rows = args.per_device_train_batch_size
-        smaller = [rows >> shift for shift in range(1, rows.bit_length())]
-        for size in smaller:
-            yield f"per_device_train_batch_size: {size}", plan._with(rows=size)
+        smaller = list(self._smaller())
+        for words, size in smaller:
+            yield words, plan._with(size)
         for stage in (2, 3):
             if (self.sharding.stage or 0) < stage and (stage == 2 or self.processes > 1):
                 zero = {"zero_optimization": {"stage": stage}}
                 yield f"deepspeed: configs/deepspeed/zero{stage}.json", plan._with(zero=zero)
-                for size in smaller:
-                    words = f"deepspeed: configs/deepspeed/zero{stage}.json and per_device_train_batch_size: {size}"
-                    yield words, plan._with(zero=zero, rows=size)
+                for words, size in smaller:
+                    yield f"deepspeed: configs/deepspeed/zero{stage}.json and {words}", plan._with(size, zero=zero)
+        words, size = smaller[-1] if smaller else ("the same batch", 0)
         for processes in (2, 4, 8, 16):
             if processes > self.processes:
                 zero = {"zero_optimization": {"stage": 3}}
-                words = (
-                    f"{processes} GPUs with deepspeed: configs/deepspeed/zero3.json and per_device_train_batch_size: 1"
-                )
-                yield words, plan._with(zero=zero, rows=1, processes=processes)
+                more = f"{processes} GPUs with deepspeed: configs/deepspeed/zero3.json and {words}"
+                yield more, plan._with(size, zero=zero, processes=processes)
 
-    def _with(self, recompute: bool = False, rows: int | None = None, **changed: Any) -> Plan:
-        run = dataclasses.replace(self.run, train=copy.copy(self.run.train))
+    def _smaller(self) -> Iterator[tuple[str, int]]:
+        """Smaller micro batches: rows, or the length of packs."""
+        data = self.run.data
+        if data.packing:
+            halves = [data.longest_pack >> shift for shift in range(1, 20)]
+            yield from ((f"pack_length: {size}", size) for size in halves if size >= self.data.longest)
+        else:
+            rows = self.run.train.per_device_train_batch_size
+            halves = [rows >> shift for shift in range(1, rows.bit_length())]
+            yield from ((f"per_device_train_batch_size: {size}", size) for size in halves)
+
+    def _with(self, size: int = 0, recompute: bool = False, **changed: Any) -> Plan:
+        run = dataclasses.replace(self.run, train=copy.copy(self.run.train), data=copy.copy(self.run.data))
         if recompute:
             run.train.recomputation_is_open = True
-        if rows is not None:
+        if size and run.data.packing:
+            run.data.pack_length = size
+        elif size:
             total = run.train.per_device_train_batch_size * run.train.gradient_accumulation_steps
-            run.train.per_device_train_batch_size = rows
-            run.train.gradient_accumulation_steps = max(1, total // rows)
+            run.train.per_device_train_batch_size = size
+            run.train.gradient_accumulation_steps = max(1, total // size)
         return dataclasses.replace(self, run=run, **changed)
 
     # ---- time
@@ -126,6 +144,8 @@ class Plan:
     @property
     def samples_per_step(self) -> int:
         args = self.run.train
+        if self.run.data.packing and args.global_batch_size:
+            return args.global_batch_size
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * self.processes
 
     @property
@@ -196,14 +216,25 @@ class Plan:
         if self.fits:
             return "fits"
         for words, plan in self.alternatives():
-            if plan.fits:
+            if self._leaves_room(plan) and plan.fits:
                 return f"does not fit; {words} would ({plan.budget.total(plan.every) / GIB:.1f})"
         return f"does not fit, with no setting on up to 16 of {self.gpu_name}"
+
+    def _leaves_room(self, other: Plan) -> bool:
+        """Whether what another plan of the same model holds throughout fits, which needs no trace of its own."""
+        from llava_sp.train.budget import Budget, fits
+
+        held = Budget.of(self.budget.trace, other.sharding, self._optimizer)
+        return fits(held.weights + held.optimizer, self.memory)
 
     def _time(self, mfu: float, log: Path | None) -> Iterator[str]:
         data, steps, per_step = self.data, self.steps, self.samples_per_step
         args = self.run.train
-        made = f"{args.per_device_train_batch_size} x {self.processes} x {args.gradient_accumulation_steps} accumulated"
+        made = (
+            "in packs"
+            if self.run.data.packing
+            else f"{args.per_device_train_batch_size} x {self.processes} x {args.gradient_accumulation_steps} accumulated"
+        )
         yield f"Data: {data.source}"
         if data.samples is not None:
             yield f"  {data.samples:,} samples of {data.mean:.0f} tokens in the mean, {data.longest:,} at most"
@@ -229,6 +260,8 @@ class Plan:
 
         args, lengths = self.run.train, self.data.lengths
         rows, batches = args.per_device_train_batch_size, self.processes * args.gradient_accumulation_steps
+        if self.run.data.packing:
+            return "none, but for multiples" if self.run.data.pad_to_multiple_of > 1 else "none, in packs"
         if rows == 1:
             return "none, with one sample a row"
         if lengths is None:
@@ -290,8 +323,9 @@ def plan_of(
     name, device = gpu_of(gpu)
     keys = read_keys(config, words)
     zero = keys.pop("deepspeed", None)
-    whole = keys.pop("global_batch_size", None)
-    if whole is not None:
+    whole = keys.get("global_batch_size")
+    if whole is not None and not keys.get("packing"):
+        del keys["global_batch_size"]
         sizes = split_global_batch(whole, keys.get("per_device_train_batch_size", 8), processes)
         keys["per_device_train_batch_size"], keys["gradient_accumulation_steps"] = sizes
     run = Run.of({**keys, "use_cpu": True})

@@ -88,10 +88,10 @@ class Watch(TrainerCallback):
         self.watchdog.stop()
 
 
-def memory_of_device(kind: str) -> int:
-    """Bytes that this process may use: of its GPU (`kind` "cuda"), or its share of what is free on a CPU's machine."""
-    if kind == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        return free + torch.cuda.memory_reserved()
+def memory_of_device(device: torch.device) -> int:
+    """Bytes that this process may use: of its GPU, or its share of what is free on a CPU's machine."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
     own = psutil.Process().memory_info().rss
     return psutil.virtual_memory().available // launcher_number("LOCAL_WORLD_SIZE") + own

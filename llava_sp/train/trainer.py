@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -134,12 +135,15 @@ class LlavaSPTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; the user can correct errors in the data (for example, an annotation file was replaced)."""
+        start = time.perf_counter()
         try:
             return super().get_batch_samples(*args, **kwargs)
         except (ValueError, OSError) as error:
             if isinstance(error, BadSample):
                 raise
             raise FailedHere(str(error).strip().splitlines()[-1]) from error
+        finally:
+            self.meter.waited += time.perf_counter() - start
 
     # ---- optimizer
 

@@ -77,7 +77,7 @@ def test_check_of_good_data(run_yaml, capsys):
 def test_check_lists_what_is_bad(run_yaml, tmp_path, capsys, workers):
     listed = tmp_path / "bad.jsonl"
     limit = ["--model_max_length", "640", "--image_folder", str(tmp_path)]
-    words = ["--workers", workers, "--output", str(listed), "--show", "1", *limit]
+    words = ["--full", "--workers", workers, "--output", str(listed), "--show", "1", *limit]
     status = check.main(["--config", str(run_yaml), *words])
     out = capsys.readouterr().out
     assert status == 1 and "4 records: 1 good (0 with images), 3 bad" in out

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlamaConfig, SiglipImageProcessorPil, TimmWrapperConfig
 
 from llava_sp.model.configuration_llava_sp import LlavaSPConfig
+from llava_sp.model.image_preprocessing import pad_to_square
 from llava_sp.model.processing_llava_sp import LlavaSPProcessor, add_special_tokens
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -55,6 +56,33 @@ def test_pixels_of_the_recorded_checkpoints(golden, processor, layout):
         assert torch.equal(pixels[:, ::4, ::4], expected[f"pixel_values_s4.{index}"])
         processed = np.array(Image.open(golden / "samples" / "images" / f"processed_{index}.png").convert("RGB"))
         assert np.array_equal(pixels.numpy(), normalised(processed.transpose(2, 0, 1), processor))
+
+
+@pytest.mark.parametrize("size", [(640, 480), (31, 77), (64, 64)])
+@pytest.mark.parametrize(
+    "image_processor",
+    [
+        CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
+        CLIPImageProcessorPil(
+            size={"shortest_edge": 40}, crop_size={"height": 56, "width": 56}
+        ),  # crops beyond the image
+        CLIPImageProcessorPil(do_normalize=False),
+        CLIPImageProcessorPil(do_pad=True, pad_size={"height": 300, "width": 300}),
+        SiglipImageProcessorPil(size={"height": 56, "width": 56}, image_mean=[0.1, 0.5, 0.6], rescale_factor=1 / 127),
+    ],
+)
+@pytest.mark.parametrize("aspect_ratio", ["pad", "crop"])
+def test_pixels_are_those_of_the_image_processor(image_processor, size, aspect_ratio):
+    """They are looked up by value; to the bit, also if its settings are changed later."""
+    ours = LlavaSPProcessor(image_processor, golden_tokenizer(), 582, image_aspect_ratio=aspect_ratio)
+    values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    for mean in ([0.4, 0.5, 0.6], [0.3, 0.2, 0.1]):
+        image_processor.image_mean = mean
+        image = squared = Image.fromarray(values)
+        if aspect_ratio == "pad":
+            squared = pad_to_square(image, tuple(int(value * 255) for value in mean))
+        expected = image_processor([squared], return_tensors="pt")["pixel_values"]
+        assert torch.equal(ours.preprocess_images([image]), expected)
 
 
 def test_siglip_settings_at_the_configs_size(tmp_path, tiny_config):

@@ -51,7 +51,7 @@ def test_paper_recipe(stage, variant, size):
     projector = model.projector
     assert (projector["spatial_variant"], projector["spatial_fusion"], args.stage) == (variant, True, stage)
     assert (args.learning_rate, args.projector_lr) == (recipe["learning_rate"], recipe["projector_lr"])
-    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == recipe["global"]
+    assert args.global_batch_size == recipe["global"]
     assert (args.lr_scheduler_type.value, args.warmup_steps, args.weight_decay) == ("cosine", 0.03, 0.0)
     assert (args.num_train_epochs, args.max_grad_norm, args.bf16) == (1, 1.0, True)
     assert (args.recomputation_is_open, args.activation_checkpointing_kwargs) == (True, {"use_reentrant": False})
@@ -60,7 +60,7 @@ def test_paper_recipe(stage, variant, size):
         2048,
         "pad",
     )
-    assert data.group_by_modality_length == (stage == "finetune_lora")
+    assert (data.packing, data.group_by_modality_length) == (stage == "finetune_lora", False)
     if stage == "finetune_lora":
         assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (128, 256, 0.05)
         assert model.projector_checkpoint == load_config(CONFIGS / f"pretrain_{size}_{variant}.yaml").train.output_dir

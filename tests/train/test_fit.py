@@ -46,7 +46,7 @@ def same(folder, other) -> bool:
 def test_auto_is_exact(plain, tmp_path, monkeypatch, caplog, free, chosen):
     """The same weights to the bit, whatever is recomputed; with dropout, and the largest batch tried first."""
     caplog.set_level("INFO", "llava_sp")
-    monkeypatch.setattr(fit, "memory_of_device", lambda kind: free)
+    monkeypatch.setattr(fit, "memory_of_device", lambda device: free)
     run_here(tmp_path, **SETTINGS, activation_checkpointing="auto")
     assert names(caplog.text, "activation_checkpointing", f"auto: {chosen}", "GiB by estimate")
     assert names(caplog.text, "The largest batch fits", "2 rows", "estimated")

@@ -6,11 +6,12 @@ import gc
 
 import pytest
 import torch
+from peft.helpers import disable_input_dtype_casting
 from torch.profiler import ProfilerActivity, profile
 
 from llava_sp import LlavaSPConfig, LlavaSPForCausalLM
 from llava_sp.config.arguments import ModelArguments
-from llava_sp.train.budget import Budget, Sharding
+from llava_sp.train.budget import CONTEXT, GAPS, Budget, Sharding
 from llava_sp.train.build import add_lora
 from llava_sp.train.memory import Batch, Setting, StepTrace
 from llava_sp.train.stages import apply_stage, by_part, count
@@ -89,10 +90,12 @@ def inputs_of(sizes: LlavaSPConfig, batch: Batch, device: str) -> dict[str, torc
 def step(model: LlavaSPForCausalLM, inputs: dict[str, torch.Tensor], setting: Setting) -> None:
     device = model.device.type
     own = {name: value.clone() for name, value in inputs.items()}
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=setting.bf16 and not setting.deepspeed):
-        loss = model(**own).loss
-    own.clear()
-    loss.backward()
+    autocast = setting.bf16 and not setting.deepspeed
+    with disable_input_dtype_casting(model, autocast and device == "cuda"):  # as a run does
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+            loss = model(**own).loss
+        own.clear()
+        loss.backward()
 
 
 def allocated(action) -> int:
@@ -117,14 +120,14 @@ CASES = {
     "pretraining, bf16": ("pretrain", LLAMA, None, Batch(4, 120, 4, 80), True),
     "pretraining, all layers again": ("pretrain", LLAMA, 1, Batch(2, 200, 2, 40), False),
     "grouped queries, tied head": ("finetune_lora", QWEN, None, Batch(2, 150, 2, 80), False),
-    "layers of two kinds": ("finetune_lora", GEMMA, 3, Batch(2, 150, 2, 80), False),
+    "layers of two kinds": ("finetune_lora", GEMMA, 2, Batch(2, 150, 2, 80), False),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_pass_takes_what_was_estimated(case):
     stage, text, every, batch, bf16 = CASES[case]
-    sizes, setting = config(text), Setting(stage, bf16, kind="cpu")
+    sizes, setting = config(text, layers=4 if text is GEMMA else 6), Setting(stage, bf16, kind="cpu")
     model = build(sizes, lora(), setting, every)
     inputs = inputs_of(sizes, batch, "cpu")
     step(model, inputs, setting)  # caches are filled
@@ -170,7 +173,7 @@ def test_less_memory_means_more_recomputation():
     budget = Budget.of(trace, Sharding(), "adamw_torch")
     needed = {every: budget.total(every) for every in (None, 12, 6, 4, 3, 2, 1)}
     assert list(needed.values()) == sorted(needed.values(), reverse=True) and needed[None] > 2 * needed[1]
-    enough = {every: 1.04 * size + 2**30 + 1 for every, size in needed.items()}
+    enough = {every: GAPS * size + CONTEXT + 1 for every, size in needed.items()}
     for every, memory in enough.items():
         chosen = budget.least_recomputation(memory)
         assert sum(trace.recomputed(chosen)) == sum(trace.recomputed(every))

@@ -24,6 +24,7 @@ from llava_sp.model.processing_llava_sp import IGNORE_INDEX
 from llava_sp.train.__main__ import main
 from llava_sp.train.build import build_model
 from llava_sp.train.packing import plan_packs
+from llava_sp.train.replay import main as replay
 from llava_sp.train.trainer import LlavaSPTrainer
 from tests.messages import names, refused
 from tests.train.conftest import no_launcher
@@ -104,15 +105,15 @@ MIXED, TEXT, MANY, ONE = (0, 1, 4), (1, 3), (2, 3, 0), (2,)
     ],
     ids=str,
 )
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_losses_and_gradients_are_those_of_the_padded_batch(tmp_path, data, settings, indices, use_cache):
+def test_losses_and_gradients_are_those_of_the_padded_batch(tmp_path, data, settings, indices):
+    """With `use_cache` left on in the language model's configuration, as Trainer leaves it."""
     settings = dict(settings)
     recompute = settings.pop("recompute", False)
     model, dataset = built(tmp_path, data, **settings)
     chosen = settings.get("attn_implementation", PER_SAMPLE)
     assert model.model.language_model.config._attn_implementation == chosen
     assert model.model.vision_tower.config._attn_implementation in ("sdpa", "eager")
-    model.config.use_cache, model.config.text_config.use_cache = False, use_cache  # as Trainer leaves them: one alone
+    model.config.use_cache, model.config.text_config.use_cache = False, True
     model.train()
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -178,7 +179,7 @@ def whole(data, tmp_path_factory) -> Path:
 
 def test_steps_are_those_of_the_padded_run(tmp_path, data):
     """Same samples in each step, so the same losses and norms; also of the last, short step."""
-    ours = run_here(tmp_path / "packed", **{**data, **PACKED, "max_steps": 3})
+    ours = run_here(tmp_path / "packed", **{**data, **PACKED, "max_steps": 3, "dataloader_num_workers": 1})
     order = epoch_order(tmp_path / "packed", data)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LlavaSPTrainer, "_get_train_sampler", lambda *_: InOrder(order))
@@ -220,6 +221,15 @@ def test_a_resumed_run_is_bit_equal(whole, tmp_path, step):
     assert losses(log(out)) == losses(log(whole / "out")) and len(losses(log(out))) == 7
     for name in ("projector.safetensors", "lora/adapter_model.safetensors"):
         assert (out / name).read_bytes() == (whole / "out" / name).read_bytes()
+
+
+def test_a_step_is_replayed(whole, capsys):
+    """Without dropout, which the run had: its samples, and the loss at a rate of 0 before the first step."""
+    assert replay(["--run", str(whole / "out"), "--step", "1", "--lora_dropout", "0"]) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) == 2 + 4 + 1
+    first = next(record for record in log(whole / "out") if record["step"] == 1)
+    assert float(text.splitlines()[-1].split()[0]) == pytest.approx(first["loss"], rel=1e-3)
 
 
 def test_the_log_says_what_the_packs_are(data, tmp_path, caplog):

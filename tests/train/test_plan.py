@@ -16,6 +16,8 @@ from llava_sp.train.plan import plan_of, table
 from tests.messages import names, refused
 from tests.train.runs import config, environment, log, run_here
 
+UNPACKED = ["--packing", "false", "--per_device_train_batch_size", "16"]
+
 
 @pytest.fixture
 def recipe(repo, monkeypatch):
@@ -32,7 +34,7 @@ def test_a_recipe_without_network_and_data(recipe, capsys):
     out = capsys.readouterr().out
     # Vicuna-7B with 64 more rows, r 128 on seven projections, the released projector's sizes
     assert names(out, "6,738,939,904  frozen", "319,815,680  trains at 0.0002", "902,570,496  trains at 2e-05")
-    assert names(out, "8 x NVIDIA H200, ZeRO-2, bf16", "of 139.8: fits", "16 x 2048 tokens")
+    assert names(out, "8 x NVIDIA H200, ZeRO-2, bf16", "of 139.8: fits", "1 x 16384 tokens")
     assert names(
         out, "llava_v1_5_mix665k.json is not there", "assumed", "665,298 samples", "5,198 steps of 128 samples"
     )
@@ -43,23 +45,31 @@ def test_a_recipe_without_network_and_data(recipe, capsys):
     assert sum(parts) == pytest.approx(sizes["all"], abs=0.3)
 
 
-@pytest.mark.parametrize("stage, size, trained", [("pretrain", "7b", 923_550_208), ("pretrain", "13b", 935_087_616)])
-def test_other_recipes(recipe, stage, size, trained):
-    plan = plan_of(recipe(f"{stage}_{size}_cropping"), [], "h100", 8)
+@pytest.mark.parametrize("size, trained", [("7b", 923_550_208), ("13b", 935_087_616)])
+def test_other_recipes(recipe, size, trained):
+    plan = plan_of(recipe(f"pretrain_{size}_cropping"), [], "h100", 8)
     assert plan.budget.trace.trained == trained and plan.samples_per_step == 256
     assert plan.sharding.stage == 2 and "558,128 samples" in plan.text()
 
 
-def test_what_does_not_fit_says_what_would(recipe):
-    plan = plan_of(recipe("finetune_lora_7b_cropping"), [], "a100-40", 8)
+@pytest.mark.parametrize(
+    "key, words",
+    [("pack_length", []), pytest.param("per_device_train_batch_size", UNPACKED, marks=pytest.mark.slow)],
+)
+def test_what_does_not_fit_says_what_would(recipe, key, words):
+    plan = plan_of(recipe("finetune_lora_7b_cropping"), words, "4090-24", 8)
     assert not plan.fits
-    change = re.fullmatch(r"does not fit; (.+): (\d+) would \((.+)\)", plan.verdict())
-    assert change and change[1].endswith("per_device_train_batch_size")
-    smaller = plan_of(recipe("finetune_lora_7b_cropping"), ["--per_device_train_batch_size", change[2]], "a100-40", 8)
+    change = re.fullmatch(rf"does not fit; {key}: (\d+) would \((.+)\)", plan.verdict())
+    assert change
+    smaller = plan_of(recipe("finetune_lora_7b_cropping"), [*words, f"--{key}", change[1]], "4090-24", 8)
     assert smaller.fits and smaller.samples_per_step == plan.samples_per_step
-    assert float(change[3]) == pytest.approx(smaller.budget.total(smaller.every) / GIB, abs=0.1)
-    small = plan_of(recipe("finetune_lora_13b_cropping"), ["--deepspeed", "null"], "3090-24", 1)
-    assert names(small.verdict(), "does not fit", "GPUs", "zero3.json")
+    assert float(change[2]) == pytest.approx(smaller.budget.total(smaller.every) / GIB, abs=0.1)
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_on_one_gpu(recipe):
+    plan = plan_of(recipe("finetune_lora_13b_cropping"), ["--deepspeed", "null"], "3090-24", 1)
+    assert names(plan.verdict(), "does not fit", "GPUs", "zero3.json")
 
 
 def test_the_table_of_the_readme(repo):
@@ -103,7 +113,7 @@ def test_the_hours_of_a_log_and_the_disk(tmp_path):
         (["--gpu", "h200", "--stage", "third"], ("stage is 'third'", "pretrain", "finetune_lora")),
         (["--gpu", "h200", "--lora_target_modules", "c_attn"], ("lora_target_modules", "c_attn", "q_proj")),
         (["--gpu", "h200", "--lerning_rate", "1"], ("lerning_rate", "learning_rate")),
-        (["--gpu", "h200", "--processes", "3"], ("global_batch_size = 128", "3 processes")),
+        (["--gpu", "h200", "--processes", "3", *UNPACKED], ("global_batch_size = 128", "3 processes")),
         (["--gpu", "h200", "--log", "/nowhere/log.jsonl"], ("/nowhere/log.jsonl",)),
     ],
 )

@@ -58,6 +58,7 @@ def test_size_is_told_first_and_files_are_whole(tmp_path, capsys):
     "stage, settings",
     [
         ("finetune_lora", {"gradient_checkpointing": True}),  # text alone in some batches
+        ("finetune_lora", {"packing": True, "pack_length": 2048}),
         ("pretrain", {"spatial_variant": "pooling", "per_device_train_batch_size": 2, "validation_fraction": 0.25}),
     ],
 )

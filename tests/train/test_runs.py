@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from llava_sp import LlavaSPForCausalLM
+from llava_sp.data.images import load_image
 from llava_sp.train import trainer as trainer_module
 from llava_sp.train import verify
 from llava_sp.train.__main__ import main
@@ -241,6 +243,19 @@ def test_gradient_checkpointing_changes_nothing(whole, tmp_path):
     plain = losses(run_here(tmp_path / "a", max_steps=2))
     checkpointed = losses(run_here(tmp_path / "b", max_steps=2, gradient_checkpointing=True))
     assert checkpointed == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0])
+def test_waiting_for_data_is_logged(tmp_path, monkeypatch, capsys, seconds):
+    def slow(*where):
+        time.sleep(seconds)
+        return load_image(*where)
+
+    monkeypatch.setattr("llava_sp.data.record_file.load_image", slow)
+    records = [r for r in run_here(tmp_path, max_steps=2) if "loss" in r]
+    assert all(0 <= r["data_wait_share"] <= 1 for r in records)
+    assert any(r["data_wait_seconds"] >= seconds for r in records)
+    assert not seconds or "s a step for data" in capsys.readouterr().out
 
 
 def test_padding_to_a_multiple_changes_nothing(tmp_path):

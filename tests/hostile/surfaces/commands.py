@@ -23,7 +23,7 @@ from tests.hostile.surfaces.runs import write_run
 
 LINES = {
     "generate": "--model full --image images/wide.png --prompt What? --max-new-tokens 3 --num-beams 1 --repetition-penalty 1.5 --seed 3",
-    "data.check": "--config run.yaml --workers 0 --show 5 --output bad.jsonl --model_max_length 700",
+    "data.check": "--config run.yaml --workers 0 --show 5 --output bad.jsonl --full --model_max_length 700",
     "data.preview": "--config run.yaml --index 1 --output preview --image_aspect_ratio pad",
     "data.precompute": "--config run.yaml --precompute_features features --workers 0 --batch-size 2 --images-per-shard 2",
     "checkpoints.inspect": "adapter --json",
