@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections import deque
 from itertools import chain
 from pathlib import Path
@@ -22,7 +23,7 @@ from llava_sp.train.order import batches_of_step, samples_of
 from llava_sp.train.replay import main as replay
 from tests.messages import names
 from tests.train.conftest import no_launcher
-from tests.train.runs import GOLDEN, config, log, losses, run_here
+from tests.train.runs import GOLDEN, REPO, config, finish, log, losses, run_here, start
 
 SAMPLES = json.loads((GOLDEN / "samples" / "data.json").read_text())
 POISON = "poison"
@@ -117,6 +118,36 @@ def test_a_step_left_out_changes_nothing(tmp_path, poisoned, optim):
     assert all(map(math.isfinite, losses(records).values())) and len(losses(records)) == 4
     state = json.loads((tmp_path / "out" / "checkpoint-4" / "run_state.json").read_text())
     assert state["skipped_steps"] == 1 and len(state["recent_losses"]) == 3
+
+
+POISONED = """
+import sys
+from llava_sp.data.dataset import ConversationDataset
+load = ConversationDataset._sample
+def broken(self, index):
+    sample = load(self, index)
+    if index == 5:
+        sample["pixel_values"] = sample["pixel_values"] * float("nan")
+    return sample
+ConversationDataset._sample = broken
+from llava_sp.train.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_leaves_the_step_out(tmp_path, poisoned, stage):
+    """It applies a step itself, before it can be judged: one whose gradients are not finite it does not."""
+    zero = str(REPO / "configs" / "deepspeed" / f"zero{stage}.json")
+    path = config(tmp_path, **poisoned, on_non_finite="skip", weight_decay=0.1, deepspeed=zero)
+    finish(start([sys.executable, "-c", POISONED, "--config", str(path)], tmp_path), tmp_path)
+    (event,) = events(tmp_path / "out")
+    step = event["step"]
+    assert {"file": poisoned["data_path"], "record": 5} in event["samples"] and step > 1
+    assert weights(tmp_path / "out" / f"checkpoint-{step}") == weights(tmp_path / "out" / f"checkpoint-{step - 1}")
+    assert all(map(math.isfinite, losses(log(tmp_path / "out")).values()))
+    assert weights(tmp_path / "out" / "checkpoint-4") != weights(tmp_path / "out" / f"checkpoint-{step}") or step == 4
 
 
 def test_too_many_in_a_row_end_the_run(tmp_path, monkeypatch, capsys):

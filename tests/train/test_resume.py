@@ -249,9 +249,11 @@ def test_a_loss_that_is_no_number_ends_the_run_at_its_step(tmp_path, monkeypatch
         assert main(["--config", str(config(tmp_path, logging_steps=5))]) == 0
 
 
-def test_weights_that_opening_would_refuse_are_not_saved(tmp_path, capsys):
+def test_weights_that_opening_would_refuse_are_not_saved(tmp_path, monkeypatch, capsys):
     """The same message each time, and the good checkpoint stays."""
-    given = config(tmp_path, learning_rate=1e6, max_grad_norm=0.0, warmup_steps=3, save_steps=1, optim="sgd")
+    compute = trainer_module.LlavaSPTrainer.compute_loss
+    monkeypatch.setattr(trainer_module.LlavaSPTrainer, "compute_loss", lambda *a, **k: compute(*a, **k) * 1e3)
+    given = config(tmp_path, learning_rate=1e3, max_grad_norm=0.0, warmup_steps=3, save_steps=1, optim="sgd")
     for _ in range(2):
         assert main(["--config", str(given)]) == 2
         error = capsys.readouterr().err
