@@ -199,7 +199,7 @@ class ConversationDataset(Dataset):
                     break
                 with contextlib.suppress(BadSample):
                     found.append(self._sample(place))
-            images = (sample.get("patch_features", sample.get("pixel_values", ())) for sample in found)
+            images = (sample[key] for sample in found for key in ("pixel_values", "patch_features") if key in sample)
             if any(map(len, images)) or not (lengths > words).any():
                 break
             found = found[:-1]

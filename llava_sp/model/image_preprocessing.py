@@ -36,18 +36,18 @@ def pixels_of(image_processor, images: list[Image.Image]) -> torch.Tensor:
 
     Its last steps compute with every pixel; as a channel has only 256 values, each is computed once here.
     """
-    of_bytes = type(image_processor) in (CLIPImageProcessorPil, SiglipImageProcessorPil) and not image_processor.do_pad
+    kind: Any = type(image_processor)
+    of_bytes = kind in (CLIPImageProcessorPil, SiglipImageProcessorPil) and not image_processor.do_pad
     if not (of_bytes and image_processor.do_rescale and image_processor.do_normalize):
         return image_processor(images, return_tensors="pt")["pixel_values"]
     mean, std = image_processor.image_mean, image_processor.image_std
-    kind: Any = type(image_processor)
     table = _normalised(kind, image_processor.rescale_factor, tuple(mean), tuple(std))
     pixels = image_processor(images, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
     return torch.from_numpy(np.stack([table[channel][pixels[:, channel]] for channel in range(3)], axis=1))
 
 
 @lru_cache
-def _normalised(kind: type, factor: float, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+def _normalised(kind: Any, factor: float, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
     """[3, 256]: each value of each channel, rescaled and normalised by such an image processor."""
     processor = kind(do_resize=False, do_center_crop=False, rescale_factor=factor, image_mean=mean, image_std=std)
     values = np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2)

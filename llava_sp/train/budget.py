@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from llava_sp.train.known import GIB
 from llava_sp.train.memory import StepTrace
 
-GIB = 2**30
-KINDS = ("weights", "optimizer", "gradients", "activations", "logits")
 # Of an optimizer, in bytes for each trained value: its state in float32, and what a step allocates for a moment on a GPU
 # (torch updates all parameters at once there: AdamW holds the roots of all second moments).
 OPTIMIZERS = {

@@ -16,7 +16,8 @@ from llava_sp import LlavaSPConfig
 from llava_sp.common.processes import FailedHere, Processes
 from llava_sp.config.arguments import Run
 from llava_sp.model.packed_attention import PER_SAMPLE
-from llava_sp.train.budget import GIB, OPTIMIZERS, Budget, Sharding
+from llava_sp.train.budget import OPTIMIZERS, Budget, Sharding
+from llava_sp.train.known import GIB
 from llava_sp.train.logs import peak_memory
 from llava_sp.train.memory import Batch, Setting, StepTrace
 from llava_sp.train.processes import memory_of_device

@@ -90,7 +90,7 @@ def test_a_tight_fit(tokens, length, packs):
 
 
 def test_packs_are_balanced_and_those_of_a_moment_alike():
-    found = sampler(count=4000, per_step=128, processes=8, length=8192).summary(pad_to_multiple_of=64)
+    found = sampler(count=4000, per_step=128, processes=8, length=8192).summary(multiple=64)
     assert found.padding < 0.02 and found.waiting < 0.02 and found.longest <= 8192
 
 

@@ -53,7 +53,7 @@ def test_preview_of_another_template(run_yaml, tmp_path, capsys):
         (["--index", "4"], ("--index 4", "samples 0 to 3")),
         (["--index", "0", "--model_max_length", "600"], ("record 0", "last image", "token 616")),
         (["--data_path", "nothing.json"], ("annotation file", "nothing.json")),
-        (["--image_folder", "nowhere"], ("record 0", "wide.png", "opened")),
+        (["--image_folder", "nowhere"], ("image folder", "nowhere", "gone or empty")),
         (["--templat", "plain"], ("'templat'",)),
         (["--language_model", "/nowhere/vicuna"], ("folder /nowhere/vicuna",)),
         (["--vision_tower", "null"], ("run.yaml", "vision_tower is None", "text")),

@@ -58,6 +58,14 @@ def test_every_second_layer_is_exact(plain, tmp_path):
     assert same(tmp_path, plain)
 
 
+def test_the_largest_pack(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "llava_sp")
+    monkeypatch.setattr(fit, "memory_of_device", lambda device: 2**40)
+    packs = {"packing": True, "global_batch_size": 4, "pack_length": 1400}
+    run_here(tmp_path, **packs, max_steps=1, activation_checkpointing="auto")
+    assert names(caplog.text, "auto: none", "GiB by estimate", "The largest batch fits: 1 rows", "estimated")
+
+
 def test_the_largest_batch_first_in_a_resumed_run(tmp_path):
     quiet = {**SETTINGS, "max_steps": 4, "longest_step_first": False}
     run_here(tmp_path / "whole", **quiet)
