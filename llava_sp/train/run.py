@@ -85,10 +85,11 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     if eval_data is not None and args.eval_strategy == "no":  # as often as checkpoints are saved
         args.eval_strategy = IntervalStrategy.STEPS if args.save_strategy == "steps" else IntervalStrategy.EPOCH
         args.do_eval, args.eval_steps = True, args.eval_steps or args.save_steps
-    if checkpoint and args.deepspeed and len(read_run_state(checkpoint)["losses"]) != here.world_size:
+    before = len(read_run_state(checkpoint)["losses"]) if checkpoint else here.world_size
+    if checkpoint and args.deepspeed and before != here.world_size:
         with here.together():
             if here.is_main:
-                make_universal(checkpoint)
+                make_universal(checkpoint, args, before)
         callbacks.append(LoadUniversal(args, checkpoint))
     start_deepspeed(args)
     set_seed(args.seed)

@@ -25,8 +25,18 @@ _LATEST, _LATEST_COPY = "latest", "latest_universal"  # files that name the fold
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def make_universal(checkpoint: Path) -> None:
-    """Write the copy, on the main process. Raises `FailedHere` with DeepSpeed's last words."""
+def make_universal(checkpoint: Path, args: TrainArguments, processes: int) -> None:
+    """Write the copy, on the main process.
+
+    Raises:
+        ValueError: ZeRO-3, of whose weights DeepSpeed loads others than it saved (tried: losses differ by 9 %).
+        FailedHere: DeepSpeed failed; with its last words.
+    """
+    if args.hf_deepspeed_config.is_zero3():
+        raise ValueError(
+            f"{checkpoint} was written by {processes} processes under ZeRO-3 (deepspeed: zero_optimization: stage: 3), which "
+            f"cannot resume with {args.world_size}: resume with {processes}, or use ZeRO-2 from the start"
+        )
     remove_universal(checkpoint)
     part = checkpoint / f"{_COPY}.part"
     shares = checkpoint / (checkpoint / _LATEST).read_text(encoding="utf-8").strip()

@@ -31,7 +31,7 @@ def ended(process, folder: Path) -> str:
     return (folder / "output.txt").read_text()
 
 
-@pytest.mark.parametrize("zero", [None, 2, 3])
+@pytest.mark.parametrize("zero", [None, 2])
 def test_the_number_of_processes_may_change_between_attempts(tmp_path, zero):
     """2, 1, 2 processes, each stopped by SIGTERM: the losses are one process's. Five samples in steps of two: the last step
     of an epoch is filled up. DeepSpeed's optimizer state is split anew."""
@@ -62,6 +62,19 @@ def test_the_number_of_processes_may_change_between_attempts(tmp_path, zero):
     assert names(text, f"checkpoint-{reached} (step {reached})", "gives the same logits")
     assert losses(log(tmp_path / "out")) == pytest.approx(losses(whole), rel=1e-4)
     assert not list((tmp_path / "out").glob("checkpoint-*/*universal*"))
+
+
+def test_zero_3_refuses_another_number_of_processes(tmp_path):
+    """DeepSpeed would load other weights than it saved."""
+    zero = str(REPO / "configs" / "deepspeed" / "zero3.json")
+    path = config(tmp_path, max_steps=2, save_steps=1, deepspeed=zero)
+    finish(start([*TWO, "--config", str(path)], tmp_path), tmp_path)
+    for gone in ("finished.json", "llava_sp.json"):
+        (tmp_path / "out" / gone).unlink()
+    process = start([sys.executable, "-m", "llava_sp.train", "--config", str(path)], tmp_path)
+    assert process.wait(180) == 2
+    (said,) = (line for line in (tmp_path / "output.txt").read_text().splitlines() if line.startswith("error: "))
+    assert names(said, tmp_path / "out" / "checkpoint-2", "2 processes", "stage: 3", "resume with 1")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
