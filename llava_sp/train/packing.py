@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from llava_sp.common.processes import FailedHere, Processes
 from llava_sp.config.arguments import Run
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.lengths import measure
-from llava_sp.data.packing import PackSampler
+from llava_sp.data.packing import Packs, PackSampler
 from llava_sp.train.processes import accumulate, samples_per_step
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,16 @@ def _check_longest(run: Run, dataset: ConversationDataset, tokens: np.ndarray) -
             f"{key}, but {dataset.where(index)} has {longest} tokens, the most of all: give a pack_length of {least} or more, "
             f"or a model_max_length (now {data.model_max_length}) that is less"
         )
+
+
+def rows_of(
+    dataset: ConversationDataset, packs: PackSampler | None, batch: int
+) -> tuple[ConversationDataset | Packs, list[Any]]:
+    """What the trainer reads, and the samples, or the pack, of the largest batch of at most `batch` rows."""
+    if packs is None:
+        return dataset, dataset.largest(batch)
+    rows = Packs(dataset)
+    return rows, [rows[packs.largest()]]
 
 
 def describe(packs: PackSampler, multiple: int) -> str:

@@ -30,11 +30,11 @@ from llava_sp.data.collator import Collator
 from llava_sp.data.dataset import ConversationDataset
 from llava_sp.data.fingerprint import changes, fingerprint
 from llava_sp.data.manifest import changes_since
-from llava_sp.data.packing import Packs, PackSampler
+from llava_sp.data.packing import PackSampler
 from llava_sp.train.build import autocast_casts_back, build_model
 from llava_sp.train.fit import Fit, LongestFirst
 from llava_sp.train.logs import EndWithLauncher
-from llava_sp.train.packing import describe, plan_packs
+from llava_sp.train.packing import describe, plan_packs, rows_of
 from llava_sp.train.preflight import check_inputs
 from llava_sp.train.processes import Watch, be_the_only_process, is_of_communication, samples_per_step, start_deepspeed
 from llava_sp.train.run_folder import RunFolder, log_position
@@ -85,12 +85,8 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     if eval_data is not None and args.eval_strategy == "no":  # as often as checkpoints are saved
         args.eval_strategy = IntervalStrategy.STEPS if args.save_strategy == "steps" else IntervalStrategy.EPOCH
         args.do_eval, args.eval_steps = True, args.eval_steps or args.save_steps
-    before = len(read_run_state(checkpoint)["losses"]) if checkpoint else here.world_size
-    if checkpoint and args.deepspeed and before != here.world_size:
-        with here.together():
-            if here.is_main:
-                make_universal(checkpoint, args, before)
-        callbacks.append(LoadUniversal(args, checkpoint))
+    if checkpoint and args.deepspeed:
+        callbacks += _for_these_processes(checkpoint, args, here)
     start_deepspeed(args)
     set_seed(args.seed)
     model = build_model(run)
@@ -99,12 +95,7 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     assert processor.num_image_tokens == model.config.num_image_tokens, "processor and model disagree"
     assert processor.image_token_id == model.config.image_token_id, "processor and model disagree"
     collator = Collator(processor.pad_token_id, run.data.pad_to_multiple_of)
-    rows: ConversationDataset | Packs = train_data
-    if packs is None:
-        largest: list[Any] = train_data.largest(args.per_device_train_batch_size)
-    else:
-        rows = Packs(train_data)
-        largest = [rows[packs.largest()]]
+    rows, largest = rows_of(train_data, packs, args.per_device_train_batch_size)
     fit = Fit(run, model.config, collator(largest) if largest else None, here)
     fit.settle()
     trainer = LlavaSPTrainer(
@@ -140,18 +131,41 @@ def _train_in(folder: RunFolder, run: Run, here: Processes, callbacks: list[Trai
     if stop.stopped_by:
         leave_group()
         stop.end(folder.newest_checkpoint())
-    with folder.writing("the trained model"):
-        trainer.save_model()
-    proof = verify_saved(trainer, folder.path, train_data.first_good())
-    result = {**outcome.metrics, **proof, "steps": trainer.state.global_step, "seconds": round(time.time() - start, 1)}
-    if here.is_main:
-        folder.finish(result)
-    logger.info("Finished: %s holds the model; %s.", folder.path, in_words(proof))
+    result = _finish(trainer, folder, outcome.metrics, train_data.first_good(), start)
     for dataset in filter(None, (train_data, eval_data)):
         report = dataset.close_report()
         if report["skipped"] or report["cut"]:
             logger.info("%(skipped)s bad samples skipped, %(cut)s cut to the length limit: %(file)s", report)
     leave_group()
+    return result
+
+
+def _for_these_processes(checkpoint: Path, args: TrainArguments, here: Processes) -> list[TrainerCallback]:
+    """Prepares DeepSpeed's checkpoint of another number of processes, and returns what loads it."""
+    before = len(read_run_state(checkpoint)["losses"])
+    if before == here.world_size:
+        return []
+    with here.together():
+        if here.is_main:
+            make_universal(checkpoint, args, before)
+    return [LoadUniversal(args, checkpoint)]
+
+
+def _finish(
+    trainer: LlavaSPTrainer,
+    folder: RunFolder,
+    metrics: dict[str, float],
+    sample: dict[str, torch.Tensor] | None,
+    start: float,
+) -> dict[str, Any]:
+    """Save the model, read it back and compare it, and mark the run as finished. Returns what `finished.json` holds."""
+    with folder.writing("the trained model"):
+        trainer.save_model()
+    proof = verify_saved(trainer, folder.path, sample)
+    result = {**metrics, **proof, "steps": trainer.state.global_step, "seconds": round(time.time() - start, 1)}
+    if trainer.args.process_index == 0:
+        folder.finish(result)
+    logger.info("Finished: %s holds the model; %s.", folder.path, in_words(proof))
     return result
 
 
