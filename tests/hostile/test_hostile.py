@@ -26,7 +26,7 @@ from tests.hostile.surfaces.base import Surface, Workbench, through_command
 
 # How many mutations of each surface; what takes long has few. A name without its own stands under its beginning.
 COUNTS = {
-    "checkpoint": 2, "data": 20, "config": 30, "run": 2, "resume": 2, "eval": 8, "outputs": 20, "logs": 20, "features": 20, "command": 4,
+    "checkpoint": 2, "data": 20, "config": 30, "run": 2, "resume": 2, "replay": 2, "eval": 8, "outputs": 20, "logs": 20, "features": 20, "command": 4,
     "command.train": 2, "command.checkpoints.merge": 2,
 }  # fmt: skip
 SLOW = 10  # times as many

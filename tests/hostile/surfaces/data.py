@@ -103,7 +103,7 @@ class DataSurface(Surface):
         return [*images, *["mixture.yaml", "data.json", "data.jsonl"] * 3]
 
     def act(self, folder: Path, words: Sequence[str]) -> Answer:
-        checked = check(["--config", "run.yaml", "--workers", "0"])
+        checked = check(["--config", "run.yaml", "--workers", "0", "--full"])
         status, result = through_command(_encode)
         return status, result, checked
 
