@@ -94,9 +94,8 @@ def _start_worker(worker: int, start: Callable[[int], None] | None) -> None:
     if start is not None:
         start(worker)
 
-    def first(
-        _number: int, _frame: Any
-    ) -> None:  # a second SIGTERM ends the worker: its parent sends several at its end
+    def first(_number: int, _frame: Any) -> None:
+        """A second SIGTERM ends the worker: its parent sends several at its end."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
