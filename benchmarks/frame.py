@@ -33,6 +33,11 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+def device_name(device: str) -> str:
+    """As it stands in the names of files."""
+    return re.sub(r"[^a-z0-9]+", "-", machine(device)["device"].lower()).strip("-") if device == "cuda" else "cpu"
+
+
 def default_device(given: str | None = None) -> str:
     return given or ("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -81,8 +86,7 @@ def peak_and_seconds(action: Callable[[], Any], device: str) -> tuple[int, float
 def write_results(name: str, arguments: Namespace, found: dict[str, Any]) -> Path:
     """Write settings and results to `arguments.output`, or results/NAME_DEVICE.json."""
     about = machine(arguments.device)
-    device = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-") if arguments.device == "cuda" else "cpu"
-    output = arguments.output or RESULTS / f"{name}_{device}.json"
+    output = arguments.output or RESULTS / f"{name}_{device_name(arguments.device)}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "traceback", "case")}
     output.write_text(json.dumps({"machine": about, "settings": settings, **found}, indent=1, default=str) + "\n")

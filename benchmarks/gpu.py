@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from frame import RESULTS, default_device, machine
+from frame import RESULTS, default_device, device_name
 
 ROOT = Path(__file__).parent.parent
 LOGGED = (("loss", 9, 4), ("samples_per_second", 10, 2), ("tokens_per_second", 10, 0), ("memory_gib", 11, 2))
@@ -56,8 +56,7 @@ class Place:
 
     @property
     def device_name(self) -> str:
-        name = machine(self.device)["device"] if self.device == "cuda" else "cpu"
-        return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+        return device_name(self.device)
 
 
 # ---- what is trained on

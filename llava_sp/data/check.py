@@ -19,7 +19,7 @@ from argparse import Namespace
 from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llava_sp.common.command import command_parser, fitting, natural, run_command
 from llava_sp.common.files import counted, write_jsonl
@@ -67,23 +67,19 @@ class Findings:
 def look_at_all(dataset: ConversationDataset, workers: int = 0, full: bool = True) -> Findings:
     """Check every record of `dataset` once; bad samples are listed, not raised. `full` decodes the images."""
     import numpy as np
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
 
     from llava_sp.data.duplicates import find_repeats
     from llava_sp.data.lengths import COLUMNS, measure
+    from llava_sp.data.passes import in_order
 
     dataset = dataset.distinct()
     files = measure(dataset, workers)
     column = {name: dataset.per_sample([getattr(file, name) for file in files]) for name in COLUMNS}
     reasons = {index: files[source].reasons[record] for index, source, record in dataset.places(column["tokens"] == 0)}
     with_image = np.flatnonzero((column["tokens"] > 0) & (column["images"] > 0)).tolist()
-    images: Any = _Images(dataset, with_image, full)
-    loader: DataLoader = DataLoader(images, batch_size=32 if workers else 1, num_workers=workers, collate_fn=list)
-    found = (reason for batch in loader for reason in batch)
-    for index, reason in tqdm(
-        zip(with_image, found), total=len(with_image), unit="sample", desc="images", disable=None
-    ):
+    images = _Images(dataset, with_image, full)
+    found = in_order(images, workers, batch_size=32 if workers else 1, what="images", unit="sample")
+    for index, reason in zip(with_image, found, strict=True):
         if reason:
             reasons[index] = reason
     bad = []

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llava_sp.data.annotations import BadSample
+from llava_sp.data.passes import in_order
 
 if TYPE_CHECKING:
     from llava_sp.data.dataset import ConversationDataset
@@ -50,18 +51,9 @@ class _Digests:
 
 def find_repeats(dataset: ConversationDataset, workers: int = 0) -> Repeats:
     """Compares all records of `dataset`; 9 bytes are kept of each."""
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
-
     digests, empty = np.zeros(len(dataset), dtype=np.int64), np.zeros(len(dataset), dtype=bool)
-    records: Any = _Digests(dataset)
-    done = 0
-    with tqdm(total=len(dataset), unit="record", desc="comparing", disable=None) as progress:
-        for batch in DataLoader(records, batch_size=BATCH, num_workers=workers, collate_fn=list):
-            for digest, without_text in batch:
-                digests[done], empty[done] = digest, without_text
-                done += 1
-            progress.update(len(batch))
+    for index, (digest, without_text) in enumerate(in_order(_Digests(dataset), workers, BATCH, "comparing")):
+        digests[index], empty[index] = digest, without_text
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     earlier = first[inverse]
     again = np.flatnonzero((earlier != np.arange(len(digests))) & (digests != 0))

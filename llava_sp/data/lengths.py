@@ -16,13 +16,14 @@ import zipfile
 import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llava_sp.common.files import replacing, sha256, writing
 from llava_sp.common.schema import expect
 from llava_sp.data.annotations import BadSample
+from llava_sp.data.passes import in_order
 from llava_sp.model.conversation import IMAGE_MARK, get_template
 
 if TYPE_CHECKING:
@@ -132,21 +133,12 @@ class _Rows:
 
 
 def _tokenize(dataset: ConversationDataset, workers: int, name: str) -> Lengths:
-    from torch.utils.data import DataLoader
-    from tqdm import tqdm
-
     workers = workers if len(dataset) >= WORTH_WORKERS else 0
-    rows: Any = _Rows(dataset)
     table, reasons = np.zeros((len(dataset), len(COLUMNS)), dtype=np.int32), {}
-    done = 0
-    with tqdm(total=len(dataset), unit="record", desc=f"measuring {name}", disable=None) as progress:
-        for batch in DataLoader(rows, batch_size=BATCH, num_workers=workers, collate_fn=list):
-            for row, reason in batch:
-                table[done] = row
-                if reason:
-                    reasons[done] = reason
-                done += 1
-            progress.update(len(batch))
+    for index, (row, reason) in enumerate(in_order(_Rows(dataset), workers, BATCH, f"measuring {name}")):
+        table[index] = row
+        if reason:
+            reasons[index] = reason
     return _as_lengths(np.ascontiguousarray(table.T), reasons)
 
 
