@@ -42,6 +42,14 @@ def default_device(given: str | None = None) -> str:
     return given or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_of_size(size: str, given: str | None) -> str:
+    """Raises `ValueError` for the real size on a CPU."""
+    device = default_device(given)
+    if size == "7b" and device != "cuda":
+        raise ValueError("--size 7b needs a CUDA GPU; a smaller --size runs the same code on a CPU")
+    return device
+
+
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()

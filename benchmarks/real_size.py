@@ -182,11 +182,9 @@ def main() -> int:
 def compare(arguments: Namespace) -> None:
     """Measure the variants, print the tables and write the JSON."""
     import torch
-    from frame import default_device, write_results
+    from frame import device_of_size, write_results
 
-    arguments.device = default_device(arguments.device)
-    if arguments.size == "7b" and arguments.device != "cuda":
-        raise ValueError("--size 7b needs a CUDA GPU; --size tiny runs the same code on a CPU")
+    arguments.device = device_of_size(arguments.size, arguments.device)
     rows: list[dict[str, Any]] = []
     for variant in arguments.variants:
         rows.append(measure(variant, arguments))

@@ -313,11 +313,9 @@ def main() -> int:
 
 def compare(arguments: Namespace) -> None:
     """Measure, print the table and write the JSON."""
-    from frame import default_device, write_results
+    from frame import device_of_size, write_results
 
-    arguments.device = default_device(arguments.device)
-    if arguments.size == "7b" and arguments.device != "cuda":
-        raise ValueError("--size 7b needs a CUDA GPU; --size tiny and --size small run on a CPU")
+    arguments.device = device_of_size(arguments.size, arguments.device)
     found = measure(arguments)
     columns = ("loss", "gradient norm", "padding", "useful tokens/s", "ratio", "MFU", "peak GiB")
     print(f"{'way':18}" + "".join(f"{column:>17}" for column in columns))
